@@ -1,0 +1,177 @@
+"""Data sets: index -> image. Arrays live in memory as uint8; JPEG folders are read by workers (data/loader.py).
+
+    load("pretrain", name="cifar10")    what the encoder is pre-trained on (labels, where there are any, for reporting only)
+    load("train", ...)                  the labelled training images: kNN's bank, the probe's training set
+    load("test", ...)                   None where a folder has no validation part
+"""
+import os
+
+import numpy as np
+import torch
+import torchvision
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from engine import distributed
+
+from . import shapes
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+STATISTICS = {                                             # mean and std a channel, of the training images in [0, 1]
+    "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
+}
+NAMES = (*STATISTICS, "folder", "imagenet", "imagenet100")
+
+
+class ArraySet:
+    """images: (n, 3, H, W) uint8. labels: (n,) int64, or None; -1 where an image has none."""
+
+    def __init__(self, images, labels, classes, mean, std):
+        self.images, self.labels, self.classes, self.mean, self.std = images, labels, classes, mean, std
+
+    def __len__(self):
+        return len(self.images)
+
+    def select(self, rows):
+        return ArraySet(self.images[rows], None if self.labels is None else self.labels[rows], self.classes, self.mean, self.std)
+
+    def to(self, device):
+        """Move the images to a device, if they take less than half of what it has free."""
+        if device.type == "cuda" and self.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+            self.images = self.images.to(device)
+        return self
+
+    def decode(self, i):
+        """Image i as PIL's."""
+        return torchvision.transforms.functional.to_pil_image(self.images[i].cpu())
+
+
+class FolderSet:
+    """files: paths of n images. labels, classes: as ArraySet's."""
+
+    def __init__(self, files, labels, classes, mean, std):
+        self.files, self.labels, self.classes, self.mean, self.std = files, labels, classes, mean, std
+
+    def __len__(self):
+        return len(self.files)
+
+    def select(self, rows):
+        return FolderSet([self.files[i] for i in rows], None if self.labels is None else self.labels[rows], self.classes, self.mean, self.std)
+
+    def to(self, device):
+        return self
+
+    def decode(self, i):
+        """Image i as PIL's, RGB. ValueError names a file that is no image."""
+        from PIL import Image
+        try:
+            with Image.open(self.files[i]) as image:
+                return image.convert("RGB")
+        except Exception as error:                         # PIL raises many kinds
+            raise ValueError(f"{self.files[i]} cannot be read as an image ({error}); remove or replace it")
+
+
+def load(part, seed, *, name: str, root: str = "datasets", split: str = "train", limit: int | None = None):
+    """One part of a data set: "pretrain", "train" or "test".
+
+    name: one of NAMES. root: where the data sets lie; for `folder`, the folder itself. split: of stl10, what to pre-train on: train (the
+    5,000 labelled images, as the Ring code), unlabeled, train+unlabeled. limit: the first that many training images of a fixed shuffle by
+    `seed`, class-balanced where there are labels; test sets stay whole.
+    """
+    if name not in NAMES:
+        from engine.config import nearest
+        raise SystemExit(f"data.name is {name!r}{nearest(name, NAMES)}; there are {', '.join(NAMES)}")
+    if split != "train" and not (name == "stl10" and split in ("unlabeled", "train+unlabeled")):
+        raise SystemExit(f"data.split is {split!r}; stl10 has train, unlabeled and train+unlabeled, every other set just train")
+    if name == "shapes":
+        images, labels = shapes.shapes(10000, seed=0) if part != "test" else shapes.shapes(2400, seed=1)
+        dataset = ArraySet(torch.from_numpy(images), torch.from_numpy(labels), shapes.CLASSES, *STATISTICS[name])
+    elif name in STATISTICS:
+        dataset = download(name, part, root, split)
+    else:
+        dataset = folder(name, part, root)
+    if limit is not None and (part == "pretrain" or part == "train" and split == "train"):
+        if not 0 < limit <= len(dataset):
+            raise SystemExit(f"data.limit is {limit}; {name} has 1 to {len(dataset)} images to choose from")
+        dataset = dataset.select(balanced(dataset.labels, len(dataset), limit, seed))
+    return dataset
+
+
+def balanced(labels, n, limit, seed):
+    """`limit` of n rows: a fixed shuffle, taken from each class in turn. -> (limit,) sorted rows."""
+    order = np.random.default_rng(seed).permutation(n)
+    if labels is not None:
+        turn = np.empty(n, int)                            # a row's place among those of its class, in the shuffled order
+        for label in np.unique(labels):
+            members = order[labels.numpy()[order] == label]
+            turn[members] = np.arange(len(members))
+        order = order[np.argsort(turn[order], kind="stable")]
+    return torch.from_numpy(np.sort(order[:limit]))
+
+
+def download(name, part, root, split):
+    """CIFAR-10, CIFAR-100 and STL-10 by torchvision, which downloads them when they are not there."""
+    make = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100, "stl10": torchvision.datasets.STL10}[name]
+    which = {"split": {"pretrain": split, "train": "train", "test": "test"}[part]} if name == "stl10" else {"train": part != "test"}
+    folder_name, archive = {"cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"), "stl10": ("stl10_binary", "stl10_binary.tar.gz"),
+                            "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz")}[name]
+    error = None
+    if distributed.is_main():                              # one process downloads, the others wait
+        try:
+            make(root, download=True, **which)
+        except Exception as e:
+            error = e
+    distributed.barrier()
+    try:
+        data = make(root, **which)
+    except Exception as e:
+        raise SystemExit(f"{name} is not at {os.path.join(root, folder_name)} and could not be downloaded ({error or e}); put the extracted {archive} "
+                         "there, or set data.root to the folder that holds it")
+    images, labels = torch.as_tensor(data.data), torch.as_tensor(np.asarray(data.labels if name == "stl10" else data.targets)).long()
+    if name != "stl10":
+        images = images.permute(0, 3, 1, 2).contiguous()
+    return ArraySet(images, None if (labels < 0).all() else labels, data.classes, *STATISTICS[name])
+
+
+def folder(name, part, root):
+    """A folder of images: ROOT/train and ROOT/val where they exist, else all of it for training. Inside, a folder a class; or flat, no labels."""
+    path, only = root, None
+    if name != "folder":                                   # imagenet100 is a selection of imagenet's classes
+        path = os.path.join(root, "imagenet")
+        if name == "imagenet100":
+            with open(os.path.join(os.path.dirname(__file__), "imagenet100.txt")) as f:
+                only = f.read().split()
+    parts = {p: os.path.join(path, p) for p in ("train", "val", "test") if os.path.isdir(os.path.join(path, p))}
+    if not os.path.isdir(path):
+        raise SystemExit(f"{name}: there is no folder {path}; " + (
+            "set data.root to a folder of images" if name == "folder" else "put train/<class>/*.JPEG and val/<class>/*.JPEG there, or set data.root"))
+    if name != "folder" and not {"train", "val"} <= set(parts):
+        raise SystemExit(f"{name}: {path} must hold train/<class>/*.JPEG and val/<class>/*.JPEG")
+    if part == "test":
+        path = parts.get("val", parts.get("test")) if "train" in parts else None
+        if path is None:
+            return None
+    else:
+        path = parts.get("train", path)
+
+    files, tops = [], []                                   # a file's class is the first folder below path
+    for place, folders, names in os.walk(path):
+        folders.sort()
+        top = os.path.relpath(place, path).split(os.sep)[0]
+        if only is not None:
+            folders[:] = [f for f in folders if top != "." or f in only]
+        for file in sorted(names):
+            if file.lower().endswith(IMG_EXTENSIONS):
+                files.append(os.path.join(place, file))
+                tops.append(top)
+    if not files:
+        raise SystemExit(f"{name}: no images ({', '.join(IMG_EXTENSIONS)}) under {path}")
+    classes = sorted(set(tops))
+    if only is not None and len(classes) < len(only):
+        missing = sorted(set(only) - set(classes))
+        raise SystemExit(f"{name}: {len(missing)} of its {len(only)} classes are not under {path}; the first is {missing[0]}")
+    if "." in classes or len(classes) < 2:
+        return FolderSet(files, None, None, *IMAGENET)
+    return FolderSet(files, torch.tensor([classes.index(t) for t in tops]), classes, *IMAGENET)

@@ -1,0 +1,250 @@
+"""Settings: a YAML file, `key.sub=value` overrides, checked against the signatures of the code that will receive them.
+
+The keyword-only arguments of a class or function are its YAML keys, their defaults the only defaults, their annotations the types.
+A file is whole by itself, or says `base: other.yaml` (one level deep, beside it) and holds the difference.
+"""
+import argparse
+import difflib
+import importlib
+import inspect
+import os
+import typing
+
+import yaml
+
+# section -> whose keyword-only arguments its keys are: "module:name"; {key} is filled in from the section itself
+SECTIONS = {
+    "data": ["data.datasets:load", "data.loader:Loader"],
+    "model": ["models.resnet:Encoder", "models.{host}:{host}"],
+    "loss": ["losses.{name}:{name}"],
+    "optim": ["engine.schedule:Schedule", "engine.schedule:sgd"],
+    "knn": ["engine.features:KNN"],
+    "linear": ["train_linear:Probe"],
+}
+CHOICE = {"model": "host", "loss": "name"}                 # the key that chooses the file, and thereby the other keys
+PACKAGE = {"model": "models", "loss": "losses"}
+PAPER = ("table", "row", "column", "reported", "source")
+TOP = ("name", "seed", "paper", *SECTIONS)
+
+
+def command_line(description):
+    """The arguments that every script shares."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="a file in yaml/")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's, e.g. optim.epochs=10")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
+    parser.parse_args = parser.parse_intermixed_args       # key=value may stand before and after the options
+    return parser
+
+
+def load(path, overrides=()):
+    """A file and overrides -> the resolved settings, defaults filled in. Anything wrong ends the program with one sentence."""
+    settings = merge_base(path)
+    for text in overrides:
+        override(settings, text)
+    unknown(settings, TOP, f"{path}:")
+    resolved = {"name": settings.get("name", os.path.splitext(os.path.basename(path))[0]), "seed": settings.get("seed", 0)}
+    for key, kind in (("name", str), ("seed", int)):
+        resolved[key] = fit(resolved[key], kind, f"{path}: {key}")
+    if "paper" in settings:
+        unknown(mapping(settings["paper"], f"{path}: paper"), PAPER, f"{path}: paper.")
+        resolved["paper"] = settings["paper"]
+    for section, homes in SECTIONS.items():
+        given = mapping(settings.get(section, {}), f"{path}: {section}")
+        where = f"{path}: {section}."
+        parameters = {}
+        for home in homes:
+            if "{" in home:
+                key = home[home.index("{") + 1:home.index("}")]
+                if key not in given:
+                    raise SystemExit(f"{where}{key} is missing; there are {', '.join(modules(home.split('.')[0]))}")
+                parameters[key] = inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=str)
+                home = home.replace("{" + key + "}", fit(given[key], str, where + key))
+            parameters.update(yaml_keys(find(home, where)))
+        unknown(given, parameters, where)
+        resolved[section] = {}
+        for key, parameter in parameters.items():
+            if key in given:
+                resolved[section][key] = fit(given[key], parameter.annotation, where + key)
+            elif parameter.default is inspect.Parameter.empty:
+                raise SystemExit(f"{where}{key} is missing; add it to the file, or {section}.{key}=... to the command line")
+            else:
+                resolved[section][key] = parameter.default
+    return resolved
+
+
+def build(target, section, file, **given):
+    """Call `target` with the settings of its section that it names, and those of `given` that it names."""
+    names = inspect.signature(target).parameters
+    try:
+        return target(**{k: v for k, v in given.items() if k in names}, **{k: section[k] for k in yaml_keys(target)})
+    except ValueError as error:
+        raise SystemExit(f"{file}: {error}")
+
+
+def find(home, where=""):
+    """"module:name" -> the class or function. A method's class has its file's name, in any capitals: losses/ring.py, Ring."""
+    module, name = home.split(":")
+    package = module.split(".")[0]
+    if package in ("losses", "models") and name != "Encoder" and name not in modules(package):
+        raise SystemExit(f"{where}{'name' if package == 'losses' else 'host'} is {name!r}{nearest(name, modules(package))}; "
+                         f"there are {', '.join(modules(package))}")
+    module = importlib.import_module(module)
+    return getattr(module, name, None) or next(v for k, v in vars(module).items() if k.lower() == name and inspect.isclass(v))
+
+
+def modules(package):
+    """The methods, or the hosts: the files in losses/, or those in models/ that are not parts of hosts. There is no registry."""
+    folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), package)
+    return sorted({f[:-3] for f in os.listdir(folder) if f.endswith(".py")} - {"__init__", "resnet", "memory", "momentum"})
+
+
+def yaml_keys(target):
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    return {k: p.replace(annotation=hints.get(k, typing.Any)) for k, p in inspect.signature(target).parameters.items()
+            if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+def merge_base(path):
+    settings = read(path)
+    if "base" not in settings:
+        return settings
+    base_path = os.path.join(os.path.dirname(path), str(settings.pop("base")))
+    base = read(base_path)
+    if "base" in base:
+        raise SystemExit(f"{base_path}: is itself built on a base ({base['base']}); base goes one level deep, so name that file in {path}")
+    base.pop("paper", None)                                # a row's header is its own
+    base.pop("name", None)
+    for section, value in settings.items():
+        if isinstance(value, dict) and isinstance(base.get(section), dict):
+            for key in sorted(value, key=lambda k: k != CHOICE.get(section)):            # the choice of host or method first
+                put(base[section], section, key, value[key])
+        else:
+            base[section] = value
+    return base
+
+
+def read(path):
+    try:
+        with open(path) as f:
+            settings = yaml.safe_load(f)
+    except FileNotFoundError:
+        folder = os.path.dirname(path) or "."
+        there = sorted(f for f in os.listdir(folder) if f.endswith(".yaml")) if os.path.isdir(folder) else []
+        raise SystemExit(f"{path} does not exist{nearest(os.path.basename(path), there)}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"{path} cannot be read: {error}")
+    except yaml.YAMLError as error:
+        raise SystemExit(f"{path} is not YAML: {' '.join(str(error).split())}")
+    return mapping(settings if settings is not None else {}, path)
+
+
+def override(settings, text):
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise SystemExit(f"{text!r} on the command line is not key=value, e.g. optim.epochs=10")
+    try:
+        value = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise SystemExit(f"{text!r} on the command line: the value is not YAML")
+    *path, last = key.split(".")
+    if len(path) > 1 or (not path and last in (*SECTIONS, "base")):
+        raise SystemExit(f"{text!r} on the command line: a key is section.key, e.g. optim.epochs, or one of name and seed")
+    if not path:
+        settings[last] = value
+        return
+    if path[0] not in (*SECTIONS, "paper"):
+        raise SystemExit(f"command line: {path[0]} is not a section{nearest(path[0], SECTIONS)}; there are {', '.join(SECTIONS)}")
+    put(mapping(settings.setdefault(path[0], {}), path[0]), path[0], last, value)
+
+
+def put(section, name, key, value):
+    """Set a key. Another host takes none of the old host's keys along (MoCo's `momentum` is not IR's); another method, those that it shares."""
+    old = section.get(key)
+    if key == CHOICE.get(name) and old != value and old in modules(PACKAGE[name]) and value in modules(PACKAGE[name]):
+        before, after = (set(yaml_keys(find(SECTIONS[name][-1].replace("{" + key + "}", v)))) for v in (old, value))
+        for stale in before if name == "model" else before - after:
+            section.pop(stale, None)
+    section[key] = value
+
+
+def mapping(value, where):
+    if not isinstance(value, dict):
+        raise SystemExit(f"{where} is {value!r}; it must hold keys and values")
+    return value
+
+
+def unknown(given, known, where):
+    for key in given:
+        if key not in known:
+            raise SystemExit(f"{where}{'' if where.endswith('.') else ' '}{key} is not a setting{nearest(key, known)}; there are {', '.join(known)}")
+
+
+def nearest(word, words):
+    close = difflib.get_close_matches(str(word), list(words), n=1, cutoff=0.4)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+# ---------------------------------------------------------------------------------------------------- types
+
+def fit(value, kind, where):
+    """value as `kind` (int, float, bool, str, list[...], Literal[...], a union with None), or one sentence."""
+    if kind is typing.Any:
+        return value
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        if value not in inner or isinstance(value, bool) != any(v is value for v in inner if isinstance(v, bool)):
+            raise SystemExit(f"{where} is {value!r}{nearest(value, map(str, inner))}; it must be one of {', '.join(map(str, inner))}")
+        return value
+    if inner and origin is not list:                       # a union: the first that fits
+        for one in inner:
+            try:
+                return fit(value, one, where)
+            except SystemExit:
+                pass
+        raise SystemExit(f"{where} is {value!r}; it must be {' or '.join(map(word, inner))}")
+    if origin is list:
+        if not isinstance(value, list):
+            raise SystemExit(f"{where} is {value!r}; it must be {word(kind)}")
+        return [fit(v, inner[0], f"{where}[{i}]") for i, v in enumerate(value)]
+    if kind is float and isinstance(value, str):           # YAML 1.1 reads 1e-4, without a point, as a word
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or value != value:          # a NaN is not a number here
+        raise SystemExit(f"{where} is {value!r}; it must be {word(kind)}")
+    return value
+
+
+def word(kind):
+    if typing.get_origin(kind) is list:
+        return f"a list of {word(typing.get_args(kind)[0]).split(' ', 1)[1]}s"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null"}.get(kind, str(kind))
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+def text(settings):
+    """Resolved settings as YAML, a line a section."""
+    return "".join(f"{key}: {yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10 ** 6).strip().removesuffix('...').strip()}\n"
+                   for key, value in settings.items())
+
+
+def difference(old, new, ignore=()):
+    """The first setting that differs, as words, or None."""
+    for section in [*old, *(k for k in new if k not in old)]:
+        a, b = old.get(section), new.get(section)
+        if section in ignore or a == b:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in [*a, *(k for k in b if k not in a)]:
+                if f"{section}.{key}" not in ignore and a.get(key) != b.get(key):
+                    return f"{section}.{key} was {a.get(key)!r} and is now {b.get(key)!r}"
+        else:
+            return f"{section} was {a!r} and is now {b!r}"
+    return None

@@ -1,0 +1,85 @@
+"""One process or many: every function here is a no-op in one process, so that `python` and `torchrun` run the same program."""
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def start():
+    """Join the process group that torchrun announces, if it does. -> the device of this process."""
+    cuda = torch.cuda.is_available()
+    if "RANK" in os.environ:                               # the one test: torchrun sets it
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if cuda and local >= torch.cuda.device_count():
+            raise SystemExit(f"process {local} of this node has no GPU: there are {torch.cuda.device_count()}; lower --nproc_per_node")
+        if cuda:
+            torch.cuda.set_device(local)
+        dist.init_process_group("nccl" if cuda else "gloo")
+        return torch.device("cuda", local) if cuda else torch.device("cpu")
+    return torch.device("cuda", 0) if cuda else torch.device("cpu")
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main():
+    return rank() == 0
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@torch.no_grad()
+def gather(x):
+    """(n, ...) of each process, n equal everywhere -> (world * n, ...) in the order of the ranks. Carries no gradient."""
+    if world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def broadcast(x):
+    """Rank 0's x, on every rank."""
+    if world_size() > 1:
+        dist.broadcast(x, 0)
+    return x
+
+
+def mean(x):
+    """The mean over processes of a tensor."""
+    if world_size() == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x)
+    return x / world_size()
+
+
+def gather_objects(x):
+    """A Python object of each process -> the list of them."""
+    if world_size() == 1:
+        return [x]
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, x)
+    return parts
+
+
+@torch.no_grad()
+def average_buffers(module):
+    """Make the BatchNorm running statistics those of the whole batch: the mean over processes. Once an epoch, before anything reads them."""
+    if world_size() > 1:
+        for name, buffer in module.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.copy_(mean(buffer))

@@ -1,0 +1,37 @@
+"""The learning rate over training, and the optimizer that all four papers use."""
+import math
+from typing import Literal
+
+import torch
+
+
+class Schedule:
+    """lr = schedule(epoch), epoch a float: 12.5 is half-way through the 13th.
+
+    lr and batch_size are global, as the papers print them. `cosine`: lr/2 (1 + cos(pi t)), t from 0 after the warm-up to 1 at the end,
+    at every step (moco's code: once an epoch). `step`: times gamma at each milestone. `constant`. warmup_epochs: linear from 0.
+    """
+
+    def __init__(self, *, epochs: int, batch_size: int, lr: float, schedule: Literal["cosine", "step", "constant"] = "cosine",
+                 milestones: list[int] = [], gamma: float = 0.1, warmup_epochs: int = 0):
+        for name, value in dict(epochs=epochs, batch_size=batch_size, lr=lr).items():
+            if value <= 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+        if warmup_epochs >= epochs:
+            raise ValueError(f"warmup_epochs {warmup_epochs} leaves nothing of epochs {epochs}")
+        if milestones and schedule != "step":
+            raise ValueError(f"milestones are given, but schedule is {schedule!r}; write schedule: step")
+        self.epochs, self.batch_size, self.lr, self.warmup = epochs, batch_size, lr, warmup_epochs
+        self.schedule, self.milestones, self.gamma = schedule, milestones, gamma
+
+    def __call__(self, epoch):
+        if epoch < self.warmup:
+            return self.lr * epoch / self.warmup
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * (epoch - self.warmup) / (self.epochs - self.warmup)))
+        return self.lr * self.gamma ** sum(epoch >= m for m in self.milestones)
+
+
+def sgd(parameters, lr, *, momentum: float = 0.9, weight_decay: float = 1e-4):
+    """SGD on all parameters alike, as in the four papers; the fused kernel."""
+    return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay, fused=True)

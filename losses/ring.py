@@ -1,0 +1,68 @@
+"""Ring: conditional negative sampling (Wu, Mosse, Zhuang, Yamins, Goodman; ICLR 2021; arXiv 2010.02037).
+
+Plain InfoNCE, whose negatives come from a ring around the query: of the n candidates, ranked by similarity to q, nearest first, those
+from rank floor(l n) to rank floor(u n). What lies nearer is too hard and likely of the query's own class; what lies farther is too easy.
+
+    L = mean_i -log( e^{q k / t} / (e^{q k / t} + sum_{j in ring(q)} e^{q n_j / t}) )          n_j carries no gradient
+
+u falls linearly from 100 % to `outer` over `anneal_epochs`. Not settled by the paper: how long (we: the first third of training), and
+whether l stays (we: yes) or keeps its proportion to u as in the released code (`inner_relative`). Ball, in the same code: `inner: 0`.
+"""
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from . import false_negatives
+
+
+class Ring(nn.Module):
+    """temperature: t. inner, outer: l and u, as shares. anneal_epochs: null is a third of training, 0 a constant ring.
+    n_negatives: that many uniform draws from the ring, with replacement (IR: 4095); null: all of it (MoCo, Algorithm 1)."""
+
+    def __init__(self, epochs, labels=None, *, temperature: float = 0.07, inner: float = 0.01, outer: float = 0.10,
+                 anneal_epochs: float | None = None, inner_relative: bool = False, n_negatives: int | None = None):
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature is {temperature}; it must be above 0")
+        if not 0 <= inner < outer <= 1:
+            raise ValueError(f"inner {inner} and outer {outer} do not bound a ring; they are shares, 0 <= inner < outer <= 1")
+        if n_negatives is not None and n_negatives < 1:
+            raise ValueError(f"n_negatives is {n_negatives}; it must be above 0, or null for the whole ring")
+        self.t, self.l, self.u, self.n_negatives = temperature, inner, outer, n_negatives
+        self.anneal_epochs = epochs / 3 if anneal_epochs is None else anneal_epochs
+        self.inner_relative = inner_relative
+        self.register_buffer("labels", labels, persistent=False)
+
+    def percentiles(self, epoch):
+        """l and u at an epoch."""
+        u = self.u + (1 - self.u) * max(0, 1 - epoch / self.anneal_epochs) if self.anneal_epochs else self.u
+        return (self.l * u / self.u if self.inner_relative else self.l), u
+
+    def forward(self, contrast, epoch):
+        q, k = contrast.query, contrast.positive.mean(1)                               # (N, D), (N, D)
+        s = q @ contrast.negative.T                                                    # (N, K)
+        n = torch.full((len(s), 1), s.shape[1], device=s.device)                       # (N, 1) candidates of each query
+        if contrast.mask is not None:
+            s = s.masked_fill(~contrast.mask, -torch.inf)
+            n = contrast.mask.sum(1, keepdim=True)
+
+        l, u = self.percentiles(epoch)
+        first = (l * n.double() + 1e-9).long()                                         # (N, 1) rank where the ring begins
+        last = torch.maximum((u * n.double() + 1e-9).long(), first + 1)                # (N, 1) rank after its end; never empty
+        most = min(int(u * s.shape[1] + 1e-9) + 1, s.shape[1])                         # no ring ends farther
+        s, which = s.topk(most)                                                        # (N, most), nearest first
+        rank = torch.arange(most, device=s.device)                                     # (most,)
+        ring = (rank >= first) & (rank < last)                                         # (N, most)
+        figures = {"inner threshold": s.gather(1, first).mean(), "outer threshold": s.gather(1, last - 1).mean()}
+        if self.n_negatives is None:
+            s = s.masked_fill(~ring, -torch.inf)
+        else:
+            draws = first + (torch.rand(len(s), self.n_negatives, device=s.device) * (last - first)).long()
+            s = s.gather(1, draws)                                                     # (N, n_negatives)
+
+        positive = (q * k).sum(1)                                                      # (N,)
+        loss = F.softplus(torch.logsumexp(s / self.t, 1) - positive / self.t).mean()
+        used = torch.zeros(len(which[:32]), len(contrast.negative), dtype=torch.bool, device=s.device).scatter_(1, which[:32], ring[:32])
+        K = self.n_negatives or ring.sum(1).float().mean()
+        return loss, {"K": K, "positive": positive.mean(), "inner %": 100 * l, "outer %": 100 * u, **figures,
+                      **false_negatives(contrast, used, self.labels)}

@@ -1,0 +1,116 @@
+"""Encoders: torchvision's ResNets with a choice of stem, width and projection head; unit-length fp32 outputs."""
+from typing import Literal
+
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+LAYERS = {"resnet10": (BasicBlock, [1, 1, 1, 1]), "resnet18": (BasicBlock, [2, 2, 2, 2]),
+          "resnet34": (BasicBlock, [3, 4, 6, 3]), "resnet50": (Bottleneck, [3, 4, 6, 3])}
+
+
+class ResNet(torchvision.models.ResNet):
+    """torchvision's ResNet without `fc`, under torchvision's own keys; `width` is the channels of the first stage (torchvision: 64).
+
+    stem `imagenet`: 7x7 stride 2 and max-pool. stem `cifar`: 3x3, stride 1, padding 1, no max-pool, for images of 32 to 64 pixels.
+    """
+
+    def __init__(self, name, stem="imagenet", width=64, channels=3):
+        self.width = width                                 # _make_layer reads it inside super().__init__
+        block, layers = LAYERS[name]
+        super().__init__(block, layers)
+        kernel, stride = (3, 1) if stem == "cifar" else (7, 2)
+        self.conv1 = nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.bn1 = nn.BatchNorm2d(width)
+        if stem == "cifar":
+            self.maxpool = nn.Identity()
+        self.fc = nn.Identity()
+        self.features = 8 * width * block.expansion        # F, of the pooled output
+
+    def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
+        if planes == 64:                                   # the first stage follows the stem
+            self.inplanes = self.width
+        return super()._make_layer(block, planes * self.width // 64, blocks, stride, dilate)
+
+
+class SplitBatchNorm(nn.BatchNorm2d):
+    """BatchNorm whose batch statistics come from each of `splits` equal consecutive parts of the batch: one process acts as that many.
+
+    The running statistics move by the mean over the parts, which is what engine.distributed.average_buffers makes of many processes.
+    """
+
+    def __init__(self, features, splits):
+        super().__init__(features)
+        self.splits = splits
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        if len(x) % self.splits:
+            raise ValueError(f"a batch of {len(x)} does not divide into model.bn_splits {self.splits} equal parts")
+        means, variances = (b.repeat(self.splits, 1) for b in (self.running_mean, self.running_var))     # (splits, C)
+        y = torch.cat([F.batch_norm(part, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
+                       for part, mean, var in zip(x.chunk(self.splits), means, variances)])
+        self.running_mean.copy_(means.mean(0))
+        self.running_var.copy_(variances.mean(0))
+        self.num_batches_tracked += 1
+        return y
+
+
+def split_batch_norm(module, splits):
+    """Replace every BatchNorm2d in module by a SplitBatchNorm, in place."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, SplitBatchNorm(child.num_features, splits))
+        else:
+            split_batch_norm(child, splits)
+
+
+def fastest(device):
+    """The precision that `auto` means on a device: bf16 where the hardware has it, fp16 on older GPUs (V100), fp32 on older CPUs."""
+    if device.type == "cuda":                              # is_bf16_supported() is true on V100 too, where bf16 is emulated
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "fp32"
+
+
+class Encoder(nn.Module):
+    """Images (N, 3, S, S) -> unit vectors (N, dim) in fp32. Mixed precision lives in here: no loss meets it.
+
+    backbone: resnet10/18/34/50. stem: see ResNet. head: `linear` is one layer; `mlp` is MoCo v2's F -> F -> dim; both on the pooled features.
+    width: 64 is torchvision's. bn_splits: BatchNorm over that many parts of the batch (moco's CIFAR notebook: 8), for one process.
+    precision: `auto` is the fastest that the device has.
+    """
+
+    def __init__(self, *, backbone: Literal["resnet10", "resnet18", "resnet34", "resnet50"] = "resnet18",
+                 stem: Literal["imagenet", "cifar"] = "imagenet", head: Literal["linear", "mlp"] = "linear", dim: int = 128, width: int = 64,
+                 bn_splits: int = 1, precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"):
+        super().__init__()
+        self.backbone = ResNet(backbone, stem, width)
+        self.dim, self.bn_splits, self.precision = dim, bn_splits, precision
+        F_ = self.backbone.features
+        self.head = nn.Linear(F_, dim) if head == "linear" else nn.Sequential(nn.Linear(F_, F_), nn.ReLU(inplace=True), nn.Linear(F_, dim))
+        if bn_splits > 1:
+            split_batch_norm(self, bn_splits)
+        self.to(memory_format=torch.channels_last)
+
+    def settle(self, device):
+        """Move to a device, and fix what `auto` means there. fp16 needs gradient scaling, so it is refused on a CPU."""
+        if self.precision == "auto":
+            self.precision = fastest(device)
+        if self.precision == "fp16" and device.type == "cpu":
+            raise ValueError("precision fp16 is for GPUs; on a CPU use bf16, fp32 or auto")
+        return self.to(device)
+
+    def forward(self, x, feature="output"):
+        """feature: `output`, the unit vectors (N, dim), or `backbone`, the pooled features (N, F)."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+            h = self.backbone(x.contiguous(memory_format=torch.channels_last))       # (N, F)
+            if feature == "backbone":
+                return h.float()
+            z = self.head(h)                                                         # (N, D)
+        return F.normalize(z.float(), dim=1)

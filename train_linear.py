@@ -1,0 +1,189 @@
+"""What did the encoder learn? A linear classifier on its frozen features, and kNN, beside an untrained encoder and raw pixels.
+
+    python train_linear.py --cfg yaml/quickstart.yaml                            the weights of the run of that name, and the file's linear: protocol
+    python train_linear.py --cfg yaml/cifar10_ring.yaml --weights resnet18.pth   a backbone.pt, a last.pt, or a torchvision ResNet's file
+    torchrun --nproc_per_node 8 train_linear.py --cfg yaml/cifar10_moco.yaml     the same, shared out
+
+Prints a table and appends it, with the protocol in words, to runs/<name>/linear.jsonl. Labels never reach the encoder: it is frozen, in eval
+mode, and compared with its own copy at the end.
+"""
+import copy
+import json
+import os
+import time
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data.datasets import load
+from data.loader import Loader
+from engine import checkpoint, config, distributed
+from engine.features import KNN, extract, knn
+from engine.schedule import Schedule, sgd
+from models.resnet import Encoder
+
+
+class Probe:
+    """The protocol. One linear layer on the pooled features by SGD; the last epoch counts, nothing is chosen by the test set.
+
+    lr: one, or several that are trained side by side in one pass; the first is the one reported. features: `augmented`, the papers' way,
+    passes `augment`ed images through the encoder in every epoch; `cached` extracts each image once, un-augmented: seconds instead of hours.
+    standardize: features are brought to mean 0 and variance 1 by the training set's, which makes one lr fit all encoders; no paper's way.
+    The other keys are engine.schedule's.
+    """
+
+    def __init__(self, *, epochs: int = 100, batch_size: int = 256, lr: float | list[float] = [0.1, 0.01],
+                 schedule: Literal["cosine", "step", "constant"] = "cosine", milestones: list[int] = [], gamma: float = 0.1, momentum: float = 0.9,
+                 weight_decay: float = 0.0, features: Literal["cached", "augmented"] = "cached", augment: str = "crop_flip", standardize: bool = True):
+        self.lrs = lr if isinstance(lr, list) else [lr]
+        if not self.lrs:
+            raise ValueError("lr is an empty list; give one learning rate or several")
+        self.schedule = Schedule(epochs=epochs, batch_size=batch_size, lr=1.0, schedule=schedule, milestones=milestones, gamma=gamma)
+        if min(self.lrs) <= 0:
+            raise ValueError(f"lr {min(self.lrs)} must be above 0")
+        self.epochs, self.batch_size, self.momentum, self.weight_decay = epochs, batch_size, momentum, weight_decay
+        self.features, self.augment, self.standardize = features, augment, standardize
+
+    def __str__(self):
+        s = self.schedule
+        return (f"linear layer on {'standardized ' if self.standardize else ''}pooled features of the frozen encoder, "
+                + ("no augmentation" if self.features == "cached" else f"augmentation {self.augment}")
+                + f"; SGD, {self.epochs} epochs, batch {self.batch_size}, lr {self.lrs[0]:g}, momentum {self.momentum:g}, weight decay {self.weight_decay:g}, "
+                + (f"times {s.gamma:g} at {s.milestones}" if s.schedule == "step" else s.schedule) + "; last epoch")
+
+
+def main():
+    parser = config.command_line(__doc__)
+    parser.add_argument("--weights", metavar="FILE", help="the encoder's weights; left out: those of the run that --cfg names")
+    parser.add_argument("--no-baselines", action="store_true", help="leave out the untrained encoder and raw pixels")
+    args = parser.parse_args()
+    cfg = config.load(args.cfg, args.overrides)
+    if args.print_config:
+        return print(config.text(cfg), end="")
+
+    device = distributed.start()
+    main_process = distributed.is_main()
+    say = print if main_process else lambda *_: None
+    build = lambda target, section, **given: config.build(target, cfg[section], f"{args.cfg}: {section}", **given)
+    probe = build(Probe, "linear")
+    folder = os.path.join("runs", cfg["name"])
+    weights = args.weights or next((f for f in (os.path.join(folder, n) for n in ("backbone.pt", "last.pt")) if os.path.exists(f)), None)
+    if weights is None:
+        raise SystemExit(f"{folder} holds no backbone.pt; first run: python train_pretrain.py --cfg {args.cfg}, or give --weights FILE")
+
+    torch.manual_seed(cfg["seed"])
+    encoder = build(Encoder, "model")                      # the very weights that the run began with
+    untrained = copy.deepcopy(encoder.backbone)
+    checkpoint.load_backbone(weights, encoder.backbone)
+    encoder.settle(device).eval().requires_grad_(False)
+    before = copy.deepcopy(encoder.backbone.state_dict())
+    train, test = (build(load, "data", part=part, seed=cfg["seed"]) for part in ("train", "test"))
+    if train.labels is None or test is None:
+        raise SystemExit(f"{args.cfg}: a linear probe needs a labelled train part and test part; {cfg['data']['name']} at {cfg['data']['root']} lacks them")
+    train, test = train.to(device), test.to(device)
+    size, workers = cfg["data"]["image_size"], cfg["data"]["workers"]
+    classes = len(train.classes)
+
+    # ------------------------------------------------------------------------------------------------ whose features
+    def of(backbone):
+        net = copy.copy(encoder)                           # shares all but the backbone
+        net._modules = {**encoder._modules, "backbone": backbone}
+        return lambda x: net(x, "backbone")                # (b, F)
+
+    encoders = {} if args.no_baselines else {
+        "raw pixels": lambda x: F.adaptive_avg_pool2d(x, min(32, size)).flatten(1),
+        "untrained encoder": of(untrained.to(device).eval().requires_grad_(False))}
+    encoders[f"{cfg['name']}"] = of(encoder.backbone)
+    say(f"{weights} on {cfg['data']['name']}: {len(train)} training and {len(test)} test images, {classes} classes")
+    y, y_test = train.labels.to(device), test.labels.to(device)
+    x_test = {name: extract(encode, test, size, device, workers, what=f"test, {name}") for name, encode in encoders.items()}
+    x = {name: extract(encode, train, size, device, workers, what=f"train, {name}") for name, encode in encoders.items()}
+    monitor = build(KNN, "knn", train=train, test=test, image_size=size, device=device, workers=workers)
+    rows = {name: {"knn": percent(knn(x[name], y, x_test[name], monitor.k, monitor.temperature) == y_test)} for name in encoders}
+
+    # ------------------------------------------------------------------------------------------------ the probe
+    scale = {name: (v.mean(0), v.std(0).clamp(min=1e-6)) if probe.standardize else (0.0, 1.0) for name, v in x.items()}
+    ready = lambda name, v: (v - scale[name][0]) / scale[name][1]
+    layers = nn.ModuleDict({key(name): nn.ModuleList(nn.Linear(v.shape[1], classes) for _ in probe.lrs) for name, v in x.items()}).to(device)
+    for layer in layers.modules():
+        if isinstance(layer, nn.Linear):                   # the convention of the released code
+            nn.init.normal_(layer.weight, std=0.01), nn.init.zeros_(layer.bias)
+    optimizers = [(lr, sgd([p for l in layers.values() for p in l[i].parameters()], lr, momentum=probe.momentum, weight_decay=probe.weight_decay))
+                  for i, lr in enumerate(probe.lrs)]
+    heads = Heads(layers)
+    augmented = probe.features == "augmented"
+    if augmented:
+        loader = config.build(Loader, {**cfg["data"], "augment": probe.augment, "augment_backend": "batched"}, f"{args.cfg}: linear", dataset=train,
+                              batch_size=probe.batch_size, n_views=1, seed=cfg["seed"] + 1, device=device)
+        if distributed.world_size() > 1:
+            heads = DistributedDataParallel(heads, device_ids=[device.index] if device.type == "cuda" else None)
+    order = torch.Generator().manual_seed(cfg["seed"])
+
+    def epoch_of(epoch):
+        """-> ({name: features (b, F)}, labels (b,)) for each step"""
+        if augmented:
+            for (images,), index in loader.epoch(epoch):
+                yield {name: ready(name, encode(images)) for name, encode in encoders.items()}, y[index]
+        else:                                              # every process trains the same layers on all features
+            for index in torch.randperm(len(train), generator=order).to(device).split(probe.batch_size):
+                yield {name: ready(name, v[index]) for name, v in x.items()}, y[index]
+
+    began = time.time()
+    for epoch in tqdm(range(probe.epochs), "linear", leave=False, disable=None if main_process else True):
+        for lr, optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = lr * probe.schedule(epoch)
+        for features, target in epoch_of(epoch):
+            loss = sum(F.cross_entropy(logits, target) for many in heads(features).values() for logits in many)
+            for _, optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            for _, optimizer in optimizers:
+                optimizer.step()
+    if not loss.isfinite():
+        raise SystemExit(f"the probe's loss is {loss.item()}; lower linear.lr ({probe.lrs})")
+
+    # ------------------------------------------------------------------------------------------------ what came out
+    for name, value in encoder.backbone.state_dict().items():
+        if not torch.equal(value, before[name]):
+            raise SystemExit(f"the frozen encoder moved: {name} changed; this is a fault of the program, and the figures are void")
+    for name, row in rows.items():
+        for i, lr in enumerate(probe.lrs):
+            top = layers[key(name)][i](ready(name, x_test[name])).topk(min(5, classes)).indices == y_test[:, None]        # (m, 5)
+            row |= {f"top-1, lr {lr:g}": percent(top[:, 0]), f"top-5, lr {lr:g}": percent(top.any(1))}
+    columns = ["knn", *(f"top-{k}, lr {lr:g}" for lr in probe.lrs for k in (1, 5))]
+    say(f"\n{probe}\nkNN: k {min(monitor.k, len(train))}, T {monitor.temperature:g}, on the pooled features"
+        f"{'; raw pixels at most 32 x 32' if not args.no_baselines else ''}; the encoder's weights did not move\n")
+    say("\n".join([f"{'':24}" + "".join(f"{c:>16}" for c in columns)] + [f"{name:24}" + "".join(f"{row[c]:16.2f}" for c in columns) for name, row in rows.items()]))
+    if main_process:
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, "linear.jsonl"), "a") as f:
+            f.write(json.dumps({"weights": weights, "protocol": str(probe), "knn": str(monitor).replace(monitor.feature, "backbone"), "seed": cfg["seed"],
+                                "seconds": round(time.time() - began, 1), "rows": rows}) + "\n")
+    distributed.stop()
+
+
+class Heads(nn.Module):
+    """All linear layers, as one module for DDP."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, features):
+        return {name: [layer(v) for layer in self.layers[key(name)]] for name, v in features.items()}
+
+
+def key(name):
+    return name.replace(".", "_")                          # nn.ModuleDict takes no point
+
+
+def percent(right):
+    return round(100 * right.float().mean().item(), 3)
+
+
+if __name__ == "__main__":
+    main()

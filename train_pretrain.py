@@ -1,0 +1,155 @@
+"""Contrastive pre-training: an encoder learns from images without labels.
+
+    python train_pretrain.py --cfg yaml/quickstart.yaml                                  a CPU, or one GPU: the same line
+    python train_pretrain.py --cfg yaml/cifar10_ring.yaml optim.epochs=10 name=short     settings replaced on the command line
+    torchrun --nproc_per_node 8 train_pretrain.py --cfg yaml/cifar10_moco.yaml           8 GPUs (or, without any, 8 processes)
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_pretrain.py --cfg ...     on both of 2 nodes
+
+A run lives in runs/<name>/ (name: the file's, unless set): config.yaml, log.jsonl, TensorBoard's events, augmentation.png, last.pt, and at the
+end backbone.pt, torchvision's keys. A run that was stopped goes on from last.pt when it is started again; --fresh starts it over.
+Batch size and learning rate are global, for all processes together; nothing is scaled silently.
+"""
+import math
+import os
+import time
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data.datasets import load
+from data.loader import Loader
+from engine import checkpoint, config, distributed
+from engine.features import KNN
+from engine.log import Log, lines
+from engine.schedule import Schedule, sgd
+from models.resnet import Encoder
+
+
+def main():
+    parser = config.command_line(__doc__)
+    parser.add_argument("--fresh", action="store_true", help="start over, though the run has a last.pt")
+    args = parser.parse_args()
+    cfg = config.load(args.cfg, args.overrides)
+    if args.print_config:
+        return print(config.text(cfg), end="")
+
+    # ------------------------------------------------------------------------------------------------ who takes part
+    device = distributed.start()
+    main_process = distributed.is_main()
+    say = print if main_process else lambda *_: None
+    build = lambda target, section, **given: config.build(target, cfg[section], f"{args.cfg}: {section}", **given)
+    folder = os.path.join("runs", cfg["name"])
+    os.makedirs(folder, exist_ok=True)
+    torch.manual_seed(cfg["seed"])                         # every process begins with the same weights, bank and queue
+
+    pretrain = build(load, "data", part="pretrain", seed=cfg["seed"])
+    train = pretrain if cfg["data"]["split"] == "train" else build(load, "data", part="train", seed=cfg["seed"])
+    test = build(load, "data", part="test", seed=cfg["seed"])
+    if cfg["data"]["augment_backend"] == "batched":
+        [part.to(device) for part in (pretrain, train, test) if part]
+
+    encoder = build(Encoder, "model")
+    host = build(config.find("models.{host}:{host}".format(**cfg["model"])), "model", encoder=encoder, n_data=len(pretrain))
+    epochs = cfg["optim"]["epochs"]
+    loss_fn = build(config.find("losses.{name}:{name}".format(**cfg["loss"])), "loss", epochs=epochs, n_data=len(pretrain), labels=pretrain.labels)
+    try:
+        encoder.settle(device)
+    except ValueError as error:
+        raise SystemExit(f"{args.cfg}: model: {error}")
+    host, loss_fn = host.to(device), loss_fn.to(device)
+    if hasattr(host, "key_encoder"):
+        host.key_encoder.net.precision = encoder.precision
+    model = encoder
+    if distributed.world_size() > 1:
+        model = DistributedDataParallel(encoder, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
+
+    schedule = build(Schedule, "optim")
+    optimizer = build(sgd, "optim", parameters=encoder.parameters(), lr=schedule.lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=encoder.precision == "fp16")
+    loader = build(Loader, "data", dataset=pretrain, batch_size=schedule.batch_size, n_views=host.n_views, seed=cfg["seed"], device=device)
+    monitor = build(KNN, "knn", train=train, test=test, image_size=cfg["data"]["image_size"], device=device, workers=loader.workers)
+    torch.manual_seed(cfg["seed"] + 2 ** 20 * distributed.rank())
+
+    # ------------------------------------------------------------------------------------------------ where it stands
+    last, state = os.path.join(folder, "last.pt"), dict(encoder=encoder, host=host, loss=loss_fn, optimizer=optimizer, scaler=scaler)
+    start = checkpoint.resume(last, cfg, **state) if os.path.exists(last) and not args.fresh else 0
+    steps = len(loader)
+    if main_process:
+        with open(os.path.join(folder, "config.yaml"), "w") as f:
+            f.write(config.text(cfg))
+        log = Log(folder, start)
+        if start == 0:
+            log.picture(os.path.join(folder, "augmentation.png"), loader.examples(), columns=8)
+    say(config.text(cfg), end="")
+    say(f"{folder}: {len(pretrain)} images, {steps} steps an epoch of {loader.batch} = {distributed.world_size()} processes x {loader.local}; "
+        f"lr {schedule.lr:g}, both global; {device}, {encoder.precision}, {sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M parameters")
+    say(f"{monitor}" if monitor.possible else "no kNN: the data set has no labels or no test part")
+    if start:
+        say(f"going on from {last} after epoch {start} of {epochs}")
+    elif monitor.due(0, epochs):
+        figures = {"knn": monitor(encoder)}
+        say(f"untrained: kNN {figures['knn']:.1f} %")
+        if main_process:
+            log.write(0, figures)
+
+    # ------------------------------------------------------------------------------------------------ the loop
+    for epoch in range(start, epochs):
+        encoder.train(), host.train()
+        total, began, wait, ready = {}, time.time(), 0.0, time.time()
+        bar = tqdm(loader.epoch(epoch), f"epoch {epoch + 1}/{epochs}", total=steps, leave=False, disable=None if main_process else True)
+        for step, (views, index) in enumerate(bar):
+            wait += time.time() - ready                    # for data; on a CPU that is the augmentation's own time
+            now = epoch + step / steps
+            for group in optimizer.param_groups:
+                group["lr"] = schedule(now)
+
+            contrasts = host(model, views, index)          # who is contrasted with whom
+            results = [loss_fn(contrast, now) for contrast in contrasts]                # how
+            loss = sum(value for value, _ in results)
+
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            host.after_step()
+
+            with torch.no_grad():                          # figures stay on the device: nothing here waits for it
+                q = contrasts[0].query
+                spread = q.std(0).mean() * q.shape[1] ** 0.5                            # 1 when spread over the sphere, 0 when collapsed
+                for name, value in [("loss", loss.detach()), ("spread", spread), *(pair for _, figures in results for pair in figures.items())]:
+                    total[name] = total.get(name, 0) + torch.as_tensor(value, device=device) / (steps if name in ("loss", "spread") else steps * len(results))
+            if step % 20 == 0 or step == steps - 1:
+                value = loss.item()
+                bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+                if not math.isfinite(value):
+                    raise SystemExit(f"the loss is {value} at epoch {epoch + 1}, step {step + 1} of {steps}; "
+                                     + (f"{last} holds the state after epoch {epoch}" if epoch else "nothing was saved yet") + "; try a lower optim.lr")
+            ready = time.time()
+
+        # -------------------------------------------------------------------------------------------- end of an epoch
+        seconds = time.time() - began
+        distributed.average_buffers(encoder), distributed.average_buffers(host)
+        figures = dict(zip(total, distributed.mean(torch.stack([v.float() for v in total.values()])).tolist()))
+        figures |= {"chance": math.log(figures["K"] + 1), "lr": schedule(now), "seconds": seconds, "images/s": steps * loader.batch / seconds,
+                    "data wait": wait / seconds}
+        if monitor.due(epoch + 1, epochs):
+            figures["knn"] = monitor(encoder)
+        say(f"epoch {epoch + 1:3d}/{epochs}  loss {figures['loss']:.3f} (chance: log(K+1) = {figures['chance']:.3f})  lr {figures['lr']:.4f}  "
+            f"{seconds:.1f} s, {figures['images/s']:.0f} images/s" + (f"  kNN {figures['knn']:.1f} %" if "knn" in figures else ""))
+        if main_process:
+            log.write(epoch + 1, {k: float(f"{v:.6g}") for k, v in figures.items()})
+        checkpoint.save(last, cfg, epoch + 1, **state)
+
+    if main_process:
+        backbone = os.path.join(folder, "backbone.pt")
+        checkpoint.write(backbone, encoder.backbone.state_dict())
+        seen = [(line["epoch"], line["knn"]) for line in lines(log.path) if "knn" in line]
+        if seen:
+            say(f"\n  kNN    untrained {seen[0][1]:5.1f} %\n  after {epochs:3d} epochs {seen[-1][1]:5.1f} %\n")
+        say(f"{backbone}: the encoder, torchvision's keys\nnext: python train_linear.py --cfg {args.cfg}" + "".join(f" {o}" for o in args.overrides))
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()
