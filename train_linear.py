@@ -16,12 +16,12 @@ from typing import Literal
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.datasets import load
 from data.loader import Loader
 from engine import checkpoint, config, distributed
+from engine.distributed import say
 from engine.features import KNN, extract, knn
 from engine.schedule import Schedule, sgd
 from models.resnet import Encoder
@@ -67,7 +67,6 @@ def main():
 
     device = distributed.start()
     main_process = distributed.is_main()
-    say = print if main_process else lambda *_: None
     build = lambda target, section, **given: config.build(target, cfg[section], f"{args.cfg}: {section}", **given)
     probe = build(Probe, "linear")
     folder = os.path.join("runs", cfg["name"])
@@ -114,13 +113,11 @@ def main():
             nn.init.normal_(layer.weight, std=0.01), nn.init.zeros_(layer.bias)
     optimizers = [(lr, sgd([p for l in layers.values() for p in l[i].parameters()], lr, momentum=probe.momentum, weight_decay=probe.weight_decay))
                   for i, lr in enumerate(probe.lrs)]
-    heads = Heads(layers)
     augmented = probe.features == "augmented"
     if augmented:
         loader = config.build(Loader, {**cfg["data"], "augment": probe.augment, "augment_backend": "batched"}, f"{args.cfg}: linear", dataset=train,
                               batch_size=probe.batch_size, n_views=1, seed=cfg["seed"] + 1, device=device)
-        if distributed.world_size() > 1:
-            heads = DistributedDataParallel(heads, device_ids=[device.index] if device.type == "cuda" else None)
+    heads = distributed.wrap(Heads(layers), device) if augmented else Heads(layers)
     order = torch.Generator().manual_seed(cfg["seed"])
 
     def epoch_of(epoch):

@@ -14,12 +14,12 @@ import os
 import time
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.datasets import load
 from data.loader import Loader
 from engine import checkpoint, config, distributed
+from engine.distributed import say
 from engine.features import KNN
 from engine.log import Log, lines
 from engine.schedule import Schedule, sgd
@@ -37,7 +37,6 @@ def main():
     # ------------------------------------------------------------------------------------------------ who takes part
     device = distributed.start()
     main_process = distributed.is_main()
-    say = print if main_process else lambda *_: None
     build = lambda target, section, **given: config.build(target, cfg[section], f"{args.cfg}: {section}", **given)
     folder = os.path.join("runs", cfg["name"])
     os.makedirs(folder, exist_ok=True)
@@ -60,14 +59,16 @@ def main():
     host, loss_fn = host.to(device), loss_fn.to(device)
     if hasattr(host, "key_encoder"):
         host.key_encoder.net.precision = encoder.precision
-    model = encoder
-    if distributed.world_size() > 1:
-        model = DistributedDataParallel(encoder, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
+    model = distributed.wrap(encoder, device)
 
     schedule = build(Schedule, "optim")
     optimizer = build(sgd, "optim", parameters=encoder.parameters(), lr=schedule.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=encoder.precision == "fp16")
-    loader = build(Loader, "data", dataset=pretrain, batch_size=schedule.batch_size, n_views=host.n_views, seed=cfg["seed"], device=device)
+    loader = config.build(Loader, cfg["data"], f"{args.cfg}: optim", dataset=pretrain, batch_size=schedule.batch_size, n_views=host.n_views, seed=cfg["seed"],
+                          device=device)
+    if loader.local % encoder.bn_splits:
+        raise SystemExit(f"{args.cfg}: optim.batch_size {loader.batch} gives each process {loader.local} images, which model.bn_splits {encoder.bn_splits} "
+                         "does not divide")
     monitor = build(KNN, "knn", train=train, test=test, image_size=cfg["data"]["image_size"], device=device, workers=loader.workers)
     torch.manual_seed(cfg["seed"] + 2 ** 20 * distributed.rank())
 

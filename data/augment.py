@@ -29,6 +29,9 @@ RECIPES = {
     # 32-pixel images: moco's CIFAR notebook and SupContrast.  No blur
     "cifar": [("crop", dict(scale=(0.2, 1.0))), ("flip", dict(p=0.5)),
               ("jitter", dict(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=0.8)), ("grey", dict(p=0.2))],
+    # data/shapes.py: colour means nothing there, and a small crop would miss the form
+    "shapes": [("crop", dict(scale=(0.5, 1.0))), ("jitter", dict(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.5, p=1.0)),
+               ("grey", dict(p=0.2)), ("flip", dict(p=0.5))],
     # the light ones, for probes
     "crop_flip": [("crop", dict(scale=(0.08, 1.0))), ("flip", dict(p=0.5))],        # moco's linear probe
     "crop_flip_20": [("crop", dict(scale=(0.2, 1.0))), ("flip", dict(p=0.5))],      # CMC's and SupContrast's

@@ -85,16 +85,19 @@ def load(part, seed, *, name: str, root: str = "datasets", split: str = "train",
         raise SystemExit(f"data.name is {name!r}{nearest(name, NAMES)}; there are {', '.join(NAMES)}")
     if split != "train" and not (name == "stl10" and split in ("unlabeled", "train+unlabeled")):
         raise SystemExit(f"data.split is {split!r}; stl10 has train, unlabeled and train+unlabeled, every other set just train")
+    if limit is not None and limit < 1:
+        raise SystemExit(f"data.limit is {limit}; it must be above 0, or null for all images")
     if name == "shapes":
-        images, labels = shapes.shapes(10000, seed=0) if part != "test" else shapes.shapes(2400, seed=1)
+        n = 10000 if limit is None else min(limit, 10000)                              # balanced as drawn: no need to draw the rest
+        images, labels = shapes.shapes(n, seed=0) if part != "test" else shapes.shapes(2400, seed=1)
         dataset = ArraySet(torch.from_numpy(images), torch.from_numpy(labels), shapes.CLASSES, *STATISTICS[name])
     elif name in STATISTICS:
         dataset = download(name, part, root, split)
     else:
         dataset = folder(name, part, root)
     if limit is not None and (part == "pretrain" or part == "train" and split == "train"):
-        if not 0 < limit <= len(dataset):
-            raise SystemExit(f"data.limit is {limit}; {name} has 1 to {len(dataset)} images to choose from")
+        if limit > len(dataset):
+            raise SystemExit(f"data.limit is {limit}; {name} has {len(dataset)} images to choose from")
         dataset = dataset.select(balanced(dataset.labels, len(dataset), limit, seed))
     return dataset
 

@@ -32,9 +32,9 @@ class Loader:
                  augment_backend: Literal["batched", "pil"] = "batched", workers: int | None = None):
         world = distributed.world_size()
         if batch_size % world:
-            raise ValueError(f"optim.batch_size {batch_size} does not divide by {world} processes")
+            raise ValueError(f"batch_size {batch_size} does not divide by {world} processes")
         if batch_size > len(dataset):
-            raise ValueError(f"optim.batch_size {batch_size} is larger than the data set of {len(dataset)} images")
+            raise ValueError(f"batch_size {batch_size} is larger than the data set of {len(dataset)} images")
         if image_size < 8:
             raise ValueError(f"data.image_size is {image_size}; it must be at least 8")
         self.dataset, self.device, self.seed, self.n_views = dataset, device, seed, n_views
@@ -52,21 +52,21 @@ class Loader:
         rows = (torch.arange(self.n_views)[:, None] * self.batch + mine).flatten()     # (n_views b,)
         for step in range(len(self)):
             g, n = generator(self.seed, epoch, step), self.n_views * self.batch
-            drawn = torch.randint(2 ** 31, (n,), generator=g) if self.backend == "pil" else self.augment.draw(n, g)
-            yield order[step * self.batch + mine], drawn[rows] if self.backend == "pil" else pick(drawn, rows)
+            yield order[step * self.batch + mine], pick(self.draw(n, g), rows)
+
+    def draw(self, n, g):
+        return {"pil": {"seed": torch.randint(2 ** 31, (n,), generator=g)}} if self.backend == "pil" else self.augment.draw(n, g)
 
     def epoch(self, epoch):
-        for views, index in batches(self.dataset, self.augment, self.plan(epoch), self.device, self.workers, self.backend):
+        for views, index in batches(self.dataset, self.augment, self.plan(epoch), self.device, self.workers, self.backend, self.n_views):
             yield list(views.chunk(self.n_views)), index
 
     def examples(self, n=8):
         """The first n images, each beside n - 1 augmented views: (n * n, 3, S, S) in [0, 1], for a look."""
         rows, g = torch.arange(min(n, len(self.dataset))), generator(self.seed)
-        drawn = torch.randint(2 ** 31, (n * len(rows),), generator=g) if self.backend == "pil" else self.augment.draw((n - 1) * len(rows), g)
-        if self.backend == "pil":
-            drawn = drawn[len(rows):]
+        drawn = self.draw((n - 1) * len(rows), g)
         plain = in_order(self.dataset, rows, "eval", self.augment.size, self.device, workers=0)
-        views = batches(self.dataset, self.augment, [(rows, drawn)], self.device, 0, self.backend)
+        views = batches(self.dataset, self.augment, [(rows, drawn)], self.device, 0, self.backend, n - 1)
         x = torch.cat([x for part in (plain, views) for x, _ in part]).view(n, len(rows), 3, self.augment.size, self.augment.size)
         mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self.augment.mean, self.augment.std))
         return (x.transpose(0, 1).flatten(0, 1) * std + mean).clamp(0, 1)
@@ -84,14 +84,13 @@ def default_workers():
     return min(8, max(1, len(os.sched_getaffinity(0)) // here)) if hasattr(os, "sched_getaffinity") else 2
 
 
-def batches(dataset, augment, plan, device, workers, backend="batched"):
-    """plan: pairs (index (b,), what was drawn for V * b views). -> pairs ((V * b, 3, S, S) on the device, index (b,) on the device)."""
+def batches(dataset, augment, plan, device, workers, backend="batched", views=1):
+    """plan: pairs (index (b,), what was drawn for views * b images). -> pairs ((views * b, 3, S, S), index (b,)) on the device."""
     if hasattr(dataset, "images") and backend == "batched":                            # in memory: no workers at all
         for index, u in plan:
-            views = views_of(u, len(index))
             yield augment.apply(dataset.images[index.to(dataset.images.device)].repeat(views, 1, 1, 1).to(device), u), index.to(device)
         return
-    loader = DataLoader(Reader(dataset, augment, backend), batch_sampler=plan, num_workers=workers, collate_fn=as_it_is,
+    loader = DataLoader(Reader(dataset, augment, backend, views), batch_sampler=plan, num_workers=workers, collate_fn=as_it_is,
                         pin_memory=device.type == "cuda", generator=torch.Generator())  # a generator of its own: leave the global one alone
     for images, index, u, problem in loader:
         if problem:
@@ -104,15 +103,11 @@ def as_it_is(batch):
     return batch
 
 
-def views_of(u, b):
-    return len(next(iter(next(iter(u.values())).values()))) // b if u else 1
-
-
 class Reader(torch.utils.data.Dataset):
     """What a worker does for a whole batch: decode each image once, then crop and resize each of its views (or, for `pil`, everything)."""
 
-    def __init__(self, dataset, augment, backend):
-        self.dataset, self.augment, self.backend = dataset, augment, backend
+    def __init__(self, dataset, augment, backend, views):
+        self.dataset, self.augment, self.backend, self.views = dataset, augment, backend, views
         self.transform = pil_transforms(augment.recipe, augment.size) if backend == "pil" else None
 
     def __len__(self):
@@ -125,16 +120,14 @@ class Reader(torch.utils.data.Dataset):
         except ValueError as error:                        # a message: an exception would arrive wrapped in the worker's traceback
             return torch.empty(0), index, {}, str(error)
         crop_and_resize = self.pil if self.backend == "pil" else self.crop
-        views = [torch.from_numpy(np.array(v)).permute(2, 0, 1) for v in crop_and_resize(images, drawn)]
+        views = [torch.from_numpy(np.array(v)).permute(2, 0, 1) for v in crop_and_resize(images * self.views, drawn)]
         colours = {} if self.backend == "pil" else {k: v for k, v in drawn.items() if k != "crop"}
         return torch.stack(views), index, colours, None    # (V b, 3, S, S) uint8
 
     def crop(self, images, u):
-        views, S = views_of(u, len(images)), self.augment.size
-        height, width = (torch.tensor([image.size[side] for image in images]).repeat(views) for side in (1, 0))
-        box = self.augment.box(u, height, width)
-        for row in range(views * len(images)):
-            image = images[row % len(images)]
+        S = self.augment.size
+        box = self.augment.box(u, *(torch.tensor([image.size[side] for image in images]) for side in (1, 0)))
+        for row, image in enumerate(images):
             if box is None or image.size == (S, S) and not u:                          # has the wanted size already
                 yield image
             elif "crop" in u:
@@ -144,8 +137,8 @@ class Reader(torch.utils.data.Dataset):
                 top, left, h, w = box[row].tolist()
                 yield image.resize((S, S), BILINEAR, box=(left, top, left + w, top + h))
 
-    def pil(self, images, seeds):
-        for row, seed in enumerate(seeds.tolist()):
+    def pil(self, images, u):
+        for image, seed in zip(images, u["pil"]["seed"].tolist()):
             with torch.random.fork_rng(devices=[]):        # torchvision's transforms draw from the global generator
                 torch.manual_seed(seed)
-                yield self.transform(images[row % len(images)])
+                yield self.transform(image)

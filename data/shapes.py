@@ -61,39 +61,34 @@ def draw(labels, size, rng):
     y, x = np.meshgrid(*[(np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1] * 2, indexing="ij")   # (S, S) in [-1, 1]
     x, y = x[None], y[None]
 
-    # background: two colours, mixed by a sum of three waves of random direction and frequency
+    # background: two dark colours, mixed by a sum of three waves of random direction and frequency
     wave = np.zeros((n, size, size), np.float32)
     for _ in range(3):
         angle, frequency = u(0, 2 * np.pi), u(0.5, 7)
         wave += np.sin(col(frequency) * (col(np.cos(angle)) * x + col(np.sin(angle)) * y) + col(u(0, 2 * np.pi)))
     wave = (wave / 3 * col(u(0.2, 1)) + 1)[:, None] / 2                                            # (n, 1, S, S) in [0, 1]
-    ground = u(0, 1, 3, 1, 1)
-    image = ground + (np.clip(ground + u(-0.35, 0.35, 3, 1, 1), 0, 1) - ground) * wave             # (n, 3, S, S)
+    image = u(0, 0.5, 3, 1, 1) * (1 - wave) + u(0, 0.5, 3, 1, 1) * wave                            # (n, 3, S, S)
 
     def paint(image, d, colour):                           # d in units of the image's half width; edges one pixel soft
         cover = np.clip(0.5 - d * size / 2, 0, 1)[:, None]
         return image + (colour - image) * cover
 
-    def stand_out():                                       # a colour that differs from the ground, by hue or by brightness
-        colour = u(0, 1, 3, 1, 1)
-        near = np.abs(colour - ground).max(1, keepdims=True) < 0.4
-        return np.where(near, (ground + 0.5) % 1, colour)
-
-    for _ in range(4):                                     # clutter: strokes behind the form
-        px, py, angle, length, width = u(-1, 1), u(-1, 1), u(0, np.pi), u(0, 0.5), u(0.02, 0.08)
+    for _ in range(4):                                     # clutter: strokes behind it, dark and bright
+        px, py, angle, length, width = u(-1, 1), u(-1, 1), u(0, np.pi), u(0, 0.4), u(0.02, 0.06)
         along = (x - col(px)) * col(np.cos(angle)) + (y - col(py)) * col(np.sin(angle))
         across = (y - col(py)) * col(np.cos(angle)) - (x - col(px)) * col(np.sin(angle))
         d = np.hypot(np.maximum(np.abs(along) - col(length) / 2, 0), across) - col(width)
-        image = paint(image, d, u(0, 1, 3, 1, 1))
+        image = paint(image, d, u(0, 0.8, 3, 1, 1))
 
-    radius, angle, mirror = u(0.35, 0.65), u(0, 2 * np.pi), np.where(u(0, 1) < 0.5, -1, 1)
-    room = 1.1 - radius                                    # the form may touch the border, hardly ever leave the image
+    # the form, in a brighter colour
+    radius, angle, mirror = u(0.35, 0.6), u(0, 2 * np.pi), np.where(u(0, 1) < 0.5, -1, 1)
+    room = 1.2 - radius                                    # the form may touch the border, hardly ever leave the image
     fx, fy = x - col(u(-1, 1) * room), y - col(u(-1, 1) * room)
     fx, fy = (fx * col(np.cos(angle)) + fy * col(np.sin(angle))) / col(radius), (fy * col(np.cos(angle)) - fx * col(np.sin(angle))) / col(radius * mirror)
     d = np.empty((n, size, size), np.float32)
     for label in np.unique(labels):
         d[labels == label] = distance(CLASSES[label], fx[labels == label], fy[labels == label])
-    image = paint(image, d * col(radius), stand_out())
+    image = paint(image, d * col(radius), u(0.5, 1, 3, 1, 1))
 
     image = image + rng.normal(0, 0.03, image.shape).astype(np.float32)
     return (np.clip(image, 0, 1) * 255).round().astype(np.uint8)

@@ -1,8 +1,10 @@
 """One process or many: every function here is a no-op in one process, so that `python` and `torchrun` run the same program."""
+import inspect
 import os
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 
 def start():
@@ -22,6 +24,20 @@ def start():
 def stop():
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def wrap(module, device):
+    """module, with gradients averaged over processes. Its buffers are left alone: see average_buffers."""
+    if world_size() == 1:
+        return module
+    buffers = next(k for k in ("forward_sync_buffers", "broadcast_buffers") if k in inspect.signature(DistributedDataParallel).parameters)   # newer, older torch
+    return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None, **{buffers: False})
+
+
+def say(*words, **how):
+    """print, on one process."""
+    if is_main():
+        print(*words, **how, flush=True)
 
 
 def rank():

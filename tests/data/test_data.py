@@ -1,0 +1,230 @@
+"""Data sets, shapes and the loader."""
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.datasets import NAMES, ArraySet, balanced, load
+from data.loader import Loader, in_order
+from data.shapes import CLASSES, distance, shapes
+from engine.features import knn
+
+CPU = torch.device("cpu")
+REAL = os.environ.get("DATASETS", "datasets")
+
+
+def real(*path):
+    """A real data set under ./datasets (or $DATASETS), or skip."""
+    if not os.path.exists(os.path.join(REAL, *path)):
+        pytest.skip(f"needs {os.path.join(*path)} in {REAL}")
+    return os.path.join(REAL, path[0])
+
+
+def loader(dataset, **settings):
+    return Loader(dataset, **{**dict(batch_size=8, n_views=2, seed=0, device=CPU, augment="cifar", image_size=32, workers=0), **settings})
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    images, labels = map(torch.from_numpy, shapes(40))
+    return ArraySet(images, labels, CLASSES, (0.5,) * 3, (0.25,) * 3)
+
+
+@pytest.fixture
+def jpegs(tmp_path):
+    """3 classes x 5 images of different sizes, one of them grey, and a validation part."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 5), ("val", 2)):
+        for c in "abc":
+            os.makedirs(tmp_path / part / c)
+            for i in range(count):
+                image = rng.integers(0, 255, (40 + 3 * i, 50 - 2 * i, 3), dtype=np.uint8)
+                Image.fromarray(image[..., 0] if i == 1 else image).save(tmp_path / part / c / f"{i}.jpg")
+    return str(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------- shapes
+
+def test_shapes_are_deterministic_balanced_and_varied():
+    images, labels = shapes(120)
+    again, _ = shapes(120)
+    other, _ = shapes(120, seed=1)
+    assert np.array_equal(images, again) and not np.array_equal(images, other)
+    assert images.shape == (120, 3, 32, 32) and (np.bincount(labels) == 10).all() and len(CLASSES) == 12
+    assert shapes(12, size=48)[0].shape == (12, 3, 48, 48)
+
+
+def test_raw_pixels_do_badly_on_shapes():
+    (x, y), (x_test, y_test) = (map(torch.from_numpy, shapes(n, seed=s)) for n, s in ((3000, 0), (600, 1)))
+    right = (knn(x.float().flatten(1), y, x_test.float().flatten(1), 50, 0.1) == y_test).float().mean()
+    assert right < 0.2                                     # chance is 0.083
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_forms_are_where_they_should_be(name):
+    """Inside somewhere, outside far away, and never steeper than a distance may be."""
+    x, y = np.meshgrid(*[np.linspace(-2, 2, 201, dtype=np.float32)] * 2)
+    d = distance(name, x, y)
+    area = (d < 0).mean() * 16
+    assert 0.8 < area < 3.3 and d[0, 0] > 0.5
+    assert np.abs(np.diff(d, axis=1)).max() <= 0.0201
+
+
+# ---------------------------------------------------------------------------------------------------- data sets
+
+def test_limit_is_balanced_fixed_and_nested(arrays):
+    labels = torch.arange(1000) % 10
+    rows = balanced(labels, 1000, 95, seed=0)
+    counts = labels[rows].bincount()
+    assert counts.max() - counts.min() <= 1 and len(rows.unique()) == 95
+    assert torch.equal(rows, balanced(labels, 1000, 95, seed=0)) and not torch.equal(rows, balanced(labels, 1000, 95, seed=1))
+    assert set(rows.tolist()) <= set(balanced(labels, 1000, 200, seed=0).tolist())
+    assert len(balanced(None, 1000, 95, seed=0)) == 95
+    assert len(load("train", 0, name="shapes", limit=30)) == 30 and len(load("test", 0, name="shapes", limit=30)) == 2400
+
+
+def test_folder_with_classes_and_parts(jpegs):
+    train, test = load("pretrain", 0, name="folder", root=jpegs), load("test", 0, name="folder", root=jpegs)
+    assert (len(train), len(test), train.classes) == (15, 6, ["a", "b", "c"]) and train.labels.bincount().tolist() == [5, 5, 5]
+    assert load("train", 0, name="folder", root=jpegs, limit=6).labels.bincount().tolist() == [2, 2, 2]
+    assert train.decode(1).mode == "RGB"                   # the grey one
+
+
+def test_flat_folder_has_no_labels(jpegs):
+    flat = load("pretrain", 0, name="folder", root=os.path.join(jpegs, "train", "a"))
+    assert len(flat) == 5 and flat.labels is None and load("test", 0, name="folder", root=os.path.join(jpegs, "train", "a")) is None
+    views, index = next(loader(flat, batch_size=4).epoch(0))
+    assert views[0].shape == (4, 3, 32, 32) and len(index) == 4
+
+
+@pytest.mark.parametrize("settings,message", [
+    (dict(name="cifar1"), r"data\.name is 'cifar1'; did you mean cifar10"), (dict(name="cifar10", split="unlabeled"), "stl10 has train, unlabeled"),
+    (dict(name="shapes", limit=10 ** 6), "data.limit is 1000000"), (dict(name="folder", root="nowhere"), "no folder nowhere"),
+    (dict(name="imagenet", root="nowhere"), r"train/<class>/\*\.JPEG"), (dict(name="shapes", limit=0), "data.limit is 0"),
+])
+def test_what_is_not_there_is_said(settings, message):
+    with pytest.raises(SystemExit, match=message):
+        load("pretrain", 0, **settings)
+
+
+def test_an_empty_folder_is_said(tmp_path):
+    with pytest.raises(SystemExit, match="no images"):
+        load("pretrain", 0, name="folder", root=str(tmp_path))
+
+
+def test_imagenet100_selects_its_classes_and_names_a_missing_one(tmp_path):
+    with open(os.path.join(os.path.dirname(load.__code__.co_filename), "imagenet100.txt")) as f:
+        classes = f.read().split()
+    assert len(set(classes)) == 100
+    for part in ("train", "val"):
+        for c in [*classes, "n00000001"]:
+            os.makedirs(tmp_path / "imagenet" / part / c)
+            Image.new("RGB", (8, 8)).save(tmp_path / "imagenet" / part / c / "x.JPEG")
+    data = load("pretrain", 0, name="imagenet100", root=str(tmp_path))
+    assert len(data) == 100 and data.classes == sorted(classes)
+    assert len(load("test", 0, name="imagenet", root=str(tmp_path))) == 101
+    os.remove(tmp_path / "imagenet" / "train" / classes[0] / "x.JPEG")
+    with pytest.raises(SystemExit, match=f"1 of its 100 classes.*{classes[0]}"):
+        load("pretrain", 0, name="imagenet100", root=str(tmp_path))
+
+
+def test_a_download_that_fails_is_one_sentence(tmp_path, monkeypatch):
+    import torchvision
+
+    def no_network(*_, **__):
+        raise OSError("no network")
+    monkeypatch.setattr(torchvision.datasets.utils, "download_and_extract_archive", no_network)
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", no_network)
+    with pytest.raises(SystemExit, match=r"cifar10 is not at .*cifar-10-batches-py and could not be downloaded \(no network\); put the extracted"):
+        load("pretrain", 0, name="cifar10", root=str(tmp_path))
+
+
+def test_real_cifar10():
+    root = real("cifar-10-batches-py") and REAL
+    train, test = load("pretrain", 0, name="cifar10", root=root), load("test", 0, name="cifar10", root=root)
+    assert train.images.shape == (50000, 3, 32, 32) and len(test) == 10000 and train.labels.bincount().tolist() == [5000] * 10
+    mean, std = train.images.float().div(255).mean((0, 2, 3)), train.images.float().div(255).std((0, 2, 3))
+    assert torch.allclose(mean, torch.tensor(train.mean), atol=1e-3) and torch.allclose(std, torch.tensor(train.std), atol=1e-3)
+
+
+def test_real_jpeg_folder():
+    root = real("imagenette96", "train")
+    train, test = load("pretrain", 0, name="folder", root=root), load("test", 0, name="folder", root=root)
+    assert (len(train), len(test), len(train.classes)) == (3000, 1000, 10)
+    views, index = next(loader(train, image_size=64, augment="moco_v2", workers=2).epoch(0))
+    assert len(views) == 2 and views[0].shape == (8, 3, 64, 64) and views[0].std() > 0.3
+
+
+# ---------------------------------------------------------------------------------------------------- loader
+
+def test_an_epoch_visits_every_image_once_in_another_order_each_time(arrays):
+    epochs = [torch.cat([index for _, index in loader(arrays).epoch(e)]) for e in (0, 1, 0)]
+    assert sorted(epochs[0].tolist()) == list(range(40)) and epochs[0].tolist() != epochs[1].tolist() and torch.equal(epochs[0], epochs[2])
+
+
+def test_views_of_an_image_differ_and_index_names_it(arrays):
+    ld = loader(arrays, augment="eval", n_views=2)
+    for views, index in ld.epoch(0):
+        assert torch.allclose(views[0], (arrays.images[index].float() / 255 - 0.5) / 0.25, atol=1e-6)
+    views, _ = next(loader(arrays).epoch(0))
+    assert not torch.allclose(views[0], views[1])
+
+
+@pytest.mark.parametrize("backend", ["batched", "pil"])
+def test_workers_change_nothing_and_leave_the_random_state_alone(jpegs, backend):
+    data = load("pretrain", 0, name="folder", root=jpegs)
+    torch.manual_seed(5)
+    state, runs = torch.get_rng_state(), []
+    for workers in (0, 1, 3):
+        runs.append([x for views, _ in loader(data, batch_size=4, workers=workers, augment_backend=backend).epoch(2) for x in views])
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run)) and len(runs[0]) == 6
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_jpegs_are_cropped_as_arrays_are():
+    """The same pixels as an array set and as files: the same crops, up to PIL's rounding."""
+    images = torch.from_numpy(shapes(12, size=40)[0])
+    arrays = ArraySet(images, None, None, (0.5,) * 3, (0.25,) * 3)
+
+    class Files:                                           # an image set without `.images`, as FolderSet
+        mean, std, labels = arrays.mean, arrays.std, None
+        __len__, decode = (lambda self: 12), (lambda self, i: arrays.decode(i))
+    for size, recipe in ((40, "cifar"), (28, "crop_flip")):
+        for (a, _), (b, _) in zip(loader(arrays, batch_size=4, augment=recipe, image_size=size).epoch(0),
+                                  loader(Files(), batch_size=4, augment=recipe, image_size=size).epoch(0)):
+            assert all((x - y).abs().mean() < 0.01 and (x - y).abs().max() < 0.2 for x, y in zip(a, b))      # in units of std 0.25
+
+
+def test_in_order_is_in_order(jpegs):
+    data = load("train", 0, name="folder", root=jpegs)
+    parts = list(in_order(data, torch.arange(15), "eval", 24, CPU, batch_size=4, workers=2))
+    assert torch.cat([index for _, index in parts]).tolist() == list(range(15)) and parts[0][0].shape == (4, 3, 24, 24)
+
+
+def test_a_broken_image_is_named(jpegs):
+    broken = os.path.join(jpegs, "train", "b", "3.jpg")
+    with open(broken, "wb") as f:
+        f.write(b"not a picture")
+    data = load("pretrain", 0, name="folder", root=jpegs)
+    for workers in (0, 2):
+        with pytest.raises(SystemExit, match=f"{broken} cannot be read as an image"):
+            list(loader(data, batch_size=5, workers=workers).epoch(0))
+
+
+def test_batches_that_cannot_be_are_refused(arrays):
+    with pytest.raises(ValueError, match="batch_size 41 is larger than the data set of 40"):
+        loader(arrays, batch_size=41)
+    with pytest.raises(ValueError, match="image_size is 4"):
+        loader(arrays, image_size=4)
+
+
+def test_examples_are_pictures(arrays, jpegs):
+    for data, backend in ((arrays, "batched"), (arrays, "pil"), (load("pretrain", 0, name="folder", root=jpegs), "batched")):
+        x = loader(data, augment_backend=backend).examples()
+        assert x.shape == (64, 3, 32, 32) and 0 <= x.min() and x.max() <= 1
+
+
+def test_names_are_all_loadable_names():
+    assert set(NAMES) == {"shapes", "cifar10", "cifar100", "stl10", "folder", "imagenet", "imagenet100"}

@@ -1,0 +1,181 @@
+"""The scripts as a user runs them, in a folder of their own, on tiny settings."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torchvision
+import yaml
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+QUICK = os.path.join(ROOT, "yaml", "quickstart.yaml")
+TINY = ["data.limit=128", "optim.batch_size=32", "optim.epochs=3", "model.width=8", "knn.every=0", "linear.epochs=5", "linear.batch_size=64"]
+HOSTS = {"moco": ["model.host=moco", "model.queue_size=80", "loss.name=nce"],
+         "moco-ring": ["model.host=moco", "model.queue_size=80", "loss.name=ring", "loss.inner=0.05", "loss.outer=0.5"],
+         "ir": ["model.host=ir", "loss.name=nce", "loss.n_negatives=50"],
+         "ir-ring": ["model.host=ir", "loss.name=ring", "loss.n_negatives=50", "loss.inner=0.05", "loss.outer=0.5"]}
+
+
+def command(script, *arguments):
+    return [sys.executable, os.path.join(ROOT, script), *arguments]
+
+
+def run(folder, script, *arguments, check=True, code=0):
+    done = subprocess.run(command(script, *arguments), cwd=folder, capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def state(folder, name):
+    return torch.load(os.path.join(folder, "runs", name, "last.pt"), weights_only=True)
+
+
+def same(a, b):
+    """Two checkpoints' contents are equal, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k != "name")
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run, with kNN."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = run(folder, "train_pretrain.py", "--cfg", QUICK, *TINY, "knn.every=2", "name=a")
+    return folder, done.stdout
+
+
+def test_what_a_run_leaves_and_prints(finished):
+    folder, out = finished
+    a = folder / "runs" / "a"
+    assert {"config.yaml", "log.jsonl", "last.pt", "backbone.pt", "augmentation.png"} <= set(os.listdir(a)) and any(f.startswith("events") for f in os.listdir(a))
+    with open(a / "log.jsonl") as f:
+        log = [json.loads(line) for line in f]
+    assert [line["epoch"] for line in log] == [0, 1, 2, 3] and [("knn" in line) for line in log] == [True, False, True, True]
+    assert {"loss", "lr", "seconds", "images/s", "data wait", "chance", "K", "spread", "used %", "false negatives used %", "false negatives left out %"} <= set(log[1])
+    assert "log(K+1)" in out and "untrained" in out and "after   3 epochs" in out and "weighted kNN, k 128, T 0.1, on the" in out
+    assert yaml.safe_load(open(a / "config.yaml"))["optim"]["epochs"] == 3
+
+
+def test_a_finished_run_has_nothing_left_to_do(finished):
+    folder, _ = finished
+    before = state(folder, "a")
+    out = run(folder, "train_pretrain.py", "--cfg", QUICK, *TINY, "knn.every=2", "name=a").stdout
+    assert "after epoch 3 of 3" in out and same(before, state(folder, "a"))
+
+
+def test_linear_probe(finished):
+    folder, _ = finished
+    out = run(folder, "train_linear.py", "--cfg", QUICK, *TINY, "name=a").stdout
+    assert "raw pixels" in out and "untrained encoder" in out and "did not move" in out and "linear layer on standardized pooled features" in out
+    with open(folder / "runs" / "a" / "linear.jsonl") as f:
+        line = json.loads(f.read().splitlines()[-1])
+    assert set(line["rows"]) == {"raw pixels", "untrained encoder", "a"} and {"protocol", "seed", "weights"} <= set(line)
+    for row in line["rows"].values():
+        assert 0 <= row["top-1, lr 0.1"] <= row["top-5, lr 0.1"] <= 100 and "top-1, lr 0.01" in row and "knn" in row
+
+
+def test_linear_probe_with_augmentation_and_other_weights(finished):
+    folder, _ = finished
+    out = run(folder, "train_linear.py", "--cfg", QUICK, *TINY, "name=b", "linear.features=augmented", "linear.standardize=false", "linear.lr=0.1", "linear.epochs=2",
+              "--weights", "runs/a/last.pt", "--no-baselines").stdout
+    assert "augmentation crop_flip" in out and "untrained" not in out
+    done = run(folder, "train_linear.py", "--cfg", QUICK, *TINY, "name=nothing", check=False)
+    assert done.returncode == 1 and "holds no backbone.pt; first run: python train_pretrain.py" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_linear_finds_a_linear_rule(tmp_path):
+    """On features that hold the label, the probe reads it: width enough, plain images."""
+    run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *TINY, "name=a", "optim.epochs=1")
+    out = run(tmp_path, "train_linear.py", "--cfg", QUICK, *TINY, "name=a", "data.limit=4000", "linear.epochs=30").stdout
+    pixels = next(line for line in out.splitlines() if line.startswith("raw pixels")).split()
+    assert float(pixels[3]) > 12                           # chance is 8.3
+
+
+def test_backbone_loads_into_torchvision(tmp_path):
+    run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *TINY, "name=a", "optim.epochs=1", "model.backbone=resnet18", "model.stem=imagenet", "model.width=64")
+    weights = torch.load(tmp_path / "runs" / "a" / "backbone.pt", weights_only=True)
+    missing = torchvision.models.resnet18().load_state_dict(weights, strict=False)
+    assert missing.missing_keys == ["fc.weight", "fc.bias"] and not missing.unexpected_keys
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_killed_at_random_moments_ends_as_if_undisturbed(host, tmp_path):
+    """SIGKILL, KILLS times (3 unless set), then left alone: weights, bank or queue, optimizer and random state are bit-equal."""
+    settings = ["--cfg", QUICK, *TINY, *HOSTS[host]]
+    began = time.time()
+    run(tmp_path, "train_pretrain.py", *settings, "name=whole")
+    whole, chance, kills = time.time() - began, random.Random(host), 0
+    while kills < int(os.environ.get("KILLS", 3)):
+        process = subprocess.Popen(command("train_pretrain.py", *settings, "name=cut"), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(chance.uniform(0.5, 1) * whole)   # a moment, not a synchronisation: any will do
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        kills += 1
+    run(tmp_path, "train_pretrain.py", *settings, "name=cut")
+    a, b = state(tmp_path, "whole"), state(tmp_path, "cut")
+    assert all(same(a[part], b[part]) for part in ("epoch", "encoder", "host", "loss", "optimizer", "scaler", "rng"))
+    with open(tmp_path / "runs" / "cut" / "log.jsonl") as f:
+        assert [json.loads(line)["epoch"] for line in f] == [1, 2, 3]
+
+
+def test_labels_do_not_reach_the_weights(tmp_path):
+    """Two folders of the same images, one with classes, one flat: identical training."""
+    from data.shapes import shapes
+    from PIL import Image
+    images, labels = shapes(64)
+    for i, (image, label) in enumerate(zip(images, labels)):
+        for folder in (tmp_path / "classes" / str(label), tmp_path / "flat"):
+            os.makedirs(folder, exist_ok=True)
+            name = f"{label:02d}_{i:03d}.png"              # so that both are listed in the same order
+            Image.fromarray(image.transpose(1, 2, 0)).save(folder / name)
+    order = sorted(os.listdir(tmp_path / "flat"), key=lambda f: (str(int(f[:2])), f))
+    flat = sorted(os.listdir(tmp_path / "flat"))
+    for i, name in enumerate(order):                       # class folders sort as words: rename the flat ones to match
+        os.rename(tmp_path / "flat" / name, tmp_path / "flat" / f"x{i:03d}.png")
+    assert len(flat) == 64
+    settings = ["data.name=folder", "data.limit=null", "data.image_size=32", "optim.epochs=1", "data.workers=1", *HOSTS["ir-ring"], "loss.name=ring"]
+    for name in ("classes", "flat"):
+        run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *TINY, *settings, f"data.root={tmp_path / name}", f"name={name}")
+    a, b = state(tmp_path, "classes"), state(tmp_path, "flat")
+    assert same(a["encoder"], b["encoder"]) and same(a["host"], b["host"])
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["loss.temprature=1"], "loss.temprature is not a setting; did you mean temperature?"),
+    (["optim.batch_size=4096"], "optim: batch_size 4096 is larger than the data set of 128 images"),
+    (["data.name=folder", "data.root=nowhere"], "there is no folder nowhere"),
+    (["loss.name=ring", "loss.inner=0.5"], "inner 0.5 and outer 0.1 do not bound a ring"),
+    (["data.augment=moco_v9"], "augment 'moco_v9' is not a recipe"),
+    (["model.precision=fp16"], "fp16 is for GPUs"),
+    (["optim.lr=1e30", "model.precision=fp32"], "the loss is nan at epoch"),
+    (["model.bn_splits=7"], "optim.batch_size 32 gives each process 32 images, which model.bn_splits 7 does not divide"),
+])
+def test_bad_input_is_one_sentence(tmp_path, arguments, message):
+    done = run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *TINY, *arguments, check=False)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_another_runs_folder_is_refused_and_fresh_starts_over(tmp_path):
+    run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *TINY, "name=a", "optim.epochs=1")
+    done = run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *TINY, "name=a", "optim.epochs=1", "loss.temperature=0.5", check=False)
+    assert done.returncode == 1 and "loss.temperature was" in done.stderr and "--fresh" in done.stderr
+    run(tmp_path, "train_pretrain.py", "--cfg", QUICK, "--fresh", *TINY, "name=a", "optim.epochs=1", "loss.temperature=0.5")
+    assert state(tmp_path, "a")["settings"]["loss"]["temperature"] == 0.5
+
+
+def test_print_config_prints_and_does_nothing(tmp_path):
+    for script in ("train_pretrain.py", "train_linear.py"):
+        out = run(tmp_path, script, "--cfg", QUICK, "seed=3", "--print-config").stdout
+        assert yaml.safe_load(out)["seed"] == 3 and not os.listdir(tmp_path)
