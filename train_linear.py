@@ -36,7 +36,7 @@ class Probe:
     The other keys are engine.schedule's.
     """
 
-    def __init__(self, *, epochs: int = 100, batch_size: int = 256, lr: float | list[float] = [0.1, 0.01],
+    def __init__(self, *, epochs: int = 100, batch_size: int = 256, lr: float | list[float] = [0.01, 0.1],
                  schedule: Literal["cosine", "step", "constant"] = "cosine", milestones: list[int] = [], gamma: float = 0.1, momentum: float = 0.9,
                  weight_decay: float = 0.0, features: Literal["cached", "augmented"] = "cached", augment: str = "crop_flip", standardize: bool = True):
         self.lrs = lr if isinstance(lr, list) else [lr]
@@ -75,10 +75,13 @@ def main():
         raise SystemExit(f"{folder} holds no backbone.pt; first run: python train_pretrain.py --cfg {args.cfg}, or give --weights FILE")
 
     torch.manual_seed(cfg["seed"])
-    encoder = build(Encoder, "model")                      # the very weights that the run began with
-    untrained = copy.deepcopy(encoder.backbone)
+    encoder = build(Encoder, "model").eval().requires_grad_(False)
+    untrained = copy.deepcopy(encoder)                     # the very weights that the run began with
     checkpoint.load_backbone(weights, encoder.backbone)
-    encoder.settle(device).eval().requires_grad_(False)
+    try:
+        encoder.settle(device), untrained.settle(device)
+    except ValueError as error:
+        raise SystemExit(f"{args.cfg}: model: {error}")
     before = copy.deepcopy(encoder.backbone.state_dict())
     train, test = (build(load, "data", part=part, seed=cfg["seed"]) for part in ("train", "test"))
     if train.labels is None or test is None:
@@ -88,15 +91,10 @@ def main():
     classes = len(train.classes)
 
     # ------------------------------------------------------------------------------------------------ whose features
-    def of(backbone):
-        net = copy.copy(encoder)                           # shares all but the backbone
-        net._modules = {**encoder._modules, "backbone": backbone}
-        return lambda x: net(x, "backbone")                # (b, F)
-
     encoders = {} if args.no_baselines else {
         "raw pixels": lambda x: F.adaptive_avg_pool2d(x, min(32, size)).flatten(1),
-        "untrained encoder": of(untrained.to(device).eval().requires_grad_(False))}
-    encoders[f"{cfg['name']}"] = of(encoder.backbone)
+        "untrained encoder": lambda x: untrained(x, "backbone")}                       # (b, F)
+    encoders[cfg["name"]] = lambda x: encoder(x, "backbone")
     say(f"{weights} on {cfg['data']['name']}: {len(train)} training and {len(test)} test images, {classes} classes")
     y, y_test = train.labels.to(device), test.labels.to(device)
     x_test = {name: extract(encode, test, size, device, workers, what=f"test, {name}") for name, encode in encoders.items()}

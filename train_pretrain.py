@@ -49,16 +49,14 @@ def main():
         [part.to(device) for part in (pretrain, train, test) if part]
 
     encoder = build(Encoder, "model")
-    host = build(config.find("models.{host}:{host}".format(**cfg["model"])), "model", encoder=encoder, n_data=len(pretrain))
-    epochs = cfg["optim"]["epochs"]
-    loss_fn = build(config.find("losses.{name}:{name}".format(**cfg["loss"])), "loss", epochs=epochs, n_data=len(pretrain), labels=pretrain.labels)
     try:
         encoder.settle(device)
     except ValueError as error:
         raise SystemExit(f"{args.cfg}: model: {error}")
+    host = build(config.find("models.{host}:{host}".format(**cfg["model"])), "model", encoder=encoder, n_data=len(pretrain))
+    epochs = cfg["optim"]["epochs"]
+    loss_fn = build(config.find("losses.{name}:{name}".format(**cfg["loss"])), "loss", epochs=epochs, n_data=len(pretrain), labels=pretrain.labels)
     host, loss_fn = host.to(device), loss_fn.to(device)
-    if hasattr(host, "key_encoder"):
-        host.key_encoder.net.precision = encoder.precision
     model = distributed.wrap(encoder, device)
 
     schedule = build(Schedule, "optim")

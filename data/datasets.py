@@ -26,7 +26,7 @@ NAMES = (*STATISTICS, "folder", "imagenet", "imagenet100")
 
 
 class ArraySet:
-    """images: (n, 3, H, W) uint8. labels: (n,) int64, or None; -1 where an image has none."""
+    """images: (n, 3, H, W) uint8. labels: (n,) int64, or None where not every image has one."""
 
     def __init__(self, images, labels, classes, mean, std):
         self.images, self.labels, self.classes, self.mean, self.std = images, labels, classes, mean, std
@@ -135,7 +135,7 @@ def download(name, part, root, split):
     images, labels = torch.as_tensor(data.data), torch.as_tensor(np.asarray(data.labels if name == "stl10" else data.targets)).long()
     if name != "stl10":
         images = images.permute(0, 3, 1, 2).contiguous()
-    return ArraySet(images, None if (labels < 0).all() else labels, data.classes, *STATISTICS[name])
+    return ArraySet(images, None if (labels < 0).any() else labels, data.classes, *STATISTICS[name])
 
 
 def folder(name, part, root):

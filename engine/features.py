@@ -27,9 +27,8 @@ def extract(encode, dataset, image_size, device, workers=None, recipe="eval", wh
 def knn(bank, labels, queries, k, temperature):
     """Weighted kNN, as InstDisc and MoCo: the k most similar of bank (n, F) vote for their labels (n,), with weight e^{similarity / T}.
 
-    Both sets are made unit length. Rows of label -1 do not vote. -> predicted classes (m,) of queries (m, F).
+    Both sets are made unit length. -> predicted classes (m,) of queries (m, F).
     """
-    bank, labels = bank[labels >= 0], labels[labels >= 0]
     bank, k = torch.nn.functional.normalize(bank, dim=1), min(k, len(bank))
     answer = []
     for q in torch.nn.functional.normalize(queries, dim=1).split(1024):

@@ -54,11 +54,6 @@ def test_knn_is_a_weighted_vote():
         assert int(a) == votes.index(max(votes))
 
 
-def test_images_without_a_label_do_not_vote():
-    bank = torch.eye(4)
-    assert knn(bank, torch.tensor([0, 1, -1, 1]), torch.eye(4)[2:3] + 0.1 * torch.eye(4)[:1], k=1, temperature=0.1).item() == 0
-
-
 def test_extract_keeps_the_order_and_every_image():
     images = torch.from_numpy(shapes(13)[0])
     data = ArraySet(images, None, None, (0.0,) * 3, (1.0,) * 3)
