@@ -11,6 +11,7 @@ Batch size and learning rate are global, for all processes together; nothing is 
 """
 import math
 import os
+import shlex
 import time
 
 import torch
@@ -53,9 +54,9 @@ def main():
         encoder.settle(device)
     except ValueError as error:
         raise SystemExit(f"{args.cfg}: model: {error}")
-    host = build(config.find("models.{host}:{host}".format(**cfg["model"])), "model", encoder=encoder, n_data=len(pretrain))
+    host = build(config.chosen(cfg, "model"), "model", encoder=encoder, n_data=len(pretrain))
     epochs = cfg["optim"]["epochs"]
-    loss_fn = build(config.find("losses.{name}:{name}".format(**cfg["loss"])), "loss", epochs=epochs, n_data=len(pretrain), labels=pretrain.labels)
+    loss_fn = build(config.chosen(cfg, "loss"), "loss", epochs=epochs, n_data=len(pretrain), labels=pretrain.labels)
     host, loss_fn = host.to(device), loss_fn.to(device)
     model = distributed.wrap(encoder, device)
 
@@ -92,6 +93,10 @@ def main():
         if main_process:
             log.write(0, figures)
 
+    def diverged(what, epoch, step):
+        saved = f"{last} holds the state after epoch {epoch}" if epoch else "nothing was saved yet"
+        raise SystemExit(f"{what} at epoch {epoch + 1}, step {step + 1} of {steps}; {saved}; try a lower optim.lr")
+
     # ------------------------------------------------------------------------------------------------ the loop
     for epoch in range(start, epochs):
         encoder.train(), host.train()
@@ -114,22 +119,24 @@ def main():
             host.after_step()
 
             with torch.no_grad():                          # figures stay on the device: nothing here waits for it
-                q = contrasts[0].query
-                spread = q.std(0).mean() * q.shape[1] ** 0.5                            # 1 when spread over the sphere, 0 when collapsed
-                for name, value in [("loss", loss.detach()), ("spread", spread), *(pair for _, figures in results for pair in figures.items())]:
-                    total[name] = total.get(name, 0) + torch.as_tensor(value, device=device) / (steps if name in ("loss", "spread") else steps * len(results))
+                q = contrasts[0].query                     # spread: 1 when all over the sphere, 0 when collapsed
+                figures = {"loss": loss.detach(), "spread": q.std(0).mean() * q.shape[1] ** 0.5}
+                figures |= {name: sum(f[name] for _, f in results) / len(results) for name in results[0][1]}
+                for name, value in figures.items():
+                    total[name] = total.get(name, 0) + value / steps
             if step % 20 == 0 or step == steps - 1:
                 value = loss.item()
                 bar.set_postfix(loss=f"{value:.3f}", refresh=False)
                 if not math.isfinite(value):
-                    raise SystemExit(f"the loss is {value} at epoch {epoch + 1}, step {step + 1} of {steps}; "
-                                     + (f"{last} holds the state after epoch {epoch}" if epoch else "nothing was saved yet") + "; try a lower optim.lr")
+                    diverged(f"the loss is {value}", epoch, step)
             ready = time.time()
+        if not all(p.isfinite().all() for p in encoder.parameters()):                  # the last step may have done it
+            diverged("a weight is not finite", epoch, step)
 
         # -------------------------------------------------------------------------------------------- end of an epoch
         seconds = time.time() - began
         distributed.average_buffers(encoder), distributed.average_buffers(host)
-        figures = dict(zip(total, distributed.mean(torch.stack([v.float() for v in total.values()])).tolist()))
+        figures = dict(zip(total, distributed.mean(torch.stack([torch.as_tensor(v, device=device).float() for v in total.values()])).tolist()))
         figures |= {"chance": math.log(figures["K"] + 1), "lr": schedule(now), "seconds": seconds, "images/s": steps * loader.batch / seconds,
                     "data wait": wait / seconds}
         if monitor.due(epoch + 1, epochs):
@@ -146,7 +153,7 @@ def main():
         seen = [(line["epoch"], line["knn"]) for line in lines(log.path) if "knn" in line]
         if seen:
             say(f"\n  kNN    untrained {seen[0][1]:5.1f} %\n  after {epochs:3d} epochs {seen[-1][1]:5.1f} %\n")
-        say(f"{backbone}: the encoder, torchvision's keys\nnext: python train_linear.py --cfg {args.cfg}" + "".join(f" {o}" for o in args.overrides))
+        say(f"{backbone}: the encoder, torchvision's keys\nnext: python train_linear.py --cfg {args.cfg}" + "".join(f" {shlex.quote(o)}" for o in args.overrides))
     distributed.stop()
 
 

@@ -82,6 +82,12 @@ def build(target, section, file, **given):
         raise SystemExit(f"{file}: {error}")
 
 
+def chosen(cfg, section):
+    """The class that a section chooses: the host of `model`, the method of `loss`."""
+    name = cfg[section][CHOICE[section]]
+    return find(f"{PACKAGE[section]}.{name}:{name}")
+
+
 def find(home, where=""):
     """"module:name" -> the class or function. A method's class has its file's name, in any capitals: losses/ring.py, Ring."""
     module, name = home.split(":")

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 def start():
     """Join the process group that torchrun announces, if it does. -> the device of this process."""
     cuda = torch.cuda.is_available()
+    torch.backends.cudnn.benchmark = True                  # every step has the same shapes
     if "RANK" in os.environ:                               # the one test: torchrun sets it
         local = int(os.environ.get("LOCAL_RANK", 0))
         if cuda and local >= torch.cuda.device_count():

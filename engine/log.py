@@ -27,9 +27,11 @@ class Log:
         self.board.flush()
 
     def picture(self, path, images, columns):
-        """images: (n, 3, S, S) in [0, 1], as one PNG and in TensorBoard."""
-        save_image(images, path, nrow=columns, padding=2)
-        self.board.add_image(os.path.basename(path).split(".")[0], make_grid(images, columns, padding=2))
+        """images: (n, 3, S, S) in [0, 1], as one PNG and in TensorBoard; small ones enlarged, to be seen."""
+        scale = max(1, 80 // images.shape[2])
+        grid = make_grid(images.repeat_interleave(scale, 2).repeat_interleave(scale, 3), columns, padding=2)
+        save_image(grid, path)
+        self.board.add_image(os.path.basename(path).split(".")[0], grid)
         self.board.flush()
 
 

@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 from data.shapes import shapes
+from engine import config
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 QUICK = os.path.join(ROOT, "yaml", "quickstart.yaml")
@@ -66,7 +67,8 @@ def test_what_a_run_leaves_and_prints(finished):
     assert [line["epoch"] for line in log] == [0, 1, 2, 3] and [("knn" in line) for line in log] == [True, False, True, True]
     assert {"loss", "lr", "seconds", "images/s", "data wait", "chance", "K", "spread", "used %", "false negatives used %", "false negatives left out %"} <= set(log[1])
     assert "log(K+1)" in out and "untrained" in out and "after   3 epochs" in out and "weighted kNN, k 128, T 0.1, on the" in out
-    assert yaml.safe_load(open(a / "config.yaml"))["optim"]["epochs"] == 3
+    saved = config.load(str(a / "config.yaml"))            # serves as a --cfg itself
+    assert saved["optim"]["epochs"] == 3 and saved == state(folder, "a")["settings"]
 
 
 def test_a_finished_run_has_nothing_left_to_do(finished):
