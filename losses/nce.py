@@ -45,9 +45,6 @@ def draw(mask, n, s):
     """(N, n) uniform draws, with replacement, from the candidates that mask (N, K) allows each query; s: (N, K), for its size."""
     if mask is None:
         return torch.randint(s.shape[1], (len(s), n), device=s.device)
-    N, K = mask.shape
-    rank = mask.cumsum(1)                                                              # (N, K): an allowed candidate is its query's rank-th, from 1
-    allowed = torch.empty(N, K + 1, dtype=torch.long, device=s.device)                 # (N, K + 1): the allowed ones, closed up; last, a bin
-    allowed.scatter_(1, torch.where(mask, rank - 1, K), torch.arange(K, device=s.device).expand(N, K))
-    turn = torch.rand(N, n, device=s.device, dtype=torch.float64) * rank[:, -1:]       # (N, n) in [0, how many are allowed)
-    return allowed.gather(1, turn.long())
+    count = mask.cumsum(1, dtype=torch.int32)                                          # (N, K): candidate j is a query's count[j]-th
+    turn = (torch.rand(len(s), n, device=s.device, dtype=torch.float64) * count[:, -1:]).int() + 1
+    return torch.searchsorted(count, turn)
