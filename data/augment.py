@@ -8,7 +8,8 @@ runs it in two halves, so that JPEG workers can do the first and the device the 
     x = augment.colour(x, u)                  the rest of the recipe, and the data set's mean and std
 
 The distribution is that of torchvision's transforms on PIL images (tests/data/test_augment.py compares each operation and the
-statistics of whole recipes). We differ in one thing: PIL rounds to uint8 after every operation, we do not.
+statistics of whole recipes). We differ in one thing: PIL cuts to uint8 after every operation, we do not, so that its jittered views
+are about one level of 255 darker.
 """
 import math
 
