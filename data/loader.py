@@ -37,6 +37,8 @@ class Loader:
             raise ValueError(f"batch_size {batch_size} is larger than the data set of {len(dataset)} images")
         if image_size < 8:
             raise ValueError(f"data.image_size is {image_size}; it must be at least 8")
+        if workers is not None and workers < 0:
+            raise ValueError(f"data.workers is {workers}; it must be at least 0, or null for as many as there are cores")
         self.dataset, self.device, self.seed, self.n_views = dataset, device, seed, n_views
         self.batch, self.local = batch_size, batch_size // world
         self.augment, self.backend = Augment(augment, image_size, dataset.mean, dataset.std), augment_backend

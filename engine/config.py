@@ -46,6 +46,8 @@ def load(path, overrides=()):
     resolved = {"name": settings.get("name", os.path.splitext(os.path.basename(path))[0]), "seed": settings.get("seed", 0)}
     for key, kind in (("name", str), ("seed", int)):
         resolved[key] = fit(resolved[key], kind, f"{path}: {key}")
+    if resolved["name"] in ("", ".", "..") or set("/\\\0") & set(resolved["name"]):
+        raise SystemExit(f"{path}: name is {resolved['name']!r}; it must name one folder in runs/")
     if "paper" in settings:
         unknown(mapping(settings["paper"], f"{path}: paper"), PAPER, f"{path}: paper.")
         resolved["paper"] = settings["paper"]

@@ -15,8 +15,8 @@ class Schedule:
     def __init__(self, *, epochs: int, batch_size: int, lr: float, schedule: Literal["cosine", "step", "constant"] = "cosine",
                  milestones: list[int] = [], gamma: float = 0.1, warmup_epochs: int = 0):
         for name, value in dict(epochs=epochs, batch_size=batch_size, lr=lr).items():
-            if value <= 0:
-                raise ValueError(f"{name} is {value}; it must be above 0")
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be above 0, and finite")
         if warmup_epochs >= epochs:
             raise ValueError(f"warmup_epochs {warmup_epochs} leaves nothing of epochs {epochs}")
         if milestones and schedule != "step":

@@ -89,6 +89,9 @@ class Encoder(nn.Module):
                  stem: Literal["imagenet", "cifar"] = "imagenet", head: Literal["linear", "mlp"] = "linear", dim: int = 128, width: int = 64,
                  bn_splits: int = 1, precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"):
         super().__init__()
+        for name, value in dict(dim=dim, width=width, bn_splits=bn_splits).items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be above 0")
         self.backbone = ResNet(backbone, stem, width)
         self.dim, self.bn_splits, self.precision = dim, bn_splits, precision
         F_ = self.backbone.features

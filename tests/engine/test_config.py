@@ -65,7 +65,7 @@ def test_base(file, tmp_path):
     ("optim.milestones=[1,a]", r"optim\.milestones\[1\] is 'a'"),
     ("modell.dim=3", r"modell is not a section; did you mean model\?"),
     ("loss", "not key=value"), ("=3", "not key=value"), ("loss.ring.inner=3", "section.key"), ("loss=3", "section.key"),
-    ("optim.lr=[", "not YAML"), ("names=3", r"names is not a setting; did you mean name\?"), ("seed=a", "seed is 'a'"),
+    ("optim.lr=[", "not YAML"), ("names=3", r"names is not a setting; did you mean name\?"), ("seed=a", "seed is 'a'"), ("name=../x", "must name one folder"),
     ("model.encoder=3", "model.encoder is not a setting"),                             # what the script supplies is no key
 ])
 def test_what_is_wrong_is_named(file, override, message):
@@ -114,3 +114,29 @@ def test_difference_names_the_first():
     assert config.difference(old, {**old, "loss": {"t": 1, "u": 3}}) == "loss.u was 2 and is now 3"
     assert config.difference(old, {**old, "knn": {"k": 2}}, ["knn"]) is None
     assert config.difference(old, {**old, "knn": {"k": 2}}, ["knn.k"]) is None
+
+
+def test_whatever_is_thrown_at_it_is_accepted_or_refused_in_one_line(tmp_path):
+    """Three thousand mutated files and overrides: settings, or one sentence; never anything else."""
+    import random
+    chance, files, outcomes = random.Random(0), sorted(glob.glob(os.path.join(ROOT, "yaml", "*.yaml"))), {"accepted": 0, "refused": 0}
+    values = ["1", "-1", "1.5", "null", "true", "[1]", "{a: 1}", "abc", "", ".nan", "[[1]]", "{}", "2026-11-21", "!!python/object:os.system x", "&a [*a]", "- b"]
+    for _ in range(1000):
+        file, path = chance.choice(files), str(tmp_path / "mutant.yaml")
+        with open(file) as f:
+            text = list(f.read())
+        for _ in range(chance.randint(0, 5)):
+            i = chance.randrange(len(text))
+            text[i] = chance.choice(["", "", *"{}[]:,-#\n '1&*!"])
+        with open(path, "w") as f:
+            f.write("".join(text))
+        section = chance.choice([*config.SECTIONS, "paper", "name", "seed", "base", "x"])
+        key = chance.choice(["epochs", "lr", "name", "host", "temperature", "limit", "dim", "k", "zz", ""])
+        for call in ((path, []), (file, [f"{section}.{key}={chance.choice(values)}"]), (file, [f"{section}={chance.choice(values)}"])):
+            try:
+                config.load(*call)
+                outcomes["accepted"] += 1
+            except SystemExit as refusal:
+                assert refusal.code and "\n" not in str(refusal.code)
+                outcomes["refused"] += 1
+    assert min(outcomes.values()) > 100

@@ -51,6 +51,12 @@ def test_outputs_are_unit_fp32_in_any_precision(precision, head):
     assert (z.norm(dim=1) - 1).abs().max() < 1e-5
 
 
+def test_sizes_without_meaning_are_refused():
+    for name in ("dim", "width", "bn_splits"):
+        with pytest.raises(ValueError, match=f"{name} is 0"):
+            small(**{name: 0})
+
+
 def test_fp16_is_refused_on_a_cpu():
     with pytest.raises(ValueError, match="fp16 is for GPUs"):
         small(precision="fp16").settle(torch.device("cpu"))
