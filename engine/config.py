@@ -46,6 +46,8 @@ def load(path, overrides=()):
     resolved = {"name": settings.get("name", os.path.splitext(os.path.basename(path))[0]), "seed": settings.get("seed", 0)}
     for key, kind in (("name", str), ("seed", int)):
         resolved[key] = fit(resolved[key], kind, f"{path}: {key}")
+    if resolved["seed"] < 0:
+        raise SystemExit(f"{path}: seed is {resolved['seed']}; it must be at least 0")
     if resolved["name"] in ("", ".", "..") or set("/\\\0") & set(resolved["name"]):
         raise SystemExit(f"{path}: name is {resolved['name']!r}; it must name one folder in runs/")
     if "paper" in settings:

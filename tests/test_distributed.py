@@ -1,4 +1,5 @@
 """Two gloo processes against one: every collective, and both hosts' whole steps."""
+import json
 import os
 import socket
 import subprocess
@@ -146,6 +147,20 @@ def test_resume_in_two_processes_is_exact(tmp_path):
     for part in ("encoder", "host"):
         assert all(torch.equal(v, cut[part][k]) for k, v in whole[part].items())
     assert all(torch.equal(a["cpu"], b["cpu"]) for a, b in zip(whole["rng"], cut["rng"]))
+
+
+def test_the_linear_probe_is_the_same_in_two_processes(tmp_path):
+    """kNN and the cached probe, figure for figure; the augmented one averages gradients over the same global batches."""
+    run = lambda script, *more: subprocess.run([sys.executable, os.path.join(ROOT, script), *TINY, "name=a", *more], cwd=tmp_path, check=True, capture_output=True,
+                                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run("train_pretrain.py", "optim.epochs=1")
+    for features in ("cached", "augmented"):
+        settings = [f"linear.features={features}", "linear.epochs=3", "linear.batch_size=32", "linear.lr=0.01", "--no-baselines"]
+        run("train_linear.py", *settings)
+        torchrun(2, [os.path.join(ROOT, "train_linear.py"), *TINY, "name=a", *settings], tmp_path)
+        with open(tmp_path / "runs" / "a" / "linear.jsonl") as f:
+            one, two = [json.loads(line)["rows"]["a"] for line in f][-2:]
+        assert one == pytest.approx(two, abs=0.2), features
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):

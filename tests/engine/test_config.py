@@ -65,7 +65,7 @@ def test_base(file, tmp_path):
     ("optim.milestones=[1,a]", r"optim\.milestones\[1\] is 'a'"),
     ("modell.dim=3", r"modell is not a section; did you mean model\?"),
     ("loss", "not key=value"), ("=3", "not key=value"), ("loss.ring.inner=3", "section.key"), ("loss=3", "section.key"),
-    ("optim.lr=[", "not YAML"), ("names=3", r"names is not a setting; did you mean name\?"), ("seed=a", "seed is 'a'"), ("name=../x", "must name one folder"),
+    ("optim.lr=[", "not YAML"), ("names=3", r"names is not a setting; did you mean name\?"), ("seed=a", "seed is 'a'"), ("seed=-1", "seed is -1"), ("name=../x", "must name one folder"),
     ("model.encoder=3", "model.encoder is not a setting"),                             # what the script supplies is no key
 ])
 def test_what_is_wrong_is_named(file, override, message):
