@@ -58,8 +58,8 @@ def test_shapes_are_deterministic_balanced_and_varied():
 
 def test_raw_pixels_do_badly_on_shapes():
     (x, y), (x_test, y_test) = (map(torch.from_numpy, shapes(n, seed=s)) for n, s in ((3000, 0), (600, 1)))
-    right = (knn(x.float().flatten(1), y, x_test.float().flatten(1), 50, 0.1) == y_test).float().mean()
-    assert right < 0.2                                     # chance is 0.083
+    right = (knn(x.flatten(1) / 255 - 0.5, y, x_test.flatten(1) / 255 - 0.5, 50, 0.1) == y_test).float().mean()
+    assert right < 0.3                                     # chance is 0.083; see data/shapes.py for the whole set
 
 
 @pytest.mark.parametrize("name", CLASSES)
