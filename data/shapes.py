@@ -2,8 +2,8 @@
 
 An image is one form of its class, brighter than the textured background and the clutter on it. Only the form tells the class: colour,
 position, size, rotation, mirroring, texture and clutter vary freely inside every class, so that neither raw pixels nor an untrained
-encoder get far. Chance is 8.3 %. On 10,000 training and 2,400 test images, kNN (k 200) reads 21 % from raw pixels and 10 % from an
-untrained width-16 ResNet-10; that network trained with all labels (cross-entropy, crop and flip, 20 epochs) reaches 97 %.
+encoder get far. Chance is 8.3 %. On 10,000 training and 2,400 test images, kNN (k 200) reads 29 % from raw pixels and 13 % from an
+untrained width-16 ResNet-10; that network trained with all labels (cross-entropy, crop and flip, 12 epochs) reaches 97 %.
 
 Deterministic: the same seed, number and size give the same images.
 """
