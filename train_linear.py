@@ -75,13 +75,9 @@ def main():
         raise SystemExit(f"{folder} holds no backbone.pt; first run: python train_pretrain.py --cfg {args.cfg}, or give --weights FILE")
 
     torch.manual_seed(cfg["seed"])
-    encoder = build(Encoder, "model").eval().requires_grad_(False)
+    encoder = build(Encoder, "model", device=device).eval().requires_grad_(False)
     untrained = copy.deepcopy(encoder)                     # the very weights that the run began with
     checkpoint.load_backbone(weights, encoder.backbone)
-    try:
-        encoder.settle(device), untrained.settle(device)
-    except ValueError as error:
-        raise SystemExit(f"{args.cfg}: model: {error}")
     before = copy.deepcopy(encoder.backbone.state_dict())
     train, test = (build(load, "data", part=part, seed=cfg["seed"]) for part in ("train", "test"))
     if train.labels is None or test is None:

@@ -49,11 +49,7 @@ def main():
     if cfg["data"]["augment_backend"] == "batched":
         [part.to(device) for part in (pretrain, train, test) if part]
 
-    encoder = build(Encoder, "model")
-    try:
-        encoder.settle(device)
-    except ValueError as error:
-        raise SystemExit(f"{args.cfg}: model: {error}")
+    encoder = build(Encoder, "model", device=device)
     host = build(config.chosen(cfg, "model"), "model", encoder=encoder, n_data=len(pretrain))
     epochs = cfg["optim"]["epochs"]
     loss_fn = build(config.chosen(cfg, "loss"), "loss", epochs=epochs, n_data=len(pretrain), labels=pretrain.labels)

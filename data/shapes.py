@@ -83,7 +83,7 @@ def draw(labels, size, rng):
 
     # the form, in a brighter colour
     radius, angle, mirror = u(0.45, 0.7), u(0, 2 * np.pi), np.where(u(0, 1) < 0.5, -1, 1)
-    room = 1.15 - radius                                    # the form may touch the border, hardly ever leave the image
+    room = 1.15 - radius                                   # the form may touch the border, hardly ever leave the image
     fx, fy = x - col(u(-1, 1) * room), y - col(u(-1, 1) * room)
     fx, fy = (fx * col(np.cos(angle)) + fy * col(np.sin(angle))) / col(radius), (fy * col(np.cos(angle)) - fx * col(np.sin(angle))) / col(radius * mirror)
     d = np.empty((n, size, size), np.float32)

@@ -82,10 +82,10 @@ class Encoder(nn.Module):
 
     backbone: resnet10/18/34/50. stem: see ResNet. head: `linear` is one layer; `mlp` is MoCo v2's F -> F -> dim; both on the pooled features.
     width: 64 is torchvision's. bn_splits: BatchNorm over that many parts of the batch (moco's CIFAR notebook: 8), for one process.
-    precision: `auto` is the fastest that the device has.
+    precision: `auto` is the fastest that the device has. fp16 needs gradient scaling, so it is refused on a CPU.
     """
 
-    def __init__(self, *, backbone: Literal["resnet10", "resnet18", "resnet34", "resnet50"] = "resnet18",
+    def __init__(self, device=torch.device("cpu"), *, backbone: Literal["resnet10", "resnet18", "resnet34", "resnet50"] = "resnet18",
                  stem: Literal["imagenet", "cifar"] = "imagenet", head: Literal["linear", "mlp"] = "linear", dim: int = 128, width: int = 64,
                  bn_splits: int = 1, precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"):
         super().__init__()
@@ -93,20 +93,14 @@ class Encoder(nn.Module):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be above 0")
         self.backbone = ResNet(backbone, stem, width)
-        self.dim, self.bn_splits, self.precision = dim, bn_splits, precision
+        self.dim, self.bn_splits, self.precision = dim, bn_splits, fastest(device) if precision == "auto" else precision
+        if self.precision == "fp16" and device.type == "cpu":
+            raise ValueError("precision fp16 is for GPUs; on a CPU use bf16, fp32 or auto")
         F_ = self.backbone.features
         self.head = nn.Linear(F_, dim) if head == "linear" else nn.Sequential(nn.Linear(F_, F_), nn.ReLU(inplace=True), nn.Linear(F_, dim))
         if bn_splits > 1:
             split_batch_norm(self, bn_splits)
-        self.to(memory_format=torch.channels_last)
-
-    def settle(self, device):
-        """Move to a device, and fix what `auto` means there. fp16 needs gradient scaling, so it is refused on a CPU."""
-        if self.precision == "auto":
-            self.precision = fastest(device)
-        if self.precision == "fp16" and device.type == "cpu":
-            raise ValueError("precision fp16 is for GPUs; on a CPU use bf16, fp32 or auto")
-        return self.to(device)
+        self.to(device, memory_format=torch.channels_last)
 
     def forward(self, x, feature="output"):
         """feature: `output`, the unit vectors (N, dim), or `backbone`, the pooled features (N, F)."""

@@ -59,7 +59,7 @@ def test_sizes_without_meaning_are_refused():
 
 def test_fp16_is_refused_on_a_cpu():
     with pytest.raises(ValueError, match="fp16 is for GPUs"):
-        small(precision="fp16").settle(torch.device("cpu"))
+        small(precision="fp16")
 
 
 def test_split_batch_norm_is_batch_norm_of_each_part():
