@@ -75,11 +75,12 @@ def main():
         raise SystemExit(f"{folder} holds no backbone.pt; first run: python train_pretrain.py --cfg {args.cfg}, or give --weights FILE")
 
     torch.manual_seed(cfg["seed"])
-    encoder = build(Encoder, "model", device=device).eval().requires_grad_(False)
+    train, test = (build(load, "data", part=part, seed=cfg["seed"]) for part in ("train", "test"))
+    encoder = build(getattr(config.chosen(cfg["model"], "model"), "Encoder", Encoder), "model", device=device, mean=train.mean, std=train.std)
+    encoder.eval().requires_grad_(False)
     untrained = copy.deepcopy(encoder)                     # the very weights that the run began with
     checkpoint.load_backbone(weights, encoder.backbone)
     before = copy.deepcopy(encoder.backbone.state_dict())
-    train, test = (build(load, "data", part=part, seed=cfg["seed"]) for part in ("train", "test"))
     if train.labels is None or test is None:
         raise SystemExit(f"{args.cfg}: a linear probe needs a labelled train part and test part; {cfg['data']['name']} at {cfg['data']['root']} lacks them")
     train, test = train.to(device), test.to(device)

@@ -6,7 +6,7 @@
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_pretrain.py --cfg ...     on both of 2 nodes
 
 A run lives in runs/<name>/ (name: the file's, unless set): config.yaml, log.jsonl, TensorBoard's events, augmentation.png, last.pt, and at the
-end backbone.pt, torchvision's keys. A run that was stopped goes on from last.pt when it is started again; --fresh starts it over.
+end backbone.pt, torchvision's keys (CMC's: L.* and ab.*). A run that was stopped goes on from last.pt when it is started again; --fresh starts it over.
 Batch size and learning rate are global, for all processes together; nothing is scaled silently.
 """
 import math
@@ -21,9 +21,10 @@ from data.datasets import load
 from data.loader import Loader
 from engine import checkpoint, config, distributed
 from engine.distributed import say
-from engine.features import KNN
+from engine.features import KNN, embeddings
 from engine.log import Log, lines
 from engine.schedule import Schedule, sgd
+from losses.together import Together
 from models.resnet import Encoder
 
 
@@ -49,10 +50,14 @@ def main():
     if cfg["data"]["augment_backend"] == "batched":
         [part.to(device) for part in (pretrain, train, test) if part]
 
-    encoder = build(Encoder, "model", device=device)
-    host = build(config.chosen(cfg, "model"), "model", encoder=encoder, n_data=len(pretrain))
+    Host = config.chosen(cfg["model"], "model")
+    encoder = build(getattr(Host, "Encoder", Encoder), "model", device=device, mean=pretrain.mean, std=pretrain.std)   # CMC brings one of its own
+    host = build(Host, "model", encoder=encoder, n_data=len(pretrain))
     epochs = cfg["optim"]["epochs"]
-    loss_fn = build(config.chosen(cfg, "loss"), "loss", epochs=epochs, n_data=len(pretrain), labels=pretrain.labels)
+    several = cfg["loss"] if isinstance(cfg["loss"], list) else [cfg["loss"]]
+    losses = [config.build(config.chosen(one, "loss"), one, f"{args.cfg}: loss", epochs=epochs, n_data=len(pretrain), n_keys=host.n_keys, labels=pretrain.labels)
+              for one in several]
+    loss_fn = losses[0] if len(losses) == 1 else config.build(Together, {}, f"{args.cfg}: loss", losses=losses)
     host, loss_fn = host.to(device), loss_fn.to(device)
     model = distributed.wrap(encoder, device)
 
@@ -93,8 +98,12 @@ def main():
         saved = f"{last} holds the state after epoch {epoch}" if epoch else "nothing was saved yet"
         raise SystemExit(f"{what} at epoch {epoch + 1}, step {step + 1} of {steps}; {saved}; try a lower optim.lr")
 
+    embed = lambda: embeddings(getattr(host, "key_encoder", encoder), pretrain, cfg["data"]["image_size"], device, loader.workers)      # IFND clusters them
+
     # ------------------------------------------------------------------------------------------------ the loop
     for epoch in range(start, epochs):
+        if hasattr(loss_fn, "before_epoch"):
+            loss_fn.before_epoch(epoch, embed)
         encoder.train(), host.train()
         total, began, wait, ready = {}, time.time(), 0.0, time.time()
         bar = tqdm(loader.epoch(epoch), f"epoch {epoch + 1}/{epochs}", total=steps, leave=False, disable=None if main_process else True)
@@ -133,11 +142,12 @@ def main():
         seconds = time.time() - began
         distributed.average_buffers(encoder), distributed.average_buffers(host)
         figures = dict(zip(total, distributed.mean(torch.stack([torch.as_tensor(v, device=device).float() for v in total.values()])).tolist()))
-        figures |= {"chance": math.log(figures["K"] + 1), "lr": schedule(now), "seconds": seconds, "images/s": steps * loader.batch / seconds,
+        chance = ("" if len(contrasts) == 1 else f"{len(contrasts)} ") + "log(K+1)"       # CMC sums two losses
+        figures |= {"chance": len(contrasts) * math.log(figures["K"] + 1), "lr": schedule(now), "seconds": seconds, "images/s": steps * loader.batch / seconds,
                     "data wait": wait / seconds}
         if monitor.due(epoch + 1, epochs):
             figures["knn"] = monitor(encoder)
-        say(f"epoch {epoch + 1:3d}/{epochs}  loss {figures['loss']:.3f} (chance: log(K+1) = {figures['chance']:.3f})  lr {figures['lr']:.4f}  "
+        say(f"epoch {epoch + 1:3d}/{epochs}  loss {figures['loss']:.3f} (chance: {chance} = {figures['chance']:.3f})  lr {figures['lr']:.4f}  "
             f"{seconds:.1f} s, {figures['images/s']:.0f} images/s" + (f"  kNN {figures['knn']:.1f} %" if "knn" in figures else ""))
         if main_process:
             log.write(epoch + 1, {k: float(f"{v:.6g}") for k, v in figures.items()})

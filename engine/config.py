@@ -53,28 +53,39 @@ def load(path, overrides=()):
     if "paper" in settings:
         unknown(mapping(settings["paper"], f"{path}: paper"), PAPER, f"{path}: paper.")
         resolved["paper"] = settings["paper"]
-    for section, homes in SECTIONS.items():
-        given = mapping(settings.get(section, {}), f"{path}: {section}")
-        where = f"{path}: {section}."
-        parameters = {}
-        for home in homes:
-            if "{" in home:
-                key = home[home.index("{") + 1:home.index("}")]
-                if key not in given:
-                    raise SystemExit(f"{where}{key} is missing; there are {', '.join(modules(home.split('.')[0]))}")
-                parameters[key] = inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=str)
-                home = home.replace("{" + key + "}", fit(given[key], str, where + key))
-            parameters.update(yaml_keys(find(home, where)))
-        unknown(given, parameters, where)
-        resolved[section] = {}
-        for key, parameter in parameters.items():
-            if key in given:
-                resolved[section][key] = fit(given[key], parameter.annotation, where + key)
-            elif parameter.default is inspect.Parameter.empty:
-                raise SystemExit(f"{where}{key} is missing; add it to the file, or {section}.{key}=... to the command line")
-            else:
-                resolved[section][key] = parameter.default
+    for section in SECTIONS:
+        given = settings.get(section, {})
+        if section == "loss" and isinstance(given, list):  # several methods at once
+            if not given:
+                raise SystemExit(f"{path}: loss is an empty list; give one method or several")
+            resolved[section] = [resolve(section, one, f"{path}: loss[{i}]") for i, one in enumerate(given)]
+        else:
+            resolved[section] = resolve(section, given, f"{path}: {section}")
     return resolved
+
+
+def resolve(section, given, where):
+    """One section as given -> whole, checked."""
+    mapping(given, where)
+    parameters = {}
+    for home in SECTIONS[section]:
+        if "{" in home:
+            key = home[home.index("{") + 1:home.index("}")]
+            if key not in given:
+                raise SystemExit(f"{where}.{key} is missing; there are {', '.join(modules(home.split('.')[0]))}")
+            parameters[key] = inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=str)
+            home = home.replace("{" + key + "}", fit(given[key], str, f"{where}.{key}"))
+        parameters.update(yaml_keys(find(home, where + ".")))
+    unknown(given, parameters, where + ".")
+    whole = {}
+    for key, parameter in parameters.items():
+        if key in given:
+            whole[key] = fit(given[key], parameter.annotation, f"{where}.{key}")
+        elif parameter.default is inspect.Parameter.empty:
+            raise SystemExit(f"{where}.{key} is missing; add it to the file, or {section}.{key}=... to the command line")
+        else:
+            whole[key] = parameter.default
+    return whole
 
 
 def build(target, section, file, **given):
@@ -86,9 +97,9 @@ def build(target, section, file, **given):
         raise SystemExit(f"{file}: {error}")
 
 
-def chosen(cfg, section):
-    """The class that a section chooses: the host of `model`, the method of `loss`."""
-    name = cfg[section][CHOICE[section]]
+def chosen(settings, section):
+    """The class that a section's settings choose: the host of `model`, the method of `loss`."""
+    name = settings[CHOICE[section]]
     return find(f"{PACKAGE[section]}.{name}:{name}")
 
 
@@ -106,10 +117,13 @@ def find(home, where=""):
 def modules(package):
     """The methods, or the hosts: the files in losses/, or those in models/ that are not parts of hosts. There is no registry."""
     folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), package)
-    return sorted({f[:-3] for f in os.listdir(folder) if f.endswith(".py")} - {"__init__", "resnet", "memory", "momentum"})
+    return sorted({f[:-3] for f in os.listdir(folder) if f.endswith(".py")} - {"__init__", "resnet", "memory", "momentum", "together"})
 
 
 def yaml_keys(target):
+    """Its keyword-only arguments. A class that hands **settings on takes its parent's."""
+    if inspect.isclass(target) and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(target).parameters.values()):
+        return yaml_keys(target.__base__)
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     return {k: p.replace(annotation=hints.get(k, typing.Any)) for k, p in inspect.signature(target).parameters.items()
             if p.kind is inspect.Parameter.KEYWORD_ONLY}
@@ -160,6 +174,15 @@ def override(settings, text):
     except yaml.YAMLError:
         raise SystemExit(f"{text!r} on the command line: the value is not YAML")
     *path, last = key.split(".")
+    if key == "loss" and isinstance(value, list):          # loss=[{name: ifnd}, {name: ring}]
+        settings[key] = value
+        return
+    if path[:1] == ["loss"] and isinstance(settings.get("loss"), list):                  # loss.ring.inner=0.05, of a list
+        named = {str(one["name"]): one for one in settings["loss"] if isinstance(one, dict) and "name" in one}
+        if len(path) != 2 or path[1] not in named or last == "name":
+            raise SystemExit(f"{text!r} on the command line: loss is a list, so a key of it is loss.<name>.key, with one of {', '.join(named)}")
+        put(named[path[1]], "loss", last, value)
+        return
     if len(path) > 1 or (not path and last in (*SECTIONS, "base")):
         raise SystemExit(f"{text!r} on the command line: a key is section.key, e.g. optim.epochs, or one of name and seed")
     if not path:

@@ -68,6 +68,23 @@ def gather(x):
     return torch.cat(parts)
 
 
+def gather_with_gradient(x):
+    """As gather, and the gradient of every process's use of x comes back to it. (DDP averages over processes, so each averages its own loss.)"""
+    return x if world_size() == 1 else Gather.apply(x)
+
+
+class Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return gather(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)                          # the sum over the processes' losses ...
+        return gradient.chunk(world_size())[rank()]        # ... of which this part is ours
+
+
 def broadcast(x):
     """Rank 0's x, on every rank."""
     if world_size() > 1:

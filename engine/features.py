@@ -23,6 +23,15 @@ def extract(encode, dataset, image_size, device, workers=None, recipe="eval", wh
     return distributed.gather(torch.cat([encode(x) for x, _ in bar]))[:n]              # ... which is dropped here
 
 
+def embeddings(encoder, dataset, image_size, device, workers, feature="output", what="embeddings"):
+    """extract, from an Encoder in eval mode."""
+    training = encoder.training
+    encoder.eval()
+    z = extract(lambda x: encoder(x, feature), dataset, image_size, device, workers, what=what)
+    encoder.train(training)
+    return z
+
+
 @torch.no_grad()
 def knn(bank, labels, queries, k, temperature):
     """Weighted kNN, as InstDisc and MoCo: the k most similar of bank (n, F) vote for their labels (n,), with weight e^{similarity / T}.
@@ -59,11 +68,7 @@ class KNN:
 
     def __call__(self, encoder):
         """-> percent."""
-        training = encoder.training
-        encoder.eval()
-        encode = lambda x: encoder(x, self.feature)
-        bank, queries = (extract(encode, part, *self.how, what="kNN") for part in (self.train, self.test))
-        encoder.train(training)
+        bank, queries = (embeddings(encoder, part, *self.how, self.feature, "kNN") for part in (self.train, self.test))
         labels, truth = self.train.labels.to(bank.device), self.test.labels.to(bank.device)
         return 100 * (knn(bank, labels, queries, self.k, self.temperature) == truth).float().mean().item()
 

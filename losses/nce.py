@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import false_negatives
+from . import count, false_negatives, similarity
 
 
 class NCE(nn.Module):
@@ -25,26 +25,24 @@ class NCE(nn.Module):
         self.t, self.n_negatives = temperature, n_negatives
         self.register_buffer("labels", labels, persistent=False)
 
+    def negatives(self, contrast, s, epoch):
+        """All that may serve, or draws from them."""
+        which = None if self.n_negatives is None else draw(contrast.mask, self.n_negatives, s)       # (..., N, n_negatives)
+        s = s if which is None else s.gather(-1, which)
+        return s, which, false_negatives(contrast, s, which, self.labels)
+
     def forward(self, contrast, epoch):
-        q, k, n = contrast.query, contrast.positive.mean(1), contrast.negative         # (N, D), (N, D), (K, D)
-        s = q @ n.T                                                                    # (N, K)
-        if contrast.mask is not None:
-            s = s.masked_fill(~contrast.mask, -torch.inf)
-        used = s[:32].detach() > -torch.inf                                            # (32, K), for the log
-        if self.n_negatives is not None:
-            draws = draw(contrast.mask, self.n_negatives, s)                           # (N, n_negatives)
-            s = s.gather(1, draws)
-            used = torch.zeros_like(used).scatter_(1, draws[:32], True)
+        q, k = contrast.query, contrast.positive.mean(1)                               # (N, D), (N, D)
+        s, _, figures = self.negatives(contrast, similarity(contrast), epoch)          # (N, K)
         positive = (q * k).sum(1)                                                      # (N,)
         loss = F.softplus(torch.logsumexp(s / self.t, 1) - positive / self.t).mean()
-        K = self.n_negatives or (s > -torch.inf).sum(1).float().mean()
-        return loss, {"K": K, "positive": positive.mean(), **false_negatives(contrast, used, self.labels)}
+        return loss, {"K": count(s), "positive": positive.mean(), **figures}
 
 
 def draw(mask, n, s):
-    """(N, n) uniform draws, with replacement, from the candidates that mask (N, K) allows each query; s: (N, K), for its size."""
+    """(..., N, n) uniform draws, with replacement, from the candidates that mask (..., N, K) allows each query; s: (..., N, K), for its size."""
     if mask is None:
-        return torch.randint(s.shape[1], (len(s), n), device=s.device)
-    count = mask.cumsum(1, dtype=torch.int32)                                          # (N, K): candidate j is a query's count[j]-th
-    turn = (torch.rand(len(s), n, device=s.device, dtype=torch.float64) * count[:, -1:]).int() + 1
-    return torch.searchsorted(count, turn)
+        return torch.randint(s.shape[-1], (*s.shape[:-1], n), device=s.device)
+    place = mask.cumsum(-1, dtype=torch.int32)                                         # (..., N, K): candidate j is a query's place[j]-th
+    turn = (torch.rand(*s.shape[:-1], n, device=s.device, dtype=torch.float64) * place[..., -1:]).int() + 1
+    return torch.searchsorted(place, turn).clamp(max=s.shape[-1] - 1)                  # none allowed: any, and all are NEVER

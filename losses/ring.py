@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import false_negatives
+from . import NEVER, count, false_negatives, similarity
 
 
 class Ring(nn.Module):
@@ -38,31 +38,26 @@ class Ring(nn.Module):
         u = self.u + (1 - self.u) * max(0, 1 - epoch / self.anneal_epochs) if self.anneal_epochs else self.u
         return (self.l * u / self.u if self.inner_relative else self.l), u
 
+    def negatives(self, contrast, s, epoch):
+        """The ring. s: (..., N, K) -> the similarities in it (..., N, r), and of which candidates they are."""
+        n = (s > NEVER).sum(-1, keepdim=True)                                          # (..., N, 1) candidates of each query
+        l, u = self.percentiles(epoch)
+        last = (u * n.double() + 1e-9).long().clamp(min=1)                             # (..., N, 1) rank after the ring's end
+        first = torch.minimum((l * n.double() + 1e-9).long(), last - 1)                # (..., N, 1) rank where it begins; it is never empty
+        most = min(int(u * s.shape[-1] + 1e-9) + 1, s.shape[-1])                       # no ring ends farther
+        s, which = s.topk(most)                                                        # (..., N, most), nearest first
+        figures = {"inner %": 100 * l, "outer %": 100 * u, "inner threshold": s.gather(-1, first).mean(), "outer threshold": s.gather(-1, last - 1).mean()}
+        rank = torch.arange(most, device=s.device)                                     # (most,)
+        ring = s.masked_fill((rank < first) | (rank >= last), NEVER)                   # (..., N, most)
+        figures |= false_negatives(contrast, ring, which, self.labels)
+        if self.n_negatives is None:
+            return ring, which, figures
+        draws = first + (torch.rand(*s.shape[:-1], self.n_negatives, device=s.device) * (last - first)).long()
+        return s.gather(-1, draws), which.gather(-1, draws), figures                   # (..., N, n_negatives)
+
     def forward(self, contrast, epoch):
         q, k = contrast.query, contrast.positive.mean(1)                               # (N, D), (N, D)
-        s = q @ contrast.negative.T                                                    # (N, K)
-        n = torch.full((len(s), 1), s.shape[1], device=s.device)                       # (N, 1) candidates of each query
-        if contrast.mask is not None:
-            s = s.masked_fill(~contrast.mask, -torch.inf)
-            n = contrast.mask.sum(1, keepdim=True)
-
-        l, u = self.percentiles(epoch)
-        first = (l * n.double() + 1e-9).long()                                         # (N, 1) rank where the ring begins
-        last = torch.maximum((u * n.double() + 1e-9).long(), first + 1)                # (N, 1) rank after its end; never empty
-        most = min(int(u * s.shape[1] + 1e-9) + 1, s.shape[1])                         # no ring ends farther
-        s, which = s.topk(most)                                                        # (N, most), nearest first
-        rank = torch.arange(most, device=s.device)                                     # (most,)
-        ring = (rank >= first) & (rank < last)                                         # (N, most)
-        figures = {"inner threshold": s.gather(1, first).mean(), "outer threshold": s.gather(1, last - 1).mean()}
-        if self.n_negatives is None:
-            s = s.masked_fill(~ring, -torch.inf)
-        else:
-            draws = first + (torch.rand(len(s), self.n_negatives, device=s.device) * (last - first)).long()
-            s = s.gather(1, draws)                                                     # (N, n_negatives)
-
+        s, _, figures = self.negatives(contrast, similarity(contrast), epoch)          # (N, r)
         positive = (q * k).sum(1)                                                      # (N,)
         loss = F.softplus(torch.logsumexp(s / self.t, 1) - positive / self.t).mean()
-        used = torch.zeros(len(which[:32]), len(contrast.negative), dtype=torch.bool, device=s.device).scatter_(1, which[:32], ring[:32])
-        K = self.n_negatives or ring.sum(1).float().mean()
-        return loss, {"K": K, "positive": positive.mean(), "inner %": 100 * l, "outer %": 100 * u, **figures,
-                      **false_negatives(contrast, used, self.labels)}
+        return loss, {"K": count(s), "positive": positive.mean(), **figures}

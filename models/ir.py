@@ -3,33 +3,30 @@ import torch
 from torch import nn
 
 from engine import distributed
-from losses import Contrast
 
 from .memory import MemoryBank
 
 
 class IR(nn.Module):
-    """One view of each image; its key is the image's row in the bank, its candidates are the whole bank.
+    """One view of each image is the query; its key is the image's row in the bank, its candidates are the whole bank.
 
     momentum: of the bank, see MemoryBank. exclude_self: the query's own row is no negative of its own (the Ring code leaves it in).
+    n_views: views an image; with V > 1 each is a query, and its keys are the row and the other views, without gradient (no paper's way;
+    JCL wants several keys).
     """
 
-    n_views = 1
-
-    def __init__(self, encoder, n_data, *, momentum: float = 0.5, exclude_self: bool = True):
+    def __init__(self, encoder, n_data, *, momentum: float = 0.5, exclude_self: bool = True, n_views: int = 1):
         super().__init__()
-        self.bank, self.exclude_self = MemoryBank(n_data, encoder.dim, momentum), exclude_self
+        if n_views < 1:
+            raise ValueError(f"n_views is {n_views}; it must be above 0")
+        self.n_views = self.n_keys = n_views
+        self.bank = MemoryBank(n_data, encoder.dim, momentum, exclude_self)
 
     def forward(self, encoder, views, index):
-        """views: one (N, 3, S, S); index: (N,)."""
-        q = encoder(views[0])                                                          # (N, D)
-        k = self.bank.rows[index]                                                      # (N, D)
-        mask = None
-        if self.exclude_self:
-            mask = torch.ones(len(q), len(self.bank.rows), dtype=torch.bool, device=q.device)
-            mask.scatter_(1, index[:, None], False)                                    # (N, n_data)
-        self.news = distributed.gather(q.detach()), distributed.gather(index)
-        return [Contrast(q, k[:, None], self.bank.rows, index, self.bank.index, mask)]
+        """views: V of (N, 3, S, S); index: (N,)."""
+        q = encoder(torch.cat(views)).view(len(views), len(index), -1)                 # (V, N, D)
+        self.news = distributed.gather(q.detach().mean(0)), distributed.gather(index)
+        return [self.bank.contrast(q, q.detach(), index)]
 
     def after_step(self):
         self.bank.update(*self.news)                       # only now: the backward pass needed the old rows

@@ -3,20 +3,35 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from losses import Contrast
+
 
 class MemoryBank(nn.Module):
     """rows: (n_data, D) unit vectors, row i for image i; random at first.
 
     momentum m: row i := m row i + (1 - m) z_i, normalised. 0: the newest embedding (the Ring code); 0.5: InstDisc, CMC.
+    exclude_self: an image's own row is no candidate for its query's negatives.
     """
 
-    def __init__(self, n_data, dim, momentum):
+    def __init__(self, n_data, dim, momentum, exclude_self=True):
         super().__init__()
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum {momentum} of the memory bank must lie in [0, 1)")
-        self.momentum = momentum
+        self.momentum, self.exclude_self = momentum, exclude_self
         self.register_buffer("rows", F.normalize(torch.randn(n_data, dim), dim=1))
         self.register_buffer("index", torch.arange(n_data), persistent=False)        # (n_data,) the image of each row
+
+    def contrast(self, q, z, index):
+        """Queries q (V, N, D), V views of the images `index` (N,), meet this bank. Keys: the image's row and z of its other views; z:
+        (V, N, D), constants, the embeddings of the views in the stream that the bank remembers. -> a Contrast of V N queries, M = V."""
+        V, N, D = q.shape
+        row = self.rows[index].expand(V, N, D)                                         # (V, N, D)
+        k = torch.stack([row, *(z.roll(-w, 0) for w in range(1, V))], 2).flatten(0, 1)                   # (V N, V, D)
+        index, mask = index.repeat(V), None                                            # (V N,)
+        if self.exclude_self:
+            mask = torch.ones(V * N, len(self.rows), dtype=torch.bool, device=q.device)
+            mask.scatter_(1, index[:, None], False)                                    # (V N, n_data)
+        return Contrast(q.flatten(0, 1), k, self.rows, index, self.index, mask)
 
     @torch.no_grad()
     def update(self, z, index):

@@ -22,7 +22,7 @@ class MoCo(nn.Module):
             raise ValueError(f"queue_size is {queue_size}; it must be above 0")
         if n_views < 2:
             raise ValueError(f"n_views is {n_views}; MoCo needs a query and at least one key: 2")
-        self.n_views = n_views
+        self.n_views, self.n_keys = n_views, n_views - 1
         self.key_encoder = MomentumEncoder(encoder, momentum)
         self.queue = Queue(queue_size, encoder.dim)
 

@@ -21,8 +21,8 @@ class MomentumEncoder(nn.Module):
         torch._foreach_lerp_(list(self.net.parameters()), list(encoder.parameters()), 1 - self.m)
 
     @torch.no_grad()
-    def forward(self, x):
-        return self.net(x)
+    def forward(self, x, feature="output"):
+        return self.net(x, feature)
 
     @torch.no_grad()
     def shuffled(self, x):

@@ -69,6 +69,11 @@ def split_batch_norm(module, splits):
             split_batch_norm(child, splits)
 
 
+def projection(head, features, dim):
+    """The head on the pooled features: `linear`, one layer; `mlp`, MoCo v2's F -> F -> dim."""
+    return nn.Linear(features, dim) if head == "linear" else nn.Sequential(nn.Linear(features, features), nn.ReLU(inplace=True), nn.Linear(features, dim))
+
+
 def fastest(device):
     """The precision that `auto` means on a device: bf16 where the hardware has it, fp16 on older GPUs (V100), fp32 on older CPUs."""
     if device.type == "cuda":                              # is_bf16_supported() is true on V100 too, where bf16 is emulated
@@ -80,7 +85,7 @@ def fastest(device):
 class Encoder(nn.Module):
     """Images (N, 3, S, S) -> unit vectors (N, dim) in fp32. Mixed precision lives in here: no loss meets it.
 
-    backbone: resnet10/18/34/50. stem: see ResNet. head: `linear` is one layer; `mlp` is MoCo v2's F -> F -> dim; both on the pooled features.
+    backbone: resnet10/18/34/50. stem: see ResNet. head: see projection.
     width: 64 is torchvision's. bn_splits: BatchNorm over that many parts of the batch (moco's CIFAR notebook: 8), for one process.
     precision: `auto` is the fastest that the device has. fp16 needs gradient scaling, so it is refused on a CPU.
     """
@@ -92,15 +97,18 @@ class Encoder(nn.Module):
         for name, value in dict(dim=dim, width=width, bn_splits=bn_splits).items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be above 0")
-        self.backbone = ResNet(backbone, stem, width)
+        self.backbone, self.head = self.parts(backbone, stem, width, head, dim)
         self.dim, self.bn_splits, self.precision = dim, bn_splits, fastest(device) if precision == "auto" else precision
         if self.precision == "fp16" and device.type == "cpu":
             raise ValueError("precision fp16 is for GPUs; on a CPU use bf16, fp32 or auto")
-        F_ = self.backbone.features
-        self.head = nn.Linear(F_, dim) if head == "linear" else nn.Sequential(nn.Linear(F_, F_), nn.ReLU(inplace=True), nn.Linear(F_, dim))
         if bn_splits > 1:
             split_batch_norm(self, bn_splits)
         self.to(device, memory_format=torch.channels_last)
+
+    def parts(self, backbone, stem, width, head, dim):
+        """-> images to pooled features (N, F), and these to (N, dim). CMC's encoder has other ones (models/cmc.py)."""
+        net = ResNet(backbone, stem, width)
+        return net, projection(head, net.features, dim)
 
     def forward(self, x, feature="output"):
         """feature: `output`, the unit vectors (N, dim), or `backbone`, the pooled features (N, F)."""
@@ -110,4 +118,4 @@ class Encoder(nn.Module):
             if feature == "backbone":
                 return h.float()
             z = self.head(h)                                                         # (N, D)
-        return F.normalize(z.float(), dim=1)
+        return F.normalize(z.float().unflatten(1, (-1, self.dim)), dim=2).flatten(1)     # CMC: two vectors side by side

@@ -1,63 +1,36 @@
 """NCE and Ring against slow, literal, float64 versions of their formulas, values and gradients."""
 import math
 
-import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
+from literal import SWEEP, agrees, contrast, info_nce, mean_over_queries, nearest, ring
 
-from losses import Contrast, false_negatives
+from losses import NEVER, false_negatives
 from losses.nce import NCE, draw
 from losses.ring import Ring
 
 
-def contrast(N=12, K=200, D=16, M=1, masked=False, seed=0, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    unit = lambda *shape: F.normalize(torch.randn(*shape, generator=g, dtype=torch.float64), dim=-1).to(dtype)
-    mask = torch.rand(N, K, generator=g) < 0.8 if masked else None
-    return Contrast(unit(N, D).requires_grad_(), unit(N, M, D), unit(K, D), torch.arange(N), torch.arange(K), mask)
+def literal(c, t, l=None, u=None):
+    """-1/N sum_i log( e^{q k/t} / (e^{q k/t} + sum_{j in support(i)} e^{q n_j/t}) )."""
+    n = c.negative.double()
 
-
-def literal(c, t, ring=None):
-    """-1/N sum_i log( e^{q k/t} / (e^{q k/t} + sum_{j in support(i)} e^{q n_j/t}) ), one query and one candidate at a time, float64."""
-    query = c.query.detach().double().requires_grad_()
-    total = 0
-    for i in range(len(query)):
-        k = c.positive[i].double().mean(0)
-        allowed = [j for j in range(len(c.negative)) if c.mask is None or c.mask[i, j]]
-        similarity = [(query[i] @ c.negative[j].double()).item() for j in allowed]
-        allowed = [allowed[a] for a in np.argsort(-np.array(similarity), kind="stable")]                 # nearest first
-        if ring:
-            l, u = ring
-            outer = allowed[:max(math.floor(u * len(allowed) + 1e-9), math.floor(l * len(allowed) + 1e-9) + 1)]
-            allowed = outer[math.floor(l * len(allowed) + 1e-9):]
-        positive = torch.exp(query[i] @ k / t)
-        partition = positive + sum(torch.exp(query[i] @ c.negative[j].double() / t) for j in allowed)
-        total = total - torch.log(positive / partition)
-    loss = total / len(query)
-    return loss, torch.autograd.grad(loss, query)[0]
-
-
-SWEEP = [(N, K, t, M, masked) for N, K in ((3, 7), (12, 200)) for t in (0.07, 0.5) for M in (1, 5) for masked in (False, True)]
-
-
-def agrees(loss_fn, c, epoch, t, ring=None):
-    loss, _ = loss_fn(c, epoch)
-    expected, gradient = literal(c, t, ring)
-    assert abs(loss.item() - expected.item()) < 1e-6 * max(1, abs(expected.item()))
-    ours = torch.autograd.grad(loss, c.query)[0]
-    assert (ours - gradient).abs().max() < 1e-6 * max(1, gradient.abs().max().item())
+    def of_one(i, query):
+        support = nearest(c, i) if u is None else ring(nearest(c, i), l, u)
+        return info_nce(query[i], c.positive[i].double().mean(0), [n[j] for j in support], t)
+    return mean_over_queries(c, of_one)
 
 
 @pytest.mark.parametrize("N,K,t,M,masked", SWEEP)
 def test_nce_is_its_formula(N, K, t, M, masked):
-    agrees(NCE(temperature=t), contrast(N, K, M=M, masked=masked), 0.0, t)
+    c = contrast(N, K, M=M, masked=masked)
+    agrees(NCE(temperature=t)(c, 0.0)[0], c, *literal(c, t))
 
 
 @pytest.mark.parametrize("inner,outer", [(0.01, 0.1), (0.0, 0.1), (0.2, 0.5), (0.0, 1.0)])
 @pytest.mark.parametrize("N,K,t,M,masked", SWEEP)
 def test_ring_is_its_formula(N, K, t, M, masked, inner, outer):
-    agrees(Ring(epochs=9, temperature=t, inner=inner, outer=outer, anneal_epochs=0), contrast(N, K, M=M, masked=masked), 0.0, t, (inner, outer))
+    c = contrast(N, K, M=M, masked=masked)
+    agrees(Ring(epochs=9, temperature=t, inner=inner, outer=outer, anneal_epochs=0)(c, 0.0)[0], c, *literal(c, t, inner, outer))
 
 
 def test_ring_of_everything_is_nce():
@@ -101,17 +74,17 @@ def test_ring_draws_are_uniform_over_the_ring(masked):
     expected = []
     for i in range(4):
         ranked = s[i][c.mask[i]].sort(descending=True).values if masked else s[i].sort(descending=True).values
-        ring = ranked[int(0.1 * len(ranked)):int(0.4 * len(ranked) + 1e-9)]
+        within = ring(ranked, 0.1, 0.4)
         positive = (c.query[i] @ c.positive[i, 0] / 0.5).exp()
-        expected.append(-torch.log(positive / (positive + 20000 * (ring / 0.5).exp().mean())))
+        expected.append(-torch.log(positive / (positive + 20000 * (within / 0.5).exp().mean())))
     assert abs(drawn[0] - torch.stack(expected).mean()) < 0.02
     assert drawn[1]["outer threshold"] == whole["outer threshold"]
 
 
 def test_annealing():
-    ring = Ring(epochs=300, inner=0.01, outer=0.1)
-    assert ring.percentiles(0) == (0.01, 1.0) and ring.percentiles(100) == (0.01, 0.1) == ring.percentiles(250)
-    assert abs(ring.percentiles(50)[1] - 0.55) < 1e-12
+    loss_fn = Ring(epochs=300, inner=0.01, outer=0.1)
+    assert loss_fn.percentiles(0) == (0.01, 1.0) and loss_fn.percentiles(100) == (0.01, 0.1) == loss_fn.percentiles(250)
+    assert abs(loss_fn.percentiles(50)[1] - 0.55) < 1e-12
     relative = Ring(epochs=300, inner=0.01, outer=0.1, anneal_epochs=10, inner_relative=True)
     assert abs(relative.percentiles(0)[0] - 0.1) < 1e-12 and abs(relative.percentiles(10)[0] - 0.01) < 1e-12   # l: 10 % of u
     assert Ring(epochs=300, anneal_epochs=0).percentiles(0) == (0.01, 0.1)
@@ -140,10 +113,25 @@ def test_share_of_false_negatives():
     c = c._replace(index=torch.tensor([0, 1]), negative_index=torch.tensor([0, 1, 2, -1]))
     labels = torch.tensor([5, 6, 5])
     used = torch.tensor([[True, True, False, True], [False, True, True, False]])
-    figures = false_negatives(c, used, labels)                                         # the candidate without an index counts nowhere
+    s = torch.where(used, 0.5, NEVER)
+    figures = false_negatives(c, s, None, labels)                                          # the candidate without an index counts nowhere
     assert figures["used %"] == pytest.approx(100 * 4 / 6)
     assert figures["false negatives used %"] == pytest.approx(50) and figures["false negatives left out %"] == pytest.approx(50)
-    assert set(false_negatives(c, used, None)) == {"used %"}
+    assert set(false_negatives(c, s, None, None)) == {"used %"}
+    which = torch.tensor([[1, 3, 0], [2, 2, 1]])                                           # the same, as draws from the candidates
+    assert false_negatives(c, s.gather(1, which), which, labels) == figures
+    levels = torch.stack([s, torch.full_like(s, NEVER)])                                   # two levels, one of which uses nothing
+    assert false_negatives(c, levels, None, labels)["used %"] == pytest.approx(100 * 4 / 12)
+
+
+@pytest.mark.parametrize("loss_fn", [NCE(), NCE(n_negatives=5), Ring(epochs=1), Ring(epochs=1, n_negatives=5)])
+def test_a_query_left_with_no_negatives_has_loss_0_and_gradient_0(loss_fn):
+    c = contrast(N=3, K=20)
+    mask = torch.ones(3, 20, dtype=torch.bool)
+    mask[1] = False
+    loss, figures = loss_fn(c._replace(mask=mask), 0.0)
+    gradient = torch.autograd.grad(loss, c.query)[0]
+    assert loss.isfinite() and (gradient[1] == 0).all() and (gradient[[0, 2]] != 0).any(1).all() and all(math.isfinite(v) for v in figures.values())
 
 
 @pytest.mark.parametrize("make,message", [

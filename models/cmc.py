@@ -1,0 +1,83 @@
+"""CMC: contrastive multiview coding (Tian, Krishnan, Isola; 2019): lightness L meets colour ab of the same image, with two memory banks."""
+import torch
+from torch import nn
+
+from engine import distributed
+
+from .memory import MemoryBank
+from .resnet import Encoder, ResNet, projection
+
+# sRGB (D65) to XYZ, over the white point's XYZ: each row sums to 1
+XYZ = ((0.412453 / 0.950456, 0.357580 / 0.950456, 0.180423 / 0.950456), (0.212671, 0.715160, 0.072169),
+       (0.019334 / 1.088754, 0.119193 / 1.088754, 0.950227 / 1.088754))
+
+
+def lab(x):
+    """(n, 3, S, S) sRGB in [0, 1] -> L, a, b of CIE Lab: L in [0, 100], a about [-86, 98], b about [-108, 94]."""
+    x = torch.where(x > 0.04045, ((x.clamp(min=0) + 0.055) / 1.055) ** 2.4, x / 12.92)
+    X, Y, Z = (sum(w * channel for w, channel in zip(row, x.unbind(1))) for row in XYZ)              # 3 of (n, S, S)
+    f = lambda v: torch.where(v > 0.008856, v.clamp(min=1e-6) ** (1 / 3), 7.787 * v + 16 / 116)
+    return torch.stack([116 * f(Y) - 16, 500 * (f(X) - f(Y)), 200 * (f(Y) - f(Z))], 1)
+
+
+class LabEncoder(Encoder):
+    """Two ResNets of half the width, one sees L, one sees ab; in one module, so that one DDP call has both.
+
+    mean, std: the normalisation of the images that come in. The unit vectors of L and of ab lie side by side: (n, 2 dim). The pooled
+    features, which are probed, are those of both, (n, F) as of one ResNet of full width.
+    """
+
+    def __init__(self, mean, std, device=torch.device("cpu"), **settings):
+        super().__init__(device, **settings)
+        self.register_buffer("mean", torch.tensor(mean, device=device).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, device=device).view(1, 3, 1, 1), persistent=False)
+
+    def parts(self, backbone, stem, width, head, dim):
+        if width < 2:
+            raise ValueError(f"width is {width}; cmc halves it, so it must be at least 2")
+        nets = {name: ResNet(backbone, stem, width // 2, channels) for name, channels in (("L", 1), ("ab", 2))}
+        return TwoStreams(**nets), TwoStreams(**{name: projection(head, net.features, dim) for name, net in nets.items()})
+
+    def forward(self, x, feature="output"):
+        x = lab(x.float() * self.std + self.mean)
+        return super().forward((x - x.new_tensor((50, 0, 0)).view(3, 1, 1)) / x.new_tensor((50, 100, 100)).view(3, 1, 1), feature)   # about [-1, 1]
+
+
+class TwoStreams(nn.Module):
+    """L and ab: two modules side by side, each on its part of the channels."""
+
+    def __init__(self, L, ab):
+        super().__init__()
+        self.L, self.ab = L, ab
+
+    def forward(self, x):
+        first = 1 if x.dim() == 4 else x.shape[1] // 2     # of an image, the channel L; of features, the half
+        return torch.cat([self.L(x[:, :first]), self.ab(x[:, first:])], 1)
+
+
+class CMC(nn.Module):
+    """The query L meets the ab bank, the query ab the L bank: two contrasts, whose losses are summed.
+
+    momentum: of the banks. exclude_self: the image's own row is no negative. n_views: views an image; with V > 1 each is a query, and its
+    keys are the bank's row and the other stream's embeddings of the other views (no paper's way; JCL wants several keys).
+    """
+
+    Encoder = LabEncoder
+
+    def __init__(self, encoder, n_data, *, momentum: float = 0.5, exclude_self: bool = True, n_views: int = 1):
+        super().__init__()
+        if n_views < 1:
+            raise ValueError(f"n_views is {n_views}; it must be above 0")
+        self.n_views = self.n_keys = n_views
+        self.L, self.ab = (MemoryBank(n_data, encoder.dim, momentum, exclude_self) for _ in range(2))
+
+    def forward(self, encoder, views, index):
+        """views: V of (N, 3, S, S); index: (N,)."""
+        z = encoder(torch.cat(views)).view(len(views), len(index), -1)                 # (V, N, 2 D)
+        L, ab = z.chunk(2, 2)                                                          # (V, N, D), (V, N, D)
+        self.news = distributed.gather(L.detach().mean(0)), distributed.gather(ab.detach().mean(0)), distributed.gather(index)
+        return [self.ab.contrast(L, ab.detach(), index), self.L.contrast(ab, L.detach(), index)]
+
+    def after_step(self):
+        L, ab, index = self.news                           # only now: the backward pass needed the old rows
+        self.L.update(L, index), self.ab.update(ab, index)
