@@ -73,9 +73,9 @@ class CMC(nn.Module):
 
     def forward(self, encoder, views, index):
         """views: V of (N, 3, S, S); index: (N,)."""
-        z = encoder(torch.cat(views)).view(len(views), len(index), -1)                 # (V, N, 2 D)
-        L, ab = z.chunk(2, 2)                                                          # (V, N, D), (V, N, D)
-        self.news = distributed.gather(L.detach().mean(0)), distributed.gather(ab.detach().mean(0)), distributed.gather(index)
+        z = encoder(torch.stack(views, 1).flatten(0, 1)).unflatten(0, (-1, len(views)))                  # (N, V, 2 D)
+        L, ab = z.chunk(2, 2)                                                          # (N, V, D), (N, V, D)
+        self.news = distributed.gather(L.detach().mean(1)), distributed.gather(ab.detach().mean(1)), distributed.gather(index)
         return [self.ab.contrast(L, ab.detach(), index), self.L.contrast(ab, L.detach(), index)]
 
     def after_step(self):

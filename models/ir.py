@@ -24,8 +24,8 @@ class IR(nn.Module):
 
     def forward(self, encoder, views, index):
         """views: V of (N, 3, S, S); index: (N,)."""
-        q = encoder(torch.cat(views)).view(len(views), len(index), -1)                 # (V, N, D)
-        self.news = distributed.gather(q.detach().mean(0)), distributed.gather(index)
+        q = encoder(torch.stack(views, 1).flatten(0, 1)).unflatten(0, (-1, len(views)))                  # (N, V, D)
+        self.news = distributed.gather(q.detach().mean(1)), distributed.gather(index)
         return [self.bank.contrast(q, q.detach(), index)]
 
     def after_step(self):

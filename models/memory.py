@@ -22,15 +22,15 @@ class MemoryBank(nn.Module):
         self.register_buffer("index", torch.arange(n_data), persistent=False)        # (n_data,) the image of each row
 
     def contrast(self, q, z, index):
-        """Queries q (V, N, D), V views of the images `index` (N,), meet this bank. Keys: the image's row and z of its other views; z:
-        (V, N, D), constants, the embeddings of the views in the stream that the bank remembers. -> a Contrast of V N queries, M = V."""
-        V, N, D = q.shape
-        row = self.rows[index].expand(V, N, D)                                         # (V, N, D)
-        k = torch.stack([row, *(z.roll(-w, 0) for w in range(1, V))], 2).flatten(0, 1)                   # (V N, V, D)
-        index, mask = index.repeat(V), None                                            # (V N,)
+        """Queries q (N, V, D), V views of the images `index` (N,), meet this bank. Keys: the image's row and z of its other views; z:
+        (N, V, D), constants, the embeddings of the views in the stream that the bank remembers. -> a Contrast of N V queries, M = V."""
+        N, V, D = q.shape
+        row = self.rows[index, None].expand(N, V, D)                                   # (N, V, D)
+        k = torch.stack([row, *(z.roll(-w, 1) for w in range(1, V))], 2).flatten(0, 1)                   # (N V, V, D)
+        index, mask = index.repeat_interleave(V), None                                 # (N V,)
         if self.exclude_self:
-            mask = torch.ones(V * N, len(self.rows), dtype=torch.bool, device=q.device)
-            mask.scatter_(1, index[:, None], False)                                    # (V N, n_data)
+            mask = torch.ones(N * V, len(self.rows), dtype=torch.bool, device=q.device)
+            mask.scatter_(1, index[:, None], False)                                    # (N V, n_data)
         return Contrast(q.flatten(0, 1), k, self.rows, index, self.index, mask)
 
     @torch.no_grad()

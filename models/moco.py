@@ -30,8 +30,8 @@ class MoCo(nn.Module):
         """views: M + 1 of (N, 3, S, S); index: (N,)."""
         q = encoder(views[0])                                                          # (N, D)
         self.key_encoder.update(encoder)
-        k = self.key_encoder.shuffled(torch.cat(views[1:]))                            # (M N, D)
-        k = k.view(len(views) - 1, *q.shape).transpose(0, 1)                           # (N, M, D)
+        k = self.key_encoder.shuffled(torch.stack(views[1:], 1).flatten(0, 1))         # (N M, D)
+        k = k.view(len(q), -1, q.shape[1])                                             # (N, M, D)
         self.news = distributed.gather(k.mean(1)), distributed.gather(index)
         return [Contrast(q, k, self.queue.keys, index, self.queue.index)]
 

@@ -22,11 +22,11 @@ class SimCLR(nn.Module):
     def forward(self, encoder, views, index):
         """views: V of (n, 3, S, S); index: (n,)."""
         V = len(views)
-        z = encoder(torch.cat(views)).view(V, len(index), -1)                          # (V, n, D)
-        positive = torch.stack([z.roll(-w, 0) for w in range(1, V)], 2).flatten(0, 1)  # (V n, V - 1, D)
-        negative = distributed.gather_with_gradient(z.flatten(0, 1))                   # (world V n, D)
-        index = index.repeat(V)                                                        # (V n,)
-        negative_index = distributed.gather(index)                                     # (world V n,)
+        z = encoder(torch.stack(views, 1).flatten(0, 1)).unflatten(0, (-1, V))         # (n, V, D)
+        positive = torch.stack([z.roll(-w, 1) for w in range(1, V)], 2).flatten(0, 1)  # (n V, V - 1, D)
+        negative = distributed.gather_with_gradient(z.flatten(0, 1))                   # (world n V, D)
+        index = index.repeat_interleave(V)                                             # (n V,)
+        negative_index = distributed.gather(index)                                     # (world n V,)
         return [Contrast(z.flatten(0, 1), positive, negative, index, negative_index, index[:, None] != negative_index)]
 
     def after_step(self):

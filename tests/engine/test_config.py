@@ -52,6 +52,20 @@ def test_base(file, tmp_path):
         config.load(str(tmp_path / "c.yaml"))
 
 
+def test_a_list_of_losses(file):
+    several = "loss=[{name: ifnd, clusters: [3]}, {name: ring}]"
+    cfg = config.load(file, [several, "loss.ring.inner=0.05", "loss.ifnd.temperature=1"])
+    assert [one["name"] for one in cfg["loss"]] == ["ifnd", "ring"] and cfg["loss"][0]["clusters"] == [3] and cfg["loss"][0]["temperature"] == 1.0
+    assert cfg["loss"][1]["inner"] == 0.05 and cfg["loss"][1]["outer"] == 0.1
+    assert yaml.safe_load(config.text(cfg)) == cfg
+    assert config.difference(cfg, config.load(file, [several])).startswith("loss was [")
+    for overrides, message in [(["loss=[]"], "loss is an empty list"), (["loss=[{name: rig}]"], r"loss\[0\]\.name is 'rig'; did you mean ring\?"),
+                               (["loss=[3]"], r"loss\[0\] is 3"), ([several, "loss.inner=1"], "a key of it is loss.<name>.key, with one of ifnd, ring"),
+                               ([several, "loss.mochi.mixed=1"], "with one of ifnd, ring"), ([several, "loss.ring.iner=1"], r"loss\[1\]\.iner is not a setting; did you mean inner")]:
+        with pytest.raises(SystemExit, match=message):
+            config.load(file, overrides)
+
+
 @pytest.mark.parametrize("override,message", [
     ("loss.temprature=1", r"a\.yaml: loss\.temprature is not a setting; did you mean temperature\?"),
     ("optim.lr=fast", r"optim\.lr is 'fast'; it must be a number"),
@@ -60,7 +74,7 @@ def test_base(file, tmp_path):
     ("optim.epochs=true", "optim.epochs is True; it must be a whole number"),
     ("model.host=mocoo", r"model\.host is 'mocoo'; did you mean moco\?"),
     ("model.host=resnet", "model.host is 'resnet'"),
-    ("loss.name=rings", r"did you mean ring\?; there are nce, ring"),
+    ("loss.name=rings", r"did you mean ring\?; there are ifnd, jcl, mochi, nce, ring"),
     ("model.backbone=resnet19", "must be one of resnet10"),
     ("optim.milestones=[1,a]", r"optim\.milestones\[1\] is 'a'"),
     ("modell.dim=3", r"modell is not a section; did you mean model\?"),
@@ -78,7 +92,7 @@ def test_what_is_wrong_is_named(file, override, message):
     ("- 1\n", "must hold keys and values"), ("a: [\n", "is not YAML"), ("data: 3\n", "data is 3"), ("dta: {}\n", r"dta is not a setting; did you mean data\?"),
     (FILE + "paper: {tabel: x}\n", r"paper\.tabel is not a setting; did you mean table\?"),
     (FILE.replace("optim: {epochs: 2, ", "optim: {"), r"optim\.epochs is missing; add it to the file, or optim\.epochs=\.\.\. to the command line"),
-    (FILE.replace("name: nce, ", ""), r"loss\.name is missing; there are nce, ring"),
+    (FILE.replace("name: nce, ", ""), r"loss\.name is missing; there are ifnd, jcl, mochi, nce, ring"),
 ])
 def test_files_that_are_wrong(tmp_path, text, message):
     path = tmp_path / "x.yaml"
@@ -120,7 +134,7 @@ def test_whatever_is_thrown_at_it_is_accepted_or_refused_in_one_line(tmp_path):
     """Three thousand mutated files and overrides: settings, or one sentence; never anything else."""
     import random
     chance, files, outcomes = random.Random(0), sorted(glob.glob(os.path.join(ROOT, "yaml", "*.yaml"))), {"accepted": 0, "refused": 0}
-    values = ["1", "-1", "1.5", "null", "true", "[1]", "{a: 1}", "abc", "", ".nan", "[[1]]", "{}", "2026-11-21", "!!python/object:os.system x", "&a [*a]", "- b"]
+    values = ["1", "-1", "1.5", "null", "true", "[1]", "{a: 1}", "abc", "", ".nan", "[[1]]", "{}", "2026-11-21", "!!python/object:os.system x", "&a [*a]", "- b", "[{name: ring}, {name: jcl, lam: x}]", "[{name: ring}, {name: mochi}]"]
     for _ in range(1000):
         file, path = chance.choice(files), str(tmp_path / "mutant.yaml")
         with open(file) as f:
@@ -131,7 +145,7 @@ def test_whatever_is_thrown_at_it_is_accepted_or_refused_in_one_line(tmp_path):
         with open(path, "w") as f:
             f.write("".join(text))
         section = chance.choice([*config.SECTIONS, "paper", "name", "seed", "base", "x"])
-        key = chance.choice(["epochs", "lr", "name", "host", "temperature", "limit", "dim", "k", "zz", ""])
+        key = chance.choice(["epochs", "lr", "name", "host", "temperature", "limit", "dim", "k", "zz", "", "ring.inner"])
         for call in ((path, []), (file, [f"{section}.{key}={chance.choice(values)}"]), (file, [f"{section}={chance.choice(values)}"])):
             try:
                 config.load(*call)

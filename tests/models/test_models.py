@@ -1,4 +1,4 @@
-"""Encoders, bank, queue, momentum encoder, and the hosts IR and MoCo."""
+"""Encoders, bank, queue, momentum encoder, and the hosts."""
 import copy
 
 import pytest
@@ -7,11 +7,13 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
+from models.cmc import CMC, XYZ, LabEncoder, lab
 from models.ir import IR
 from models.memory import MemoryBank, Queue
 from models.moco import MoCo
 from models.momentum import MomentumEncoder
 from models.resnet import Encoder, ResNet, SplitBatchNorm
+from models.simclr import SimCLR
 
 
 def small(**settings):
@@ -156,10 +158,10 @@ def test_moco_in_the_order_of_its_code(n_views):
     x, index, before = [torch.randn(3, 3, 32, 32) for _ in range(n_views)], torch.tensor([5, 6, 7]), host.queue.keys.clone()
     (c,) = host(net, x, index)
     keys = expected(torch.cat(x[1:])).view(n_views - 1, 3, 16)                         # f_k moves before it makes keys
-    assert c.positive.shape == (3, n_views - 1, 16) and torch.allclose(c.positive.transpose(0, 1), keys, atol=1e-6)
+    assert c.positive.shape == (3, n_views - 1, 16) and torch.allclose(c.positive.transpose(0, 1), keys, atol=1e-5)
     assert torch.equal(c.negative, before) and (c.negative_index == -1).all()          # this batch is not yet in the queue
     host.after_step()
-    assert torch.allclose(host.queue.keys[:3], keys.mean(0), atol=1e-6) and host.queue.index.tolist() == [5, 6, 7] + [-1] * 5
+    assert torch.allclose(host.queue.keys[:3], keys.mean(0), atol=1e-5) and host.queue.index.tolist() == [5, 6, 7] + [-1] * 5
     with pytest.raises(ValueError, match="n_views"):
         MoCo(net, n_views=1)
     with pytest.raises(ValueError, match="queue_size"):
@@ -171,3 +173,93 @@ def test_all_state_is_in_the_state_dict():
     assert {"bank.rows"} == set(IR(net, 10).state_dict())
     keys = set(MoCo(net, queue_size=8).state_dict())
     assert {"queue.keys", "queue.index", "queue.pointer"} <= keys and any(k.startswith("key_encoder.net.") for k in keys)
+
+
+@pytest.mark.parametrize("V", [2, 3])
+def test_ir_with_several_views_has_the_row_and_the_other_views_as_keys(V):
+    net, index = small(), torch.tensor([4, 0, 9])
+    host, x = IR(net, 10, n_views=V), [torch.randn(3, 3, 32, 32) for _ in range(V)]
+    before = host.bank.rows.clone()
+    (c,) = host(net, x, index)
+    z = net(torch.stack(x, 1).flatten(0, 1)).view(3, V, 16)
+    assert c.query.shape == (3 * V, 16) and c.positive.shape == (3 * V, V, 16) and host.n_keys == V and not c.positive.requires_grad
+    for i in range(3):
+        for v in range(V):
+            others = {tuple(z[i, w].tolist()) for w in range(V) if w != v}
+            got = c.positive[i * V + v]
+            assert torch.equal(got[0], before[index[i]]) and all(min((g - torch.tensor(o)).abs().max() for o in others) < 1e-5 for g in got[1:])
+            assert len({tuple(g.tolist()) for g in got}) == V and c.index[i * V + v] == index[i] and c.mask[i * V + v].sum() == 9
+    host.after_step()
+    assert torch.allclose(host.bank.rows[index], F.normalize(0.5 * before[index] + 0.5 * z.mean(1), dim=1), atol=1e-5)
+
+
+def test_simclr_every_view_meets_every_other():
+    """Against the loops of the paper: 2N queries, the other view positive, 2N - 2 negatives; and with the gradient through all of them."""
+    from losses.nce import NCE
+    net, index = small(), torch.tensor([4, 0, 9, 2])
+    x = [torch.randn(4, 3, 32, 32) for _ in range(2)]
+    (c,) = SimCLR(net)(net, x, index)
+    loss, _ = NCE(temperature=0.5)(c, 0.0)
+    z = net(torch.stack(x, 1).flatten(0, 1))                                           # (8, D), 2i and 2i + 1 are of image i
+    total = 0
+    for a in range(8):
+        b = a ^ 1
+        e = [torch.exp(z[a] @ z[j] / 0.5) for j in range(8)]
+        total = total - torch.log(e[b] / sum(e[j] for j in range(8) if j != a)) / 8
+    assert abs(loss - total) < 1e-5
+    ours, theirs = (torch.autograd.grad(v, list(net.parameters())) for v in (loss, total))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs)) and c.negative.requires_grad and c.positive.requires_grad
+    (c,) = SimCLR(net, n_views=3)(net, [*x, torch.randn(4, 3, 32, 32)], index)
+    assert c.positive.shape == (12, 2, 16) and c.mask.sum(1).tolist() == [9] * 12
+    with pytest.raises(ValueError, match="n_views"):
+        SimCLR(net, n_views=1)
+
+
+def test_lab_is_cie_lab():
+    """The corners of sRGB, by the published values (D65), and the definition in float64, one pixel at a time."""
+    known = {(1, 1, 1): (100, 0, 0), (0, 0, 0): (0, 0, 0), (1, 0, 0): (53.24, 80.09, 67.20), (0, 1, 0): (87.74, -86.18, 83.18), (0, 0, 1): (32.30, 79.19, -107.86)}
+    for rgb, expected in known.items():
+        assert torch.allclose(lab(torch.tensor(rgb).float().view(1, 3, 1, 1)).flatten(), torch.tensor(expected).float(), atol=0.03)
+    x = torch.rand(20, 3, 1, 1)
+    for rgb, ours in zip(x.flatten(1).tolist(), lab(x).flatten(1)):
+        linear = [((v + 0.055) / 1.055) ** 2.4 if v > 0.04045 else v / 12.92 for v in rgb]
+        f = [(lambda t: t ** (1 / 3) if t > 0.008856 else 7.787 * t + 16 / 116)(sum(w * v for w, v in zip(row, linear))) for row in XYZ]
+        assert torch.allclose(ours, torch.tensor([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])]), atol=1e-3)
+
+
+def two_streams(**settings):
+    torch.manual_seed(0)
+    return LabEncoder((0.5, 0.4, 0.3), (0.2, 0.2, 0.1), **{**dict(backbone="resnet10", stem="cifar", width=8, dim=16, precision="fp32"), **settings})
+
+
+def test_cmcs_encoder_keeps_the_streams_apart():
+    """L depends on lightness alone, ab on colour alone; both are unit, as wide together as one encoder."""
+    net = two_streams().eval()
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    assert 0.4 < size(net.backbone) / size(small().backbone) < 0.6
+    grey = torch.rand(4, 1, 32, 32).expand(-1, 3, -1, -1)
+    normal = lambda x: (x - net.mean) / net.std
+    a, b = (net(normal(v)) for v in (grey, grey.flip(0) * 0.5))                        # no colour at all: ab cannot tell them apart
+    assert torch.allclose(a[:, 16:], b[:, 16:], atol=1e-3) and not torch.allclose(a[:, :16], b[:, :16], atol=1e-3)
+    assert torch.allclose(a.view(4, 2, 16).norm(dim=2), torch.ones(4, 2), atol=1e-5) and net(normal(grey), "backbone").shape == (4, 64)
+    assert two_streams(bn_splits=2, head="mlp", precision="bf16")(normal(grey)).dtype == torch.float32
+    with pytest.raises(ValueError, match="cmc halves it"):
+        two_streams(width=1)
+
+
+@pytest.mark.parametrize("V", [1, 2])
+def test_cmc_each_stream_meets_the_others_bank(V):
+    net, index = two_streams(), torch.tensor([4, 0, 9])
+    host, x = CMC(net, 10, n_views=V), [torch.randn(3, 3, 32, 32) for _ in range(V)]
+    L_before, ab_before = host.L.rows.clone(), host.ab.rows.clone()
+    of_L, of_ab = host(net, x, index)
+    L, ab = net(torch.stack(x, 1).flatten(0, 1)).view(3, V, 32).chunk(2, 2)
+    assert torch.allclose(of_L.query, L.flatten(0, 1), atol=1e-5) and torch.equal(of_L.negative, ab_before) and torch.equal(of_L.positive[0, 0], ab_before[4])
+    assert torch.allclose(of_ab.query, ab.flatten(0, 1), atol=1e-5) and torch.equal(of_ab.negative, L_before) and torch.equal(of_ab.positive[0, 0], L_before[4])
+    assert of_L.positive.shape == (3 * V, V, 16) and not of_L.positive.requires_grad and of_L.mask.sum() == 27 * V
+    if V == 2:                                             # the other view's embedding by the other stream
+        assert torch.allclose(of_L.positive[0, 1], ab[0, 1], atol=1e-5) and torch.allclose(of_ab.positive[1, 1], L[0, 0], atol=1e-5)
+    host.after_step()
+    assert torch.allclose(host.L.rows[index], F.normalize(0.5 * L_before[index] + 0.5 * L.mean(1), dim=1), atol=1e-5)
+    assert torch.allclose(host.ab.rows[index], F.normalize(0.5 * ab_before[index] + 0.5 * ab.mean(1), dim=1), atol=1e-5)
+    assert {"L.rows", "ab.rows"} == set(host.state_dict())

@@ -1,0 +1,94 @@
+"""Every method on every host, and methods together: two epochs on shapes, in one process and in two; ranks stay equal, resume is bit-exact."""
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from test_distributed import ROOT, TINY, torchrun
+
+HOSTS = {"ir": [], "cmc": [], "moco": ["model.queue_size=64"], "simclr": []}
+LOSSES = {"nce": [], "ring": ["loss.inner=0.1", "loss.outer=0.5"], "mochi": ["loss.hardest=16", "loss.mixed=20", "loss.query_mixed=10", "loss.warmup_epochs=1"],
+          "jcl": ["model.n_views=3"], "ifnd": ["loss.clusters=[4,8]", "loss.reassign_every=1"]}
+DRAWS = {("ir", "nce"), ("cmc", "ring"), ("ir", "ring")}   # as the papers do on a bank
+IFND, RING, MOCHI = ("{name: ifnd, temperature: 0.2, clusters: [4, 8], reassign_every: 1%s}", "{name: ring, temperature: 0.2, inner: 0.05, outer: 0.6%s}",
+                     "{name: mochi, temperature: 0.2, hardest: 8, mixed: 10, query_mixed: 5, warmup_epochs: 1}")
+TOGETHER = {"moco-ifnd+ring+mochi": ["model.host=moco", "model.queue_size=64", f"loss=[{IFND % ''}, {RING % ''}, {MOCHI}]"],
+            "ir-ring+jcl": ["model.host=ir", "model.n_views=2", f"loss=[{RING % ', n_negatives: 20'}, {{name: jcl, temperature: 0.2}}]"],
+            "simclr-ring+attract": ["model.host=simclr", f"loss=[{RING % ''}, {IFND % ', mode: attract'}]"]}
+PAIRS = {f"{host}-{loss}": [f"model.host={host}", *of_host, f"loss.name={loss}", *of_loss, *(["loss.n_negatives=20"] if (host, loss) in DRAWS else [])]
+         for host, of_host in HOSTS.items() for loss, of_loss in LOSSES.items()} | TOGETHER
+
+JOB = """
+    import copy, hashlib, json, os, shutil, sys
+    sys.path.insert(0, {root!r})
+    import torch
+    from engine import checkpoint, distributed
+    import train_pretrain
+
+    device, saved = distributed.start(), None
+    distributed.start, distributed.stop = lambda: device, lambda: None
+    plain = checkpoint.save
+
+    def save(path, settings, epoch, **parts):              # every rank keeps its own state; the first epoch's file is what a kill would leave
+        global saved
+        plain(path, settings, epoch, **parts)
+        saved = dict(rng=torch.get_rng_state(), **{{k: copy.deepcopy(v.state_dict()) for k, v in parts.items()}})
+        if distributed.is_main() and epoch == 1:
+            cut = os.path.dirname(path) + "-cut"
+            os.makedirs(cut)
+            shutil.copy(path, cut)
+
+    def digest(x, h):
+        if isinstance(x, torch.Tensor):
+            h.update(x.contiguous().numpy().tobytes())
+        elif isinstance(x, (dict, list, tuple)):
+            [digest(v, h) for v in (x.values() if isinstance(x, dict) else x)]
+        else:
+            h.update(repr(x).encode())
+        return h.hexdigest()
+
+    def run(name, settings):
+        sys.argv = ["train_pretrain.py", *{tiny!r}, *settings, f"name={{name}}"]
+        train_pretrain.main()
+        return {{k: digest(v, hashlib.sha256()) for k, v in saved.items()}}
+
+    checkpoint.save = save
+    found = {{}}
+    for name, settings in {pairs!r}.items():
+        whole = run(name, settings)
+        distributed.barrier()
+        found[name] = distributed.gather_objects((whole, run(name + "-cut", settings)))
+    if distributed.is_main():
+        json.dump(found, open("found.json", "w"))
+"""
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
+def found(request, tmp_path_factory):
+    """All pairs, whole and cut, in one job. -> {pair: [(whole, resumed) of each rank]}, each a digest a part of the state; and the folder."""
+    folder = tmp_path_factory.mktemp(f"pairs{request.param}")
+    (folder / "job.py").write_text(textwrap.dedent(JOB).format(root=ROOT, tiny=TINY, pairs=PAIRS))
+    if request.param == 1:
+        done = subprocess.run([sys.executable, "job.py"], cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stdout + done.stderr
+    else:
+        torchrun(2, [folder / "job.py"], folder)
+    with open(folder / "found.json") as f:
+        return json.load(f), folder
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_trains_stays_equal_and_resumes_exactly(found, pair):
+    ranks, folder = found[0][pair], found[1]
+    for whole, resumed in ranks:
+        assert whole == resumed                            # weights, host, loss, optimizer, random numbers
+    for part in ("encoder", "host", "loss", "optimizer"):
+        assert len({whole[part] for whole, _ in ranks}) == 1
+    assert len({whole["rng"] for whole, _ in ranks}) == len(ranks)                     # each process draws its own
+    with open(folder / "runs" / pair / "log.jsonl") as f:
+        log = [json.loads(line) for line in f]
+    assert [line["epoch"] for line in log] == [1, 2]
+    assert all(isinstance(v, (int, float)) and v == v and abs(v) < 1e9 for line in log for v in line.values())
+    assert abs(log[-1]["loss"] - log[0]["loss"]) > 1e-6 and log[-1]["spread"] > 0.01
