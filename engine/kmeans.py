@@ -1,4 +1,4 @@
-"""k-means on the device: Euclidean, in chunks, seeded, the best of several starts; nothing but torch."""
+"""k-means on the device: Euclidean, in chunks, seeded, the best of several starts, nothing but torch; and what its clusters are worth."""
 import numpy as np
 import torch
 
@@ -70,3 +70,35 @@ def start(x, square, k, g):
         chosen.append(some[pick])
         distance = closer[:, pick]
     return x[torch.stack([torch.as_tensor(row, device=x.device) for row in chosen])]
+
+
+def confidence(z, c, own, t, how):
+    """z: (n, D) and c: (k, D), unit; own: (n,) the cluster of each. -> (n,) how sure its cluster is (of a softmax, the logarithm)."""
+    parts = []
+    for some, mine in zip(z.split(4096), own.split(4096)):
+        similar = some @ c.T                                                           # (4096, k)
+        score = (similar / t).log_softmax(1) if how == "softmax" else similar
+        parts.append(score.gather(1, mine[:, None])[:, 0])
+    return torch.cat(parts)
+
+
+def validity(accepted, pseudo, labels):
+    """For the log: over all pairs of images, exactly. accepted: (n,) pseudo labels, -1 where not accepted; pseudo, labels: (n,) of all.
+
+    precision: of the pairs taken for one class, the share that is one; recall: of the pairs of one class, the share found, in %;
+    NMI: mutual information of pseudo and true labels over the mean of their entropies."""
+    table = lambda a, b: torch.zeros(int(a.max()) + 1, int(b.max()) + 1, dtype=torch.float64, device=a.device).index_put_(
+        (a, b), torch.ones((), dtype=torch.float64, device=a.device), accumulate=True)                # (clusters, classes)
+    pairs = lambda counts: (counts * (counts - 1)).sum()
+    figures = {}
+    some = accepted >= 0
+    if some.any():
+        both = table(accepted[some], labels[some])
+        found, right, real = pairs(both.sum(1)), pairs(both), pairs(labels.bincount().double())
+        if found:
+            figures["precision %"] = float(100 * right / found)
+        figures["recall %"] = float(100 * right / real.clamp(min=1))
+    p = table(pseudo, labels) / len(labels)
+    entropy = lambda p: -(p * p.clamp(min=1e-300).log()).sum()
+    a, b = entropy(p.sum(1)), entropy(p.sum(0))
+    return figures | {"NMI": float((a + b - entropy(p)) / ((a + b) / 2).clamp(min=1e-300))}

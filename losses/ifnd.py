@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.kmeans import kmeans
+from engine import distributed
+from engine.kmeans import confidence, kmeans, validity
 
 from . import NEVER, count, false_negatives, similarity
 
@@ -66,6 +67,7 @@ class IFND(nn.Module):
                 centroids, self.pseudo[level] = kmeans(z, k, seed=(epoch, level))      # (k, D), (n,)
                 best = confidence(z, F.normalize(centroids, dim=1), self.pseudo[level], self.t, self.confidence).argsort(descending=True, stable=True)
                 self.rank[level, best] = torch.arange(1, len(z) + 1, device=z.device)
+            distributed.broadcast(self.rank)               # clusters already are the same everywhere
         self.validity = {"accepted %": 100 * self.accepted(epoch)}
         if self.labels is not None and (self.pseudo >= 0).all():
             everyone = self.accepted_labels(torch.arange(self.rank.shape[1], device=self.rank.device), epoch, -1)         # (L, n)
@@ -105,35 +107,3 @@ class IFND(nn.Module):
         positive = (q * k).sum(1)                                                      # (N,)
         loss = F.softplus(torch.logsumexp(s / self.t, -1) - positive / self.t).mean()
         return loss, {"K": count(s), "positive": positive.mean(), **figures}
-
-
-def confidence(z, c, own, t, how):
-    """z: (n, D) and c: (k, D), unit; own: (n,) the cluster of each. -> (n,) how sure it is."""
-    parts = []
-    for some, mine in zip(z.split(4096), own.split(4096)):
-        similar = some @ c.T                                                           # (4096, k)
-        score = (similar / t).log_softmax(1) if how == "softmax" else similar
-        parts.append(score.gather(1, mine[:, None])[:, 0])
-    return torch.cat(parts)
-
-
-def validity(accepted, pseudo, labels):
-    """For the log: over all pairs of images, exactly. accepted: (n,) pseudo labels, -1 where not accepted; pseudo, labels: (n,) of all.
-
-    precision: of the pairs taken for one class, the share that is one; recall: of the pairs of one class, the share found, in %;
-    NMI: mutual information of pseudo and true labels over the mean of their entropies."""
-    table = lambda a, b: torch.zeros(int(a.max()) + 1, int(b.max()) + 1, dtype=torch.float64, device=a.device).index_put_(
-        (a, b), torch.ones((), dtype=torch.float64, device=a.device), accumulate=True)                # (clusters, classes)
-    pairs = lambda counts: (counts * (counts - 1)).sum()
-    figures = {}
-    some = accepted >= 0
-    if some.any():
-        both = table(accepted[some], labels[some])
-        found, right, real = pairs(both.sum(1)), pairs(both), pairs(labels.bincount().double())
-        if found:
-            figures["precision %"] = float(100 * right / found)
-        figures["recall %"] = float(100 * right / real.clamp(min=1))
-    p = table(pseudo, labels) / len(labels)
-    entropy = lambda p: -(p * p.clamp(min=1e-300).log()).sum()
-    a, b = entropy(p.sum(1)), entropy(p.sum(0))
-    return figures | {"NMI": float((a + b - entropy(p)) / ((a + b) / 2).clamp(min=1e-300))}

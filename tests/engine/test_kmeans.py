@@ -1,4 +1,5 @@
 """k-means against scikit-learn's, and what it promises of its own."""
+import math
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from engine import kmeans as module
-from engine.kmeans import kmeans
+from engine.kmeans import confidence, kmeans, validity
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -81,3 +82,25 @@ def test_as_many_clusters_as_rows_and_fewer_kinds_than_clusters():
     assert centroids.isfinite().all() and objective(torch.ones(9, 3), centroids, own) == 0
     with pytest.raises(ValueError, match="8 clusters of 7 rows"):
         kmeans(x, 8)
+
+
+def test_confidence_is_the_softmax_over_centroids():
+    z, c, own = F.normalize(torch.randn(7, 4), dim=1), F.normalize(torch.randn(3, 4), dim=1), torch.randint(3, (7,))
+    for i in range(7):
+        e = [math.exp(z[i] @ c[j] / 0.3) for j in range(3)]
+        assert abs(confidence(z, c, own, 0.3, "softmax")[i] - math.log(e[own[i]] / sum(e))) < 1e-5     # its logarithm ranks alike
+        assert abs(confidence(z, c, own, 0.3, "similarity")[i] - z[i] @ c[own[i]]) < 1e-6
+
+
+def test_validity_is_counted_pair_by_pair():
+    from sklearn.metrics import normalized_mutual_info_score
+    g = torch.Generator().manual_seed(1)
+    pseudo, labels, keep = torch.randint(4, (40,), generator=g), torch.randint(3, (40,), generator=g), torch.rand(40, generator=g) < 0.6
+    pairs = [(i, j) for i in range(40) for j in range(40) if i != j]
+    found = [(i, j) for i, j in pairs if keep[i] and keep[j] and pseudo[i] == pseudo[j]]
+    right = sum(bool(labels[i] == labels[j]) for i, j in found)
+    real = sum(bool(labels[i] == labels[j]) for i, j in pairs)
+    figures = validity(torch.where(keep, pseudo, -1), pseudo, labels)
+    assert figures["precision %"] == pytest.approx(100 * right / len(found)) and figures["recall %"] == pytest.approx(100 * right / real)
+    assert figures["NMI"] == pytest.approx(normalized_mutual_info_score(labels, pseudo))
+    assert set(validity(torch.full((40,), -1), pseudo, labels)) == {"NMI"}

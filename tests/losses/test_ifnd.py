@@ -6,7 +6,7 @@ import torch
 from literal import SWEEP, agrees, contrast, mean_over_queries, nearest
 from torch.nn import functional as F
 
-from losses.ifnd import IFND, confidence, validity
+from losses.ifnd import IFND
 from losses.nce import NCE
 
 N_DATA = 30
@@ -106,28 +106,6 @@ def test_clusters_are_found_assigned_and_ranked_at_their_time():
     again.load_state_dict(loss_fn.state_dict())            # all of it is state
     c = contrast(n_data=N_DATA)
     assert torch.equal(loss_fn(c, 4.5)[0], again(c, 4.5)[0])
-
-
-def test_confidence_is_the_softmax_over_centroids():
-    z, c, own = F.normalize(torch.randn(7, 4), dim=1), F.normalize(torch.randn(3, 4), dim=1), torch.randint(3, (7,))
-    for i in range(7):
-        e = [math.exp(z[i] @ c[j] / 0.3) for j in range(3)]
-        assert abs(confidence(z, c, own, 0.3, "softmax")[i] - math.log(e[own[i]] / sum(e))) < 1e-5     # its logarithm ranks alike
-        assert abs(confidence(z, c, own, 0.3, "similarity")[i] - z[i] @ c[own[i]]) < 1e-6
-
-
-def test_validity_is_counted_pair_by_pair():
-    from sklearn.metrics import normalized_mutual_info_score
-    g = torch.Generator().manual_seed(1)
-    pseudo, labels, keep = torch.randint(4, (40,), generator=g), torch.randint(3, (40,), generator=g), torch.rand(40, generator=g) < 0.6
-    pairs = [(i, j) for i in range(40) for j in range(40) if i != j]
-    found = [(i, j) for i, j in pairs if keep[i] and keep[j] and pseudo[i] == pseudo[j]]
-    right = sum(bool(labels[i] == labels[j]) for i, j in found)
-    real = sum(bool(labels[i] == labels[j]) for i, j in pairs)
-    figures = validity(torch.where(keep, pseudo, -1), pseudo, labels)
-    assert figures["precision %"] == pytest.approx(100 * right / len(found)) and figures["recall %"] == pytest.approx(100 * right / real)
-    assert figures["NMI"] == pytest.approx(normalized_mutual_info_score(labels, pseudo))
-    assert set(validity(torch.full((40,), -1), pseudo, labels)) == {"NMI"}
 
 
 @pytest.mark.parametrize("settings,message", [
