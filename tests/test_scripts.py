@@ -118,6 +118,17 @@ def test_the_probe_finds_a_linear_rule_and_nothing_where_there_is_none(tmp_path)
     assert top1["colour"] > 95 and top1["lot"] < 60        # chance is 33
 
 
+def test_cmc_is_probed_on_both_streams_side_by_side(tmp_path):
+    settings = [*TINY, "model.host=cmc", "optim.epochs=1", "knn.every=1", "name=a"]
+    out = run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *settings).stdout
+    assert "chance: 2 log(K+1)" in out and "kNN" in out
+    weights = torch.load(tmp_path / "runs" / "a" / "backbone.pt", weights_only=True)
+    assert weights["L.conv1.weight"].shape[:2] == (4, 1) and weights["ab.conv1.weight"].shape[:2] == (4, 2)
+    run(tmp_path, "train_linear.py", "--cfg", QUICK, *settings)
+    done = run(tmp_path, "train_linear.py", "--cfg", QUICK, *settings, "model.host=moco", "--weights", "runs/a/backbone.pt", check=False)
+    assert done.returncode == 1 and "it is of another network than model.backbone" in done.stderr
+
+
 def test_backbone_loads_into_torchvision(tmp_path):
     run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *TINY, "name=a", "optim.epochs=1", "model.backbone=resnet18", "model.stem=imagenet", "model.width=64")
     weights = torch.load(tmp_path / "runs" / "a" / "backbone.pt", weights_only=True)
@@ -147,14 +158,19 @@ def test_killed_at_random_moments_ends_as_if_undisturbed(host, tmp_path):
         assert [json.loads(line)["epoch"] for line in f] == [1, 2, 3]
 
 
-def test_labels_do_not_reach_the_weights(tmp_path):
+LABELLED = {"ir-ring": [*HOSTS["ir-ring"]], "moco-ifnd+mochi": [
+    "model.queue_size=80", "loss=[{name: ifnd, temperature: 0.2, clusters: [3], reassign_every: 1}, {name: mochi, hardest: 8, mixed: 9, query_mixed: 5, warmup_epochs: 0}]"]}
+
+
+@pytest.mark.parametrize("settings", LABELLED.values(), ids=LABELLED)
+def test_labels_do_not_reach_the_weights(settings, tmp_path):
     """Two folders of the same images, one with classes, one flat: identical training."""
     images, labels = shapes(64)
     for i, (image, label) in enumerate(zip(images, labels)):
         for file in (tmp_path / "classes" / f"{label:02d}" / f"{i:03d}.png", tmp_path / "flat" / f"{label:02d}_{i:03d}.png"):      # listed in one order
             os.makedirs(file.parent, exist_ok=True)
             Image.fromarray(image.transpose(1, 2, 0)).save(file)
-    settings = ["data.name=folder", "data.limit=null", "data.image_size=32", "optim.epochs=1", "data.workers=1", *HOSTS["ir-ring"], "loss.name=ring"]
+    settings = ["data.name=folder", "data.limit=null", "data.image_size=32", "optim.epochs=2", "data.workers=1", *settings]
     for name in ("classes", "flat"):
         run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *TINY, *settings, f"data.root={tmp_path / name}", f"name={name}")
     a, b = state(tmp_path, "classes"), state(tmp_path, "flat")
@@ -166,6 +182,9 @@ def test_labels_do_not_reach_the_weights(tmp_path):
     (["optim.batch_size=4096"], "optim: batch_size 4096 is larger than the data set of 128 images"),
     (["data.name=folder", "data.root=nowhere"], "there is no folder nowhere"),
     (["loss.name=ring", "loss.inner=0.5"], "inner 0.5 and outer 0.1 do not bound a ring"),
+    (["model.host=ir", "loss.name=jcl"], "jcl wants several keys of each image, and this host with its model.n_views gives one"),
+    (["loss=[{name: mochi}, {name: ring, temperature: 0.2}]"], "ring cannot follow mochi"),
+    (["loss.name=ifnd", "loss.clusters=[1000]"], "clusters [1000] must be one number a level, each from 1 to the 128 images there are"),
     (["data.augment=moco_v9"], "augment 'moco_v9' is not a recipe"),
     (["model.precision=fp16"], "fp16 is for GPUs"),
     (["optim.lr=1e30", "model.precision=fp32"], "the loss is nan at epoch"),
