@@ -1,7 +1,9 @@
 """What did the encoder learn? A linear classifier on its frozen features, and kNN, beside an untrained encoder and raw pixels.
 
     python train_linear.py --cfg yaml/quickstart.yaml                            the weights of the run of that name, and the file's linear: protocol
-    python train_linear.py --cfg yaml/cifar10_ring.yaml --weights resnet18.pth   a backbone.pt, a last.pt, or a torchvision ResNet's file
+    python train_linear.py --cfg yaml/cifar10_ring.yaml --weights resnet18.pth   a backbone.pt, a last.pt, torchvision's, or other people's (engine/weights.py)
+    python train_linear.py --cfg yaml/cifar10_ring.yaml linear.data=dtd linear.root=datasets      transfer to another set
+    python train_linear.py --cfg yaml/cifar10_ring.yaml --export detectron2 FILE  no probe: the weights under another library's names
     torchrun --nproc_per_node 8 train_linear.py --cfg yaml/cifar10_moco.yaml     the same, shared out
 
 Prints a table and appends it, with the protocol in words, to runs/<name>/linear.jsonl. Labels never reach the encoder: it is frozen, in eval
@@ -20,10 +22,12 @@ from tqdm import tqdm
 
 from data.datasets import load
 from data.loader import Loader
-from engine import checkpoint, config, distributed
+from engine import config, distributed
 from engine.distributed import say
 from engine.features import KNN, extract, knn
 from engine.schedule import Schedule, sgd
+from engine.svm import svm
+from engine.weights import export, load_backbone
 from models.resnet import Encoder
 
 
@@ -33,12 +37,20 @@ class Probe:
     lr: one, or several that are trained side by side in one pass; the first is the one reported. features: `augmented`, the papers' way,
     passes `augment`ed images through the encoder in every epoch; `cached` extracts each image once, un-augmented: seconds instead of hours.
     standardize: features are brought to mean 0 and variance 1 by the training set's, which makes one lr fit all encoders; no paper's way.
+    data, root, image_size: of another set than the encoder was trained on, for transfer; null: that one's own. With `data: folder`, root
+    holds train/<class>/ and val/<class>/. classifier: `sgd`, or `svm` for VOC2007 (engine/svm.py), which uses no key below it but `C`.
     The other keys are engine.schedule's.
     """
 
-    def __init__(self, *, epochs: int = 100, batch_size: int = 256, lr: float | list[float] = [0.01, 0.1],
+    def __init__(self, *, data: str | None = None, root: str | None = None, image_size: int | None = None, classifier: Literal["sgd", "svm"] = "sgd",
+                 C: float = 0.5, epochs: int = 100, batch_size: int = 256, lr: float | list[float] = [0.01, 0.1],
                  schedule: Literal["cosine", "step", "constant"] = "cosine", milestones: list[int] = [], gamma: float = 0.1, momentum: float = 0.9,
                  weight_decay: float = 0.0, features: Literal["cached", "augmented"] = "cached", augment: str = "crop_flip", standardize: bool = True):
+        if (data == "voc2007") != (classifier == "svm"):
+            raise ValueError(f"data {data} does not go with classifier {classifier}: voc2007, with several classes an image, and svm belong together")
+        if C <= 0:
+            raise ValueError(f"C is {C}; it must be above 0")
+        self.data, self.root, self.image_size, self.classifier, self.C = data, root, image_size, classifier, C
         self.lrs = lr if isinstance(lr, list) else [lr]
         if not self.lrs:
             raise ValueError("lr is an empty list; give one learning rate or several")
@@ -49,6 +61,8 @@ class Probe:
         self.features, self.augment, self.standardize = features, augment, standardize
 
     def __str__(self):
+        if self.classifier == "svm":
+            return f"linear SVM a class on L2-normalised pooled features of the frozen encoder, C {self.C:g}, squared hinge, positives weigh twice; VOC2007's mAP"
         s = self.schedule
         return (f"linear layer on {'standardized ' if self.standardize else ''}pooled features of the frozen encoder, "
                 + ("no augmentation" if self.features == "cached" else f"augmentation {self.augment}")
@@ -60,6 +74,7 @@ def main():
     parser = config.command_line(__doc__)
     parser.add_argument("--weights", metavar="FILE", help="the encoder's weights; left out: those of the run that --cfg names")
     parser.add_argument("--no-baselines", action="store_true", help="leave out the untrained encoder and raw pixels")
+    parser.add_argument("--export", nargs=2, metavar=("torchvision|detectron2", "FILE"), help="write the ResNet's weights for another library, and end")
     args = parser.parse_args()
     cfg = config.load(args.cfg, args.overrides)
     if args.print_config:
@@ -75,16 +90,23 @@ def main():
         raise SystemExit(f"{folder} holds no backbone.pt; first run: python train_pretrain.py --cfg {args.cfg}, or give --weights FILE")
 
     torch.manual_seed(cfg["seed"])
-    train, test = (build(load, "data", part=part, seed=cfg["seed"]) for part in ("train", "test"))
+    if args.export and args.export[0] not in ("torchvision", "detectron2"):
+        raise SystemExit(f"--export {args.export[0]}: there are torchvision and detectron2")
+    source = cfg["data"] if probe.data is None else {**cfg["data"], "name": probe.data, "split": "train", "limit": None}
+    source = {**source, **{k: v for k, v in dict(root=probe.root, image_size=probe.image_size).items() if v is not None}}
+    train, test = (config.build(load, source, f"{args.cfg}: linear", part=part, seed=cfg["seed"]) for part in ("train", "test"))
     encoder = build(getattr(config.chosen(cfg["model"], "model"), "Encoder", Encoder), "model", device=device, mean=train.mean, std=train.std)
     encoder.eval().requires_grad_(False)
     untrained = copy.deepcopy(encoder)                     # the very weights that the run began with
-    checkpoint.load_backbone(weights, encoder.backbone)
+    load_backbone(weights, encoder.backbone)
+    if args.export:
+        export(*args.export, encoder.backbone, weights)
+        return say(f"{args.export[1]}: {weights}, for {args.export[0]}")
     before = copy.deepcopy(encoder.backbone.state_dict())
     if train.labels is None or test is None:
-        raise SystemExit(f"{args.cfg}: a linear probe needs a labelled train part and test part; {cfg['data']['name']} at {cfg['data']['root']} lacks them")
+        raise SystemExit(f"{args.cfg}: a linear probe needs a labelled train part and test part; {source['name']} at {source['root']} lacks them")
     train, test = train.to(device), test.to(device)
-    size, workers = cfg["data"]["image_size"], cfg["data"]["workers"]
+    size, workers = source["image_size"], source["workers"]
     classes = len(train.classes)
 
     # ------------------------------------------------------------------------------------------------ whose features
@@ -92,40 +114,67 @@ def main():
         "raw pixels": lambda x: F.adaptive_avg_pool2d(x, min(32, size)).flatten(1),
         "untrained encoder": lambda x: untrained(x, "backbone")}                       # (b, F)
     encoders[cfg["name"]] = lambda x: encoder(x, "backbone")
-    say(f"{weights} on {cfg['data']['name']}: {len(train)} training and {len(test)} test images, {classes} classes")
+    say(f"{weights} on {source['name']}: {len(train)} training and {len(test)} test images, {classes} classes")
     y, y_test = train.labels.to(device), test.labels.to(device)
     x_test = {name: extract(encode, test, size, device, workers, what=f"test, {name}") for name, encode in encoders.items()}
     x = {name: extract(encode, train, size, device, workers, what=f"train, {name}") for name, encode in encoders.items()}
     monitor = build(KNN, "knn", train=train, test=test, image_size=size, device=device, workers=workers)
-    rows = {name: {"knn": percent(knn(x[name], y, x_test[name], monitor.k, monitor.temperature) == y_test)} for name in encoders}
+    began = time.time()
+    if probe.classifier == "svm":
+        rows = {name: {"mAP": svm(x[name], y, x_test[name], y_test, probe.C, train.classes)} for name in encoders}
+    else:
+        rows = {name: {"knn": percent(knn(x[name], y, x_test[name], monitor.k, monitor.temperature) == y_test)} for name in encoders}
+        loader = None if probe.features == "cached" else config.build(
+            Loader, {**source, "augment": probe.augment, "augment_backend": "batched"}, f"{args.cfg}: linear", dataset=train, batch_size=probe.batch_size,
+            n_views=1, seed=cfg["seed"] + 1, device=device)
+        for name, figures in by_sgd(probe, encoders, x, y, x_test, y_test, classes, loader, cfg["seed"]).items():
+            rows[name] |= figures
 
-    # ------------------------------------------------------------------------------------------------ the probe
+    # ------------------------------------------------------------------------------------------------ what came out
+    for name, value in encoder.backbone.state_dict().items():
+        if not torch.equal(value, before[name]):
+            raise SystemExit(f"the frozen encoder moved: {name} changed; this is a fault of the program, and the figures are void")
+    columns = list(next(iter(rows.values())))
+    neighbours = "" if probe.classifier == "svm" else f"\nkNN: k {min(monitor.k, len(train))}, T {monitor.temperature:g}, on the pooled features"
+    say(f"\n{probe}{neighbours}{'; raw pixels at most 32 x 32' if not args.no_baselines else ''}; the encoder's weights did not move\n")
+    say("\n".join([f"{'':24}" + "".join(f"{c:>16}" for c in columns)] + [f"{name:24}" + "".join(f"{row[c]:16.2f}" for c in columns) for name, row in rows.items()]))
+    if main_process:
+        os.makedirs(folder, exist_ok=True)
+        if not os.path.exists(os.path.join(folder, "config.yaml")):                      # a row of its own, of another run's weights
+            with open(os.path.join(folder, "config.yaml"), "w") as f:
+                f.write(config.text(cfg))
+        row = rows[cfg["name"]]
+        figures = {k.split(",")[0]: v for k, v in reversed(row.items())}                 # of several lr the first is the one reported
+        with open(os.path.join(folder, "linear.jsonl"), "a") as f:
+            f.write(json.dumps({"weights": weights, "data": source["name"], "protocol": str(probe), "knn": str(monitor).replace(monitor.feature, "backbone"),
+                                "seed": cfg["seed"], "seconds": round(time.time() - began, 1), "figures": figures, "rows": rows}) + "\n")
+    distributed.stop()
+
+
+def by_sgd(probe, encoders, x, y, x_test, y_test, classes, loader, seed):
+    """One linear layer for each encoder and each learning rate, all trained side by side. x, x_test: {encoder: features (n, F)}; loader: of
+    augmented images, or None to train on x. -> {encoder: {"top-1, lr ...": %, "top-5, lr ...": %}}"""
     scale = {name: (v.mean(0), v.std(0).clamp(min=1e-6)) if probe.standardize else (0.0, 1.0) for name, v in x.items()}
     ready = lambda name, v: (v - scale[name][0]) / scale[name][1]
-    layers = nn.ModuleDict({key(name): nn.ModuleList(nn.Linear(v.shape[1], classes) for _ in probe.lrs) for name, v in x.items()}).to(device)
+    layers = nn.ModuleDict({key(name): nn.ModuleList(nn.Linear(v.shape[1], classes) for _ in probe.lrs) for name, v in x.items()}).to(y.device)
     for layer in layers.modules():
         if isinstance(layer, nn.Linear):                   # the convention of the released code
             nn.init.normal_(layer.weight, std=0.01), nn.init.zeros_(layer.bias)
     optimizers = [(lr, sgd([p for l in layers.values() for p in l[i].parameters()], lr, momentum=probe.momentum, weight_decay=probe.weight_decay))
                   for i, lr in enumerate(probe.lrs)]
-    augmented = probe.features == "augmented"
-    if augmented:
-        loader = config.build(Loader, {**cfg["data"], "augment": probe.augment, "augment_backend": "batched"}, f"{args.cfg}: linear", dataset=train,
-                              batch_size=probe.batch_size, n_views=1, seed=cfg["seed"] + 1, device=device)
-    heads = distributed.wrap(Heads(layers), device) if augmented else Heads(layers)
-    order = torch.Generator().manual_seed(cfg["seed"])
+    heads = distributed.wrap(Heads(layers), y.device) if loader else Heads(layers)
+    order = torch.Generator().manual_seed(seed)
 
     def epoch_of(epoch):
         """-> ({name: features (b, F)}, labels (b,)) for each step"""
-        if augmented:
+        if loader:
             for (images,), index in loader.epoch(epoch):
                 yield {name: ready(name, encode(images)) for name, encode in encoders.items()}, y[index]
         else:                                              # every process trains the same layers on all features
-            for index in torch.randperm(len(train), generator=order).to(device).split(probe.batch_size):
+            for index in torch.randperm(len(y), generator=order).to(y.device).split(probe.batch_size):
                 yield {name: ready(name, v[index]) for name, v in x.items()}, y[index]
 
-    began = time.time()
-    for epoch in tqdm(range(probe.epochs), "linear", leave=False, disable=None if main_process else True):
+    for epoch in tqdm(range(probe.epochs), "linear", leave=False, disable=None if distributed.is_main() else True):
         for lr, optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = lr * probe.schedule(epoch)
         for features, target in epoch_of(epoch):
@@ -138,24 +187,12 @@ def main():
     if not loss.isfinite():
         raise SystemExit(f"the probe's loss is {loss.item()}; lower linear.lr ({probe.lrs})")
 
-    # ------------------------------------------------------------------------------------------------ what came out
-    for name, value in encoder.backbone.state_dict().items():
-        if not torch.equal(value, before[name]):
-            raise SystemExit(f"the frozen encoder moved: {name} changed; this is a fault of the program, and the figures are void")
+    rows = {name: {} for name in x}
     for name, row in rows.items():
         for i, lr in enumerate(probe.lrs):
             top = layers[key(name)][i](ready(name, x_test[name])).topk(min(5, classes)).indices == y_test[:, None]        # (m, 5)
             row |= {f"top-1, lr {lr:g}": percent(top[:, 0]), f"top-5, lr {lr:g}": percent(top.any(1))}
-    columns = ["knn", *(f"top-{k}, lr {lr:g}" for lr in probe.lrs for k in (1, 5))]
-    say(f"\n{probe}\nkNN: k {min(monitor.k, len(train))}, T {monitor.temperature:g}, on the pooled features"
-        f"{'; raw pixels at most 32 x 32' if not args.no_baselines else ''}; the encoder's weights did not move\n")
-    say("\n".join([f"{'':24}" + "".join(f"{c:>16}" for c in columns)] + [f"{name:24}" + "".join(f"{row[c]:16.2f}" for c in columns) for name, row in rows.items()]))
-    if main_process:
-        os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, "linear.jsonl"), "a") as f:
-            f.write(json.dumps({"weights": weights, "protocol": str(probe), "knn": str(monitor).replace(monitor.feature, "backbone"), "seed": cfg["seed"],
-                                "seconds": round(time.time() - began, 1), "rows": rows}) + "\n")
-    distributed.stop()
+    return rows
 
 
 class Heads(nn.Module):

@@ -22,7 +22,16 @@ STATISTICS = {                                             # mean and std a chan
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
 }
-NAMES = (*STATISTICS, "folder", "imagenet", "imagenet100")
+# more that torchvision loads (and downloads), for transfer: name -> (class, arguments of its training and of its test part)
+TORCHVISION = {
+    "cifar10": ("CIFAR10", {"train": True}, {"train": False}), "cifar100": ("CIFAR100", {"train": True}, {"train": False}),
+    "stl10": ("STL10", {"split": "train"}, {"split": "test"}), "aircraft": ("FGVCAircraft", {"split": "trainval"}, {"split": "test"}),
+    "dtd": ("DTD", {"split": "train"}, {"split": "test"}), "flowers": ("Flowers102", {"split": "train"}, {"split": "test"}),
+    "traffic_signs": ("GTSRB", {"split": "train"}, {"split": "test"}), "mnist": ("MNIST", {"train": True}, {"train": False}),
+    "fashion_mnist": ("FashionMNIST", {"train": True}, {"train": False}), "kmnist": ("KMNIST", {"train": True}, {"train": False}),
+    "food101": ("Food101", {"split": "train"}, {"split": "test"}), "pets": ("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}),
+}
+NAMES = ("shapes", *TORCHVISION, "folder", "imagenet", "imagenet100", "voc2007")
 
 
 class ArraySet:
@@ -85,14 +94,18 @@ def load(part, seed, *, name: str, root: str = "datasets", split: str = "train",
         raise SystemExit(f"data.name is {name!r}{nearest(name, NAMES)}; there are {', '.join(NAMES)}")
     if split != "train" and not (name == "stl10" and split in ("unlabeled", "train+unlabeled")):
         raise SystemExit(f"data.split is {split!r}; stl10 has train, unlabeled and train+unlabeled, every other set just train")
+    if name == "voc2007" and part == "pretrain":
+        raise SystemExit("voc2007 has several classes an image: it is for linear.data with linear.classifier svm; to pre-train on its images take data.name=folder")
     if limit is not None and limit < 1:
         raise SystemExit(f"data.limit is {limit}; it must be above 0, or null for all images")
     if name == "shapes":
         n = 10000 if limit is None else min(limit, 10000)                              # balanced as drawn: no need to draw the rest
         images, labels = shapes.shapes(n, seed=0) if part != "test" else shapes.shapes(2400, seed=1)
         dataset = ArraySet(torch.from_numpy(images), torch.from_numpy(labels), shapes.CLASSES, *STATISTICS[name])
-    elif name in STATISTICS:
+    elif name in TORCHVISION:
         dataset = download(name, part, root, split)
+    elif name == "voc2007":
+        dataset = voc2007(part, root)
     else:
         dataset = folder(name, part, root)
     if limit is not None and (part == "pretrain" or part == "train" and split == "train"):
@@ -115,11 +128,11 @@ def balanced(labels, n, limit, seed):
 
 
 def download(name, part, root, split):
-    """CIFAR-10, CIFAR-100 and STL-10 by torchvision, which downloads them when they are not there."""
-    make = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100, "stl10": torchvision.datasets.STL10}[name]
-    which = {"split": {"pretrain": split, "train": "train", "test": "test"}[part]} if name == "stl10" else {"train": part != "test"}
-    folder_name, archive = {"cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"), "stl10": ("stl10_binary", "stl10_binary.tar.gz"),
-                            "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz")}[name]
+    """A set of torchvision's, which downloads it when it is not there."""
+    kind, train, test = TORCHVISION[name]
+    make, which = getattr(torchvision.datasets, kind), test if part == "test" else train
+    if name == "stl10" and part == "pretrain":
+        which = {"split": split}
     error = None
     if distributed.is_main():                              # one process downloads, the others wait
         try:
@@ -130,12 +143,38 @@ def download(name, part, root, split):
     try:
         data = make(root, **which)
     except Exception as e:
-        raise SystemExit(f"{name} is not at {os.path.join(root, folder_name)} and could not be downloaded ({error or e}); put the extracted {archive} "
-                         "there, or set data.root to the folder that holds it")
+        raise SystemExit(f"{name} is not at {os.path.join(root, getattr(make, 'base_folder', ''))} and could not be downloaded ({error or e}); put the extracted "
+                         f"files there, as torchvision.datasets.{kind} reads them, or set the root to the folder that holds them")
+    mean, std = STATISTICS.get(name, IMAGENET)
+    if hasattr(data, "_image_files") or hasattr(data, "_samples") or hasattr(data, "_images"):       # files
+        files, labels = zip(*data._samples) if hasattr(data, "_samples") else (getattr(data, "_image_files", None) or data._images, data._labels)
+        return FolderSet([str(f) for f in files], torch.tensor(labels), getattr(data, "classes", sorted(set(labels))), mean, std)
     images, labels = torch.as_tensor(data.data), torch.as_tensor(np.asarray(data.labels if name == "stl10" else data.targets)).long()
-    if name != "stl10":
+    if images.dim() == 3:                                  # grey: MNIST and its like
+        images = images[:, None].expand(-1, 3, -1, -1).contiguous()
+    elif name != "stl10":
         images = images.permute(0, 3, 1, 2).contiguous()
-    return ArraySet(images, None if (labels < 0).any() else labels, data.classes, *STATISTICS[name])
+    return ArraySet(images, None if (labels < 0).any() else labels, data.classes, mean, std)
+
+
+def voc2007(part, root):
+    """Classification on VOC2007, trainval and test, at root/VOCdevkit/VOC2007. labels: (n, 20), 1 where a class is there, -1 where not, 0 where
+    only hard to see ("difficult"), which counts neither way."""
+    path = os.path.join(root, "VOCdevkit", "VOC2007")
+    lists = os.path.join(path, "ImageSets", "Main")
+    which = "test" if part == "test" else "trainval"
+    try:
+        classes = sorted(f.removesuffix(f"_{which}.txt") for f in os.listdir(lists) if f.endswith(f"_{which}.txt"))
+        table = {}
+        for c in classes:
+            with open(os.path.join(lists, f"{c}_{which}.txt")) as f:
+                for image, value in (line.split() for line in f if line.strip()):
+                    table.setdefault(image, []).append(int(value))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"voc2007: {lists} must hold CLASS_trainval.txt and CLASS_test.txt, as in VOCdevkit ({error}); put it there or set the root")
+    if not classes or any(len(v) != len(classes) for v in table.values()):
+        raise SystemExit(f"voc2007: the files CLASS_{which}.txt in {lists} are missing or do not list the same images")
+    return FolderSet([os.path.join(path, "JPEGImages", image + ".jpg") for image in table], torch.tensor(list(table.values())), classes, *IMAGENET)
 
 
 def folder(name, part, root):

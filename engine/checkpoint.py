@@ -5,7 +5,7 @@ import torch
 
 from . import config, distributed
 
-MAY_CHANGE = ("name", "paper", "knn", "linear", "data.workers", "data.root")            # on resuming; nothing else of the settings may
+MAY_CHANGE = ("name", "paper", "knn", "linear", "finetune", "detect", "data.workers", "data.root")            # on resuming; nothing else of the settings may
 
 
 def rng_state():
@@ -67,24 +67,3 @@ def resume(path, settings, **parts):
     elif distributed.is_main():
         print(f"{path} is of {len(saved['rng'])} processes, now there are {distributed.world_size()}: it goes on with fresh random numbers")
     return saved["epoch"]
-
-
-def load_backbone(path, backbone):
-    """Weights from backbone.pt, from a last.pt, or from a torchvision file, into a ResNet; anything that does not fit ends the program."""
-    saved = read(path)
-    if isinstance(saved, dict) and "encoder" in saved and "settings" in saved:           # one of our last.pt
-        saved = {k.removeprefix("backbone."): v for k, v in saved["encoder"].items() if k.startswith("backbone.")}
-    if not isinstance(saved, dict) or not all(isinstance(v, torch.Tensor) for v in saved.values()):
-        raise SystemExit(f"{path} holds no weights of a ResNet; --weights takes a backbone.pt, a last.pt or a torchvision ResNet's file")
-    saved = {k: v for k, v in saved.items() if not k.startswith("fc.")}
-    want = backbone.state_dict()
-    for key in want:
-        if key not in saved:
-            raise SystemExit(f"{path} has no {key}: it is of another network than model.backbone")
-        if saved[key].shape != want[key].shape:
-            raise SystemExit(f"{path}: {key} is {tuple(saved[key].shape)}, the network's is {tuple(want[key].shape)}; set model.backbone, "
-                             "model.stem and model.width to those it was trained with")
-    extra = sorted(set(saved) - set(want))
-    if extra:
-        raise SystemExit(f"{path} has {extra[0]}, which the network has not: it is of a larger model.backbone")
-    backbone.load_state_dict(saved)

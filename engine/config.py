@@ -20,10 +20,13 @@ SECTIONS = {
     "optim": ["engine.schedule:Schedule", "engine.schedule:sgd"],
     "knn": ["engine.features:KNN"],
     "linear": ["train_linear:Probe"],
+    "finetune": ["train_finetune:Finetune"],
+    "detect": ["train_detect:Detect"],
 }
+OPTIONAL = ("finetune", "detect")                          # left out unless the file has them, or a script asks
 CHOICE = {"model": "host", "loss": "name"}                 # the key that chooses the file, and thereby the other keys
 PACKAGE = {"model": "models", "loss": "losses"}
-PAPER = ("table", "row", "column", "reported", "source")
+PAPER = ("table", "row", "column", "figure", "reported", "source")                        # figure: which of ours it is, e.g. "linear top-1"; see report.py
 TOP = ("name", "seed", "paper", *SECTIONS)
 
 
@@ -37,13 +40,16 @@ def command_line(description):
     return parser
 
 
-def load(path, overrides=()):
-    """A file and overrides -> the resolved settings, defaults filled in. Anything wrong ends the program with one sentence."""
+def load(path, overrides=(), also=()):
+    """A file and overrides -> the resolved settings, defaults filled in. Anything wrong ends the program with one sentence.
+
+    also: sections of OPTIONAL that are filled in though the file has none.
+    """
     settings = merge_base(path)
     for text in overrides:
         override(settings, text)
     unknown(settings, TOP, f"{path}:")
-    resolved = {"name": settings.get("name", os.path.splitext(os.path.basename(path))[0]), "seed": settings.get("seed", 0)}
+    resolved = {"name": settings.get("name", default_name(path)), "seed": settings.get("seed", 0)}
     for key, kind in (("name", str), ("seed", int)):
         resolved[key] = fit(resolved[key], kind, f"{path}: {key}")
     if resolved["seed"] < 0:
@@ -54,6 +60,8 @@ def load(path, overrides=()):
         unknown(mapping(settings["paper"], f"{path}: paper"), PAPER, f"{path}: paper.")
         resolved["paper"] = settings["paper"]
     for section in SECTIONS:
+        if section in OPTIONAL and section not in settings and section not in also:
+            continue
         given = settings.get(section, {})
         if section == "loss" and isinstance(given, list):  # several methods at once
             if not given:
@@ -62,6 +70,12 @@ def load(path, overrides=()):
         else:
             resolved[section] = resolve(section, given, f"{path}: {section}")
     return resolved
+
+
+def default_name(path):
+    """yaml/ifnd/imagenet_moco.yaml -> ifnd_imagenet_moco; any other file's own name."""
+    parts = os.path.splitext(path)[0].split(os.sep)
+    return "_".join(parts[len(parts) - parts[::-1].index("yaml"):]) if "yaml" in parts[:-1] else parts[-1]
 
 
 def resolve(section, given, where):

@@ -106,17 +106,6 @@ def test_a_file_that_is_not_there_and_its_neighbour(file):
         config.load(file.replace("a.yaml", "aa.yaml"))
 
 
-@pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(ROOT, "yaml", "*.yaml"))), ids=os.path.basename)
-def test_every_yaml_resolves_and_its_header_is_honest(path):
-    cfg = config.load(path)
-    assert cfg["name"] == os.path.basename(path)[:-5]
-    if cfg.get("paper", {}).get("reported") is not None:
-        assert cfg["paper"].get("source"), "a reported number needs its source"
-    with open(path) as f:
-        head = f.read().split("\n\n")[0]
-    assert head.startswith("# ") and f"--cfg yaml/{os.path.basename(path)}" in head
-
-
 def test_no_init_in_yaml():
     assert not os.path.exists(os.path.join(ROOT, "yaml", "__init__.py"))               # it would hide PyYAML
     assert "site-packages" in yaml.__file__ or "dist-packages" in yaml.__file__

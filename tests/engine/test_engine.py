@@ -13,7 +13,7 @@ from engine import checkpoint
 from engine.features import KNN, extract, knn
 from engine.log import Log, lines
 from engine.schedule import Schedule, sgd
-from models.resnet import Encoder, ResNet
+from models.resnet import Encoder
 
 CPU = torch.device("cpu")
 
@@ -133,33 +133,9 @@ class Malicious:
 def test_loading_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"encoder": Malicious()}, "last.pt")
-    for load_it in (lambda: checkpoint.resume("last.pt", SETTINGS, **parts()), lambda: checkpoint.load_backbone("last.pt", ResNet("resnet10"))):
-        with pytest.raises(SystemExit, match="read safely"):
-            load_it()
+    with pytest.raises(SystemExit, match="read safely"):
+        checkpoint.resume("last.pt", SETTINGS, **parts())
     assert not os.path.exists("owned")
-
-
-def test_backbones_from_our_files_and_torchvisions(tmp_path):
-    import torchvision
-    source, path = ResNet("resnet18"), str(tmp_path / "w.pt")
-    for saved in (source.state_dict(), {"encoder": {"backbone." + k: v for k, v in source.state_dict().items()} | {"head.weight": torch.ones(1)}, "settings": {}}):
-        checkpoint.write(path, saved)
-        net = ResNet("resnet18")
-        checkpoint.load_backbone(path, net)
-        assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), source.state_dict().values()))
-    checkpoint.write(path, torchvision.models.resnet18().state_dict())
-    checkpoint.load_backbone(path, ResNet("resnet18"))
-    with pytest.raises(SystemExit, match="conv1.weight is .64, 3, 7, 7., the network's is .64, 3, 3, 3."):
-        checkpoint.load_backbone(path, ResNet("resnet18", "cifar"))
-    with pytest.raises(SystemExit, match=r"has no layer1\.2\.conv1\.weight"):
-        checkpoint.load_backbone(path, ResNet("resnet34"))
-    with pytest.raises(SystemExit, match="larger model.backbone"):
-        checkpoint.load_backbone(path, ResNet("resnet10"))
-    checkpoint.write(path, {"a": 3})
-    with pytest.raises(SystemExit, match="holds no weights"):
-        checkpoint.load_backbone(path, ResNet("resnet10"))
-    with pytest.raises(SystemExit, match="does not exist"):
-        checkpoint.load_backbone(str(tmp_path / "none.pt"), ResNet("resnet10"))
 
 
 # ---------------------------------------------------------------------------------------------------- log
