@@ -37,8 +37,8 @@ class Probe:
     lr: one, or several that are trained side by side in one pass; the first is the one reported. features: `augmented`, the papers' way,
     passes `augment`ed images through the encoder in every epoch; `cached` extracts each image once, un-augmented: seconds instead of hours.
     standardize: features are brought to mean 0 and variance 1 by the training set's, which makes one lr fit all encoders; no paper's way.
-    data, root, image_size: of another set than the encoder was trained on, for transfer; null: that one's own. With `data: folder`, root
-    holds train/<class>/ and val/<class>/. classifier: `sgd`, or `svm` for VOC2007 (engine/svm.py), which uses no key below it but `C`.
+    data, root, image_size: of another set than the encoder was trained on, for transfer, normalised by its own statistics (ImageNet's where it has
+    none); null: that one's own. With `data: folder`, root holds train/<class>/ and val/<class>/. classifier: `sgd`, or `svm` for VOC2007 (engine/svm.py), which uses no key below it but `C`.
     The other keys are engine.schedule's.
     """
 
@@ -144,7 +144,7 @@ def main():
             with open(os.path.join(folder, "config.yaml"), "w") as f:
                 f.write(config.text(cfg))
         row = rows[cfg["name"]]
-        figures = {k.split(",")[0]: v for k, v in reversed(row.items())}                 # of several lr the first is the one reported
+        figures = {k.split(",")[0]: row[k] for k in columns if "," not in k or k.endswith(f", lr {probe.lrs[0]:g}")}     # of several lr the first is reported
         with open(os.path.join(folder, "linear.jsonl"), "a") as f:
             f.write(json.dumps({"weights": weights, "data": source["name"], "protocol": str(probe), "knn": str(monitor).replace(monitor.feature, "backbone"),
                                 "seed": cfg["seed"], "seconds": round(time.time() - began, 1), "figures": figures, "rows": rows}) + "\n")

@@ -81,6 +81,8 @@ def main():
             f.write(config.text(cfg))
         log = Log(folder, start)
         if start == 0:
+            for stale in (f for f in os.listdir(folder) if f.endswith(".jsonl") and f != "log.jsonl"):     # figures of the weights that --fresh forgets
+                os.replace(os.path.join(folder, stale), os.path.join(folder, stale + ".before"))
             log.picture(os.path.join(folder, "augmentation.png"), loader.examples(), columns=8)
     say(config.text(cfg), end="")
     say(f"{folder}: {len(pretrain)} images, {steps} steps an epoch of {loader.batch} = {distributed.world_size()} processes x {loader.local}; "
@@ -150,7 +152,7 @@ def main():
         say(f"epoch {epoch + 1:3d}/{epochs}  loss {figures['loss']:.3f} (chance: {chance} = {figures['chance']:.3f})  lr {figures['lr']:.4f}  "
             f"{seconds:.1f} s, {figures['images/s']:.0f} images/s" + (f"  kNN {figures['knn']:.1f} %" if "knn" in figures else ""))
         if main_process:
-            log.write(epoch + 1, {k: float(f"{v:.6g}") for k, v in figures.items()})
+            log.write(epoch + 1, {k: float(f"{v:.6g}") for k, v in figures.items()} | {"hardware": distributed.hardware(device)})
         checkpoint.save(last, cfg, epoch + 1, **state)
 
     if main_process:

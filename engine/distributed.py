@@ -22,6 +22,12 @@ def start():
     return torch.device("cuda", 0) if cuda else torch.device("cpu")
 
 
+def hardware(device):
+    """In words, for the log."""
+    what = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return what if world_size() == 1 else f"{world_size()} x {what}"
+
+
 def stop():
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -15,6 +15,8 @@ import torchvision
 import yaml
 from PIL import Image
 
+import train_linear
+import train_pretrain
 from data.shapes import shapes
 from engine import config
 
@@ -190,23 +192,35 @@ def test_labels_do_not_reach_the_weights(settings, tmp_path):
     (["optim.lr=1e30", "model.precision=fp32"], "the loss is nan at epoch"),
     (["model.bn_splits=7"], "optim.batch_size 32 gives each process 32 images, which model.bn_splits 7 does not divide"),
 ])
-def test_bad_input_is_one_sentence(tmp_path, arguments, message):
-    done = run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *TINY, *arguments, check=False)
-    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+def test_bad_input_is_one_sentence(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_pretrain.py", "--cfg", QUICK, *TINY, *arguments])
+    with pytest.raises(SystemExit) as refusal:
+        train_pretrain.main()
+    assert message in refusal.value.code and "\n" not in refusal.value.code
+
+
+def test_a_refusal_is_a_non_zero_exit_without_a_traceback(tmp_path):
+    done = run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *TINY, "loss.temprature=1", check=False)
+    assert done.returncode == 1 and "did you mean temperature?" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_another_runs_folder_is_refused_and_fresh_starts_over(tmp_path):
     run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *TINY, "name=a", "optim.epochs=1")
     done = run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *TINY, "name=a", "optim.epochs=1", "loss.temperature=0.5", check=False)
     assert done.returncode == 1 and "loss.temperature was" in done.stderr and "--fresh" in done.stderr
+    (tmp_path / "runs" / "a" / "linear.jsonl").write_text("{}\n")                       # figures of the weights that go
     run(tmp_path, "train_pretrain.py", "--cfg", QUICK, "--fresh", *TINY, "name=a", "optim.epochs=1", "loss.temperature=0.5")
     assert state(tmp_path, "a")["settings"]["loss"]["temperature"] == 0.5
+    assert not os.path.exists(tmp_path / "runs" / "a" / "linear.jsonl") and os.path.exists(tmp_path / "runs" / "a" / "linear.jsonl.before")
 
 
-def test_print_config_prints_and_does_nothing(tmp_path):
-    for script in ("train_pretrain.py", "train_linear.py"):
-        out = run(tmp_path, script, "--cfg", QUICK, "seed=3", "--print-config").stdout
-        assert yaml.safe_load(out)["seed"] == 3 and not os.listdir(tmp_path)
+@pytest.mark.parametrize("script", [train_pretrain, train_linear], ids=["pretrain", "linear"])
+def test_print_config_prints_and_does_nothing(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["script.py", "--cfg", QUICK, "seed=3", "--print-config"])
+    script.main()
+    assert yaml.safe_load(capsys.readouterr().out)["seed"] == 3 and not os.listdir(tmp_path)
 
 
 def test_the_readmes_loss_works(tmp_path):
