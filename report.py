@@ -249,7 +249,8 @@ def asked_otherwise(cfg, what, protocol, file):
         return []
     how = config.find(config.SECTIONS[stem][0])
     words = [str(config.build(how, cfg[stem], f"{file}: {stem}"))] if "__str__" in vars(how) and key != "knn" else []
-    where = elsewhere(cfg[stem].get("data"), cfg)
+    name, root = cfg[stem].get("data"), cfg[stem].get("root")
+    where = elsewhere(f"folder {os.path.basename(os.path.normpath(root))}" if name == "folder" and root else name, cfg)
     if stem == "finetune":                                 # whose own words are not of the images
         words.append(cfg[stem]["list"] or f"{100 * cfg[stem]['labels']:.3g} % of the labels")
     if all(f" {word}" in f" {protocol}" for word in words) and protocol.startswith(where) and protocol.startswith(ELSEWHERE) == bool(where):

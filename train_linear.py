@@ -105,6 +105,9 @@ def main():
     before = copy.deepcopy(encoder.backbone.state_dict())
     if train.labels is None or test is None:
         raise SystemExit(f"{args.cfg}: a linear probe needs a labelled train part and test part; {source['name']} at {source['root']} lacks them")
+    if list(train.classes) != list(test.classes):
+        raise SystemExit(f"{args.cfg}: the classes of the training images ({len(train.classes)}) are not those of the test images ({len(test.classes)}); "
+                         f"each class wants a folder in both parts of {source['root']}")
     train, test = train.to(device), test.to(device)
     size, workers = source["image_size"], source["workers"]
     classes = len(train.classes)
@@ -114,7 +117,8 @@ def main():
         "raw pixels": lambda x: F.adaptive_avg_pool2d(x, min(32, size)).flatten(1),
         "untrained encoder": lambda x: untrained(x, "backbone")}                       # (b, F)
     encoders[cfg["name"]] = lambda x: encoder(x, "backbone")
-    say(f"{weights} on {source['name']}: {len(train)} training and {len(test)} test images, {classes} classes")
+    data = source["name"] if source["name"] != "folder" else f"folder {os.path.basename(os.path.normpath(source['root']))}"
+    say(f"{weights} on {data}: {len(train)} training and {len(test)} test images, {classes} classes")
     y, y_test = train.labels.to(device), test.labels.to(device)
     x_test = {name: extract(encode, test, size, device, workers, what=f"test, {name}") for name, encode in encoders.items()}
     x = {name: extract(encode, train, size, device, workers, what=f"train, {name}") for name, encode in encoders.items()}
@@ -146,7 +150,7 @@ def main():
         row = rows[cfg["name"]]
         figures = {k.split(",")[0]: row[k] for k in columns if "," not in k or k.endswith(f", lr {probe.lrs[0]:g}")}     # of several lr the first is reported
         with open(os.path.join(folder, "linear.jsonl"), "a") as f:
-            f.write(json.dumps({"weights": weights, "data": source["name"], "protocol": str(probe), "knn": str(monitor).replace(monitor.feature, "backbone"),
+            f.write(json.dumps({"weights": weights, "data": data, "protocol": str(probe), "knn": str(monitor).replace(monitor.feature, "backbone"),
                                 "seed": cfg["seed"], "seconds": round(time.time() - began, 1), "figures": figures, "rows": rows}) + "\n")
     distributed.stop()
 

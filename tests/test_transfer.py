@@ -102,7 +102,7 @@ def test_transfer_to_a_folder_at_its_own_size_with_another_runs_weights(name, tr
         pytest.skip(f"{root} is not there")
     out = probe(trained, f"name={name}", "linear.data=folder", f"linear.root={root}", "linear.image_size=32", "linear.epochs=2", "--weights", "runs/a/backbone.pt",
                 "--no-baselines").stdout
-    assert "runs/a/backbone.pt on folder" in out and "10 classes" in out
+    assert f"runs/a/backbone.pt on folder {name}" in out and "10 classes" in out
     with open(trained / "runs" / name / "linear.jsonl") as f:
         line = json.loads(f.read())
     assert set(line["figures"]) == {"knn", "top-1", "top-5"} and line["figures"]["top-1"] == line["rows"][name]["top-1, lr 0.01"]

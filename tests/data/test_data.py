@@ -1,12 +1,14 @@
 """Data sets, shapes and the loader."""
+import inspect
 import os
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
-from data.datasets import NAMES, ArraySet, balanced, load
+from data.datasets import NAMES, TORCHVISION, ArraySet, balanced, load
 from data.loader import Loader, in_order
 from data.shapes import CLASSES, distance, shapes
 from engine.features import knn
@@ -226,5 +228,8 @@ def test_examples_are_pictures(arrays, jpegs):
         assert x.shape == (64, 3, 32, 32) and 0 <= x.min() and x.max() <= 1
 
 
-def test_names_are_all_loadable_names():
-    assert set(NAMES) == {"shapes", "cifar10", "cifar100", "stl10", "folder", "imagenet", "imagenet100"}
+def test_torchvision_has_every_set_that_is_named():
+    for kind, train, test in TORCHVISION.values():
+        keys = inspect.signature(getattr(torchvision.datasets, kind).__init__).parameters
+        assert set(train) | set(test) <= set(keys) and "download" in keys
+    assert {"shapes", "folder", "imagenet", "imagenet100", "voc2007", *TORCHVISION} == set(NAMES)
