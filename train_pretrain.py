@@ -104,10 +104,11 @@ def main():
 
     # ------------------------------------------------------------------------------------------------ the loop
     for epoch in range(start, epochs):
+        total, began, wait = {}, time.time(), 0.0
         if hasattr(loss_fn, "before_epoch"):
             loss_fn.before_epoch(epoch, embed)
         encoder.train(), host.train()
-        total, began, wait, ready = {}, time.time(), 0.0, time.time()
+        ready = time.time()
         bar = tqdm(loader.epoch(epoch), f"epoch {epoch + 1}/{epochs}", total=steps, leave=False, disable=None if main_process else True)
         for step, (views, index) in enumerate(bar):
             wait += time.time() - ready                    # for data; on a CPU that is the augmentation's own time
