@@ -174,7 +174,7 @@ def test_cmc_is_fine_tuned_on_both_streams(finetune, tmp_path):
 
 def test_two_processes_fine_tune_as_one(tmp_path):
     backbone(tmp_path / "given.pt", 8)
-    settings = [*SETTINGS, "--weights", "given.pt", "finetune.lr=0.01", "finetune.lr_classifier=0.1"]
+    settings = [*SETTINGS, "--weights", "given.pt", "finetune.lr=0.001", "finetune.lr_classifier=0.01"]
     torchrun(2, [os.path.join(ROOT, "train_finetune.py"), *settings, "name=two"], tmp_path)
     run(tmp_path, "train_finetune.py", *settings, "name=one", "model.bn_splits=2")
     one, two = (state(tmp_path, name)["model"] for name in ("one", "two"))
