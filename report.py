@@ -20,7 +20,7 @@ from typing import NamedTuple
 from engine import config
 from engine.log import lines
 
-FREE = ("name", "seed", "paper", "data.root", "data.workers", "knn.every")             # settings that change no figure but by chance
+FREE = ("name", "seed", "paper", "data.root", "data.workers", "knn.every", "linear.root", "detect.data", "detect.workers")      # settings that change no figure but by chance
 EVALUATIONS = ("linear", "finetune", "detect", "svm")      # <this>.jsonl in a run's folder; svm is the `linear` section's
 EARLY = "; before the end, "                               # what a protocol is followed by if something was not finished
 ELSEWHERE = "evaluated on "                                # what a protocol begins with if that is another data set than the encoder's own
@@ -249,7 +249,7 @@ def asked_otherwise(cfg, what, protocol, file):
         return []
     how = config.find(config.SECTIONS[stem][0])
     words = [str(config.build(how, cfg[stem], f"{file}: {stem}"))] if "__str__" in vars(how) and key != "knn" else []
-    name, root = cfg[stem].get("data"), cfg[stem].get("root")
+    name, root = (cfg["linear"]["data"], cfg["linear"]["root"]) if stem == "linear" else (None, None)                  # detect's `data` is a place
     where = elsewhere(f"folder {os.path.basename(os.path.normpath(root))}" if name == "folder" and root else name, cfg)
     if stem == "finetune":                                 # whose own words are not of the images
         words.append(cfg[stem]["list"] or f"{100 * cfg[stem]['labels']:.3g} % of the labels")
@@ -261,7 +261,7 @@ def asked_otherwise(cfg, what, protocol, file):
 def unfinished(run):
     """[words] if a run has not done the epochs of its settings."""
     if run.weights and not run.log:
-        return [f"{run.weights} was trained by none of the runs read"]
+        return ["it began from random weights" if run.weights == "none" else f"{run.weights} was trained by none of the runs read"]
     return [] if run.done >= run.cfg["optim"]["epochs"] else [f"{run.done} of {run.cfg['optim']['epochs']} epochs done"]
 
 

@@ -212,6 +212,20 @@ def test_fine_tuning_on_another_share_of_labels_is_not_the_rows(out):
     assert "40.0 (n 1)" in line_of(text, "IR")[-1] and [line for line in text.splitlines() if "70.0 (n 1)" in line][0].startswith("- other settings")
 
 
+def test_detection_by_the_rows_own_protocol_stands_in_the_row_and_from_random_weights_does_not(out):
+    pytest.importorskip("train_detect")
+    from train_detect import Detect
+    row_file("ir", "ir", "IR", "AP", figure="detect box AP", also={"detect": {"task": "box", "data": "datasets/coco"}})
+    train("ir", "a")
+    protocol = str(config.build(Detect, config.load("yaml/ir.yaml", ["detect.data=elsewhere/coco"])["detect"], ""))
+    write("a", "detect", {"weights": "runs/a/backbone.pt", "protocol": protocol, "seed": 0, "iteration": 90000, "figures": {"box AP": 38.5}})
+    train("ir", "b", done=0)
+    write("b", "detect", {"weights": "none", "protocol": protocol, "seed": 0, "iteration": 90000, "figures": {"box AP": 11.5}})
+    text = out()
+    assert "38.5 (n 1)" in line_of(text, "IR")[-1] and "it began from random weights" in text
+    assert [line for line in text.splitlines() if "11.5 (n 1)" in line][0].startswith("- other settings")
+
+
 def test_an_evaluation_cut_off_before_its_end_is_marked(out):
     row_file("ir", "ir", "IR", "AP", figure="detect box AP")
     train("ir", "a")
