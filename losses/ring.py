@@ -40,7 +40,7 @@ class Ring(nn.Module):
 
     def negatives(self, contrast, s, epoch):
         """The ring. s: (..., N, K) -> the similarities in it (..., N, r), and of which candidates they are."""
-        n = (s > NEVER).sum(-1, keepdim=True)                                          # (..., N, 1) candidates of each query
+        n = torch.full((len(s), 1), s.shape[-1], device=s.device) if contrast.mask is None else contrast.mask.sum(-1, keepdim=True)      # (..., N, 1) candidates
         l, u = self.percentiles(epoch)
         last = (u * n.double() + 1e-9).long().clamp(min=1)                             # (..., N, 1) rank after the ring's end
         first = torch.minimum((l * n.double() + 1e-9).long(), last - 1)                # (..., N, 1) rank where it begins; it is never empty

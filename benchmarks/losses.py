@@ -1,0 +1,102 @@
+"""Each loss, forward and backward, beside InfoNCE as the official moco code computes it (clone, cat, cross-entropy): time and peak memory.
+
+    python benchmarks/losses.py                            256 queries, 128 dimensions, 65,536 negatives; all cases take turns, medians are printed
+    python benchmarks/losses.py --queries 64 --negatives 16384 --rounds 5
+"""
+import argparse
+import os
+import sys
+import time
+
+import torch
+from torch.nn import functional as F
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from losses import Contrast
+from losses.ifnd import IFND
+from losses.jcl import JCL
+from losses.mochi import MoCHi
+from losses.nce import NCE
+from losses.ring import Ring
+
+T = 0.2
+
+
+def official(q, k, queue):
+    """moco/builder.py's lines, in their order. queue: (D, K)."""
+    positive = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)
+    negative = torch.einsum("nc,ck->nk", q, queue.clone().detach())
+    logits = torch.cat([positive, negative], dim=1) / T
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+
+
+class Peak:
+    """The most memory in use inside the block beyond what was before it, in MiB: of the process on a CPU (Linux), of the allocator on a GPU."""
+
+    def __init__(self, device):
+        self.cuda = device.type == "cuda"
+
+    def now(self, name):
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) / 1024 for line in f if line.startswith(name))
+
+    def __enter__(self):
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated() / 2 ** 20
+        else:
+            with open("/proc/self/clear_refs", "w") as f:
+                f.write("5")                               # the peak begins anew
+            self.before = self.now("VmRSS")
+        return self
+
+    def __exit__(self, *_):
+        self.mib = (torch.cuda.max_memory_allocated() / 2 ** 20 if self.cuda else self.now("VmHWM")) - self.before
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("queries", 256), ("dim", 128), ("negatives", 65536), ("rounds", 9)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    N, K, n_data = args.queries, args.negatives, 50000
+    torch.manual_seed(0)
+    unit = lambda *shape: F.normalize(torch.randn(*shape, device=device), dim=-1)
+    q, k, n = unit(N, args.dim), unit(N, 5, args.dim), unit(K, args.dim)
+    queue = n.T.contiguous()
+    index, negative_index = (torch.randint(n_data, (m,), device=device) for m in (N, K))
+    ifnd = IFND(10, n_data, temperature=T, acceptance=[1.0, 1.0]).to(device)
+    ifnd.pseudo = torch.stack([torch.randint(c, (n_data,), device=device) for c in ifnd.clusters])
+    cases = {"moco's own code": None, "nce": NCE(temperature=T), "ring, 1 to 10 %": Ring(1, temperature=T, anneal_epochs=0),
+             "mochi (1024, 1024, 128)": MoCHi(temperature=T, warmup_epochs=0), "jcl, M = 5": JCL(10, temperature=T), "ifnd, 3 levels": ifnd}
+
+    def step(loss_fn):
+        query = q.clone().requires_grad_()
+        if loss_fn is None:
+            official(query, k[:, 0], queue).backward()
+        else:
+            keys = k if isinstance(loss_fn, JCL) else k[:, :1]
+            loss_fn(Contrast(query, keys, n, index, negative_index), 5.0)[0].backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    seconds, memory = {name: [] for name in cases}, {}
+    for name, loss_fn in cases.items():
+        step(loss_fn)
+        with Peak(device) as peak:
+            step(loss_fn)
+        memory[name] = peak.mib
+    for _ in range(args.rounds):
+        for name, loss_fn in cases.items():
+            began = time.perf_counter()
+            step(loss_fn)
+            seconds[name].append(time.perf_counter() - began)
+    median = {name: sorted(v)[len(v) // 2] for name, v in seconds.items()}
+    print(f"{N} x {args.dim} against {K}, forward + backward, {device}, {torch.get_num_threads()} threads\n\n{'':26}{'ms':>8}{'ratio':>8}{'peak MiB':>10}")
+    for name in cases:
+        print(f"{name:26}{1000 * median[name]:8.1f}{median[name] / median['moco' + chr(39) + 's own code']:8.2f}{memory[name]:10.0f}")
+
+
+if __name__ == "__main__":
+    main()
