@@ -37,7 +37,7 @@ from engine import checkpoint, config, distributed
 from engine.distributed import say
 from engine.log import Log
 from engine.schedule import sgd
-from engine.weights import load_backbone
+from engine.weights import load_backbone, of_run
 from models.resnet import ResNet
 
 COLOURS = ["red", "lime", "yellow", "cyan", "magenta", "orange", "deepskyblue", "white"]
@@ -125,9 +125,7 @@ def main():
         raise SystemExit(f"{args.cfg}: CMC's two-stream encoder takes no RGB image, so no detector can be built on it; choose another model.host")
     run = os.path.join("runs", cfg["name"])
     folder = os.path.join(run, "detect")
-    weights = args.weights or next((f for f in (os.path.join(run, n) for n in ("backbone.pt", "last.pt")) if os.path.exists(f)), None)
-    if weights is None:
-        raise SystemExit(f"{run} holds no backbone.pt; first run: python train_pretrain.py --cfg {args.cfg}, or give --weights FILE, or --weights none")
+    weights = of_run(args.weights, run, args.cfg)
     if weights == "none" and detect.norm == "frozen":
         raise SystemExit(f"{args.cfg}: detect.norm frozen keeps BatchNorm as pre-trained, and --weights none has no such; use norm batch")
 
@@ -155,9 +153,8 @@ def main():
     last = os.path.join(folder, "last.pt")
     start = checkpoint.resume(last, settings, model=model, optimizer=optimizer) if os.path.exists(last) and not args.fresh else 0
     os.makedirs(folder, exist_ok=True)
-    if main_process and not os.path.exists(os.path.join(run, "config.yaml")):            # a row of its own, of another run's weights
-        with open(os.path.join(run, "config.yaml"), "w") as f:
-            f.write(config.text(cfg))
+    if main_process:
+        config.keep(cfg, run)
     log = Log(folder, start) if main_process else None
     say(f"{folder}: {weights if weights != 'none' else 'random weights'}; {len(train)} training and {len(val)} validation images, {len(classes)} classes; "
         f"{distributed.world_size()} processes x {detect.batch_size // distributed.world_size()} images; {device}, "

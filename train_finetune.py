@@ -26,10 +26,10 @@ from data.datasets import balanced, load
 from data.loader import Loader
 from engine import checkpoint, config, distributed
 from engine.distributed import say
-from engine.features import extract
+from engine.features import extract, percent
 from engine.log import Log, lines
 from engine.schedule import Schedule, sgd
-from engine.weights import load_backbone
+from engine.weights import load_backbone, of_run
 from models.resnet import Encoder
 
 
@@ -130,9 +130,7 @@ def main():
     how = build(Finetune, "finetune")
     run = os.path.join("runs", cfg["name"])
     folder = os.path.join(run, "finetune")
-    weights = args.weights or next((f for f in (os.path.join(run, n) for n in ("backbone.pt", "last.pt")) if os.path.exists(f)), None)
-    if weights is None:
-        raise SystemExit(f"{run} holds no backbone.pt; first run: python train_pretrain.py --cfg {args.cfg}, or give --weights FILE, or --weights none")
+    weights = of_run(args.weights, run, args.cfg)
 
     torch.manual_seed(cfg["seed"])                         # every process begins with the same weights
     train, test = (build(load, "data", part=part, seed=cfg["seed"]) for part in ("train", "test"))
@@ -181,9 +179,7 @@ def main():
         return distributed.stop()
     if main_process:
         os.makedirs(folder, exist_ok=True)
-        if not os.path.exists(os.path.join(run, "config.yaml")):                       # a row of its own, of another run's weights
-            with open(os.path.join(run, "config.yaml"), "w") as f:
-                f.write(config.text(cfg))
+        config.keep(cfg, run)
         log = Log(folder, start)
     say(config.text(cfg), end="")
     say(f"{weights} on {cfg['data']['name']}: {share}; {len(test)} test images, {classes} classes; {steps} steps an epoch of {loader.batch} = "
@@ -255,10 +251,6 @@ def digest(data):
 def file_digest(path):
     with open(path, "rb") as f:
         return digest(f.read())
-
-
-def percent(right):
-    return round(100 * right.float().mean().item(), 3)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ from data.datasets import load
 from data.loader import Loader
 from engine import config, distributed
 from engine.distributed import say
-from engine.features import KNN, extract, knn
+from engine.features import KNN, extract, knn, percent
 from engine.schedule import Schedule, sgd
 from engine.svm import svm
-from engine.weights import export, load_backbone
+from engine.weights import export, load_backbone, of_run
 from models.resnet import Encoder
 
 
@@ -85,9 +85,7 @@ def main():
     build = lambda target, section, **given: config.build(target, cfg[section], f"{args.cfg}: {section}", **given)
     probe = build(Probe, "linear")
     folder = os.path.join("runs", cfg["name"])
-    weights = args.weights or next((f for f in (os.path.join(folder, n) for n in ("backbone.pt", "last.pt")) if os.path.exists(f)), None)
-    if weights is None:
-        raise SystemExit(f"{folder} holds no backbone.pt; first run: python train_pretrain.py --cfg {args.cfg}, or give --weights FILE")
+    weights = of_run(args.weights, folder, args.cfg, random=False)
 
     torch.manual_seed(cfg["seed"])
     if args.export and args.export[0] not in ("torchvision", "detectron2"):
@@ -144,9 +142,7 @@ def main():
     say("\n".join([f"{'':24}" + "".join(f"{c:>16}" for c in columns)] + [f"{name:24}" + "".join(f"{row[c]:16.2f}" for c in columns) for name, row in rows.items()]))
     if main_process:
         os.makedirs(folder, exist_ok=True)
-        if not os.path.exists(os.path.join(folder, "config.yaml")):                      # a row of its own, of another run's weights
-            with open(os.path.join(folder, "config.yaml"), "w") as f:
-                f.write(config.text(cfg))
+        config.keep(cfg, folder)
         row = rows[cfg["name"]]
         figures = {k.split(",")[0]: row[k] for k in columns if "," not in k or k.endswith(f", lr {probe.lrs[0]:g}")}     # of several lr the first is reported
         with open(os.path.join(folder, "linear.jsonl"), "a") as f:
@@ -212,10 +208,6 @@ class Heads(nn.Module):
 
 def key(name):
     return name.replace(".", "_")                          # nn.ModuleDict takes no point
-
-
-def percent(right):
-    return round(100 * right.float().mean().item(), 3)
 
 
 if __name__ == "__main__":

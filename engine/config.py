@@ -282,6 +282,14 @@ def text(settings):
                    for key, value in settings.items())
 
 
+def keep(settings, folder):
+    """config.yaml for a row of its own, which evaluates another run's weights; one that training wrote stays."""
+    path = os.path.join(folder, "config.yaml")
+    if not os.path.exists(path):
+        with open(path, "w") as f:
+            f.write(text(settings))
+
+
 def difference(old, new, ignore=()):
     """The first setting that differs, as words, or None."""
     for section in [*old, *(k for k in new if k not in old)]:

@@ -47,6 +47,11 @@ def knn(bank, labels, queries, k, temperature):
     return torch.cat(answer)
 
 
+def percent(right):
+    """The share of True in a tensor of bool, in %."""
+    return round(100 * right.float().mean().item(), 3)
+
+
 class KNN:
     """Top-1 of weighted kNN on the test set, the training set as its bank, both without augmentation.
 

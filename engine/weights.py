@@ -76,6 +76,15 @@ def backbone_of(path):
     return found, told(path, LAYOUTS.get((two or roots)[0], f"a ResNet under {(two or roots)[0]!r}"), found, tensors)
 
 
+def of_run(given, run, file, random=True):
+    """The file whose weights a script evaluates: --weights, or else what the run left in its folder. random: `none` may be given instead."""
+    found = given or next((f for f in (os.path.join(run, n) for n in ("backbone.pt", "last.pt")) if os.path.exists(f)), None)
+    if found is None:
+        raise SystemExit(f"{run} holds no backbone.pt; first run: python train_pretrain.py --cfg {file}, or give --weights FILE"
+                         + (", or --weights none" if random else ""))
+    return found
+
+
 def told(path, what, found, tensors):
     left = len(tensors) - len(found)
     return f"{path}: {what}; {len(found)} tensors of the ResNet taken" + (f", {left} others left out (heads, queues, averages)" if left else "")

@@ -20,7 +20,6 @@ class Together(nn.Module):
 
     def __init__(self, losses):
         super().__init__()
-        self.losses = nn.ModuleList(losses)
         names = [type(loss).__name__.lower() for loss in losses]
         for name, loss in zip(names, losses):
             if not hasattr(loss, "negatives") and not hasattr(loss, "objective"):
