@@ -39,7 +39,7 @@ def main():
     for recipe, source, size, n in CASES:
         images = torch.randint(256, (n, 3, source, source), dtype=torch.uint8)
         runs.append((f"{recipe}, {source} -> {size}", n, batched(recipe, images, size), min(n, 128), pil(recipe, images[:128], size), [], []))
-    for _ in tqdm(range(rounds + 1), "rounds"):            # the first warms up
+    for _ in tqdm(range(rounds + 1), "rounds", leave=False):            # the first warms up
         for _, _, ours, _, theirs, t_ours, t_theirs in runs:
             for work, times in ((ours, t_ours), (theirs, t_theirs)):
                 began = time.perf_counter()

@@ -1,25 +1,43 @@
-"""Each loss, forward and backward, beside InfoNCE as the official moco code computes it (clone, cat, cross-entropy): time and peak memory.
+"""Each loss, forward and backward, beside its literal form and InfoNCE as the official moco code computes it (clone, cat, cross-entropy): time
+and peak memory. Literal: the whole matrix of similarities, what the method makes of it, one logsumexp; the ring by sorting.
 
     python benchmarks/losses.py                            256 queries, 128 dimensions, 65,536 negatives; all cases take turns, medians are printed
     python benchmarks/losses.py --queries 64 --negatives 16384 --rounds 5
 """
 import argparse
 import os
+import statistics
 import sys
 import time
 
 import torch
 from torch.nn import functional as F
+from tqdm import trange
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from losses import Contrast
+from losses import Contrast, similarity
 from losses.ifnd import IFND
 from losses.jcl import JCL
 from losses.mochi import MoCHi
 from losses.nce import NCE
 from losses.ring import Ring
 
-T = 0.2
+T, MOCO = 0.2, "moco's own code"
+
+
+def fast(loss_fn, contrast):
+    return loss_fn(contrast, 5.0)[0]
+
+
+def literal(loss_fn, contrast):
+    if isinstance(loss_fn, Ring):                          # with a mask, it sorts
+        contrast = contrast._replace(mask=torch.ones(len(contrast.query), len(contrast.negative), dtype=torch.bool, device=contrast.query.device))
+    s = similarity(contrast)
+    if hasattr(loss_fn, "negatives"):
+        s = loss_fn.negatives(contrast, s, 5.0)[0]
+    if hasattr(loss_fn, "objective"):
+        return loss_fn.objective(contrast, s, 5.0)[0]
+    return F.softplus(torch.logsumexp(s / T, -1) - (contrast.query * contrast.positive.mean(1)).sum(1) / T).mean()
 
 
 def official(q, k, queue):
@@ -68,34 +86,34 @@ def main():
     index, negative_index = (torch.randint(n_data, (m,), device=device) for m in (N, K))
     ifnd = IFND(10, n_data, temperature=T, acceptance=[1.0, 1.0]).to(device)
     ifnd.pseudo = torch.stack([torch.randint(c, (n_data,), device=device) for c in ifnd.clusters])
-    cases = {"moco's own code": None, "nce": NCE(temperature=T), "ring, 1 to 10 %": Ring(1, temperature=T, anneal_epochs=0),
+    cases = {MOCO: None, "nce": NCE(temperature=T), "ring, 1 to 10 %": Ring(1, temperature=T, anneal_epochs=0),
              "mochi (1024, 1024, 128)": MoCHi(temperature=T, warmup_epochs=0), "jcl, M = 5": JCL(10, temperature=T), "ifnd, 3 levels": ifnd}
 
-    def step(loss_fn):
+    def step(loss_fn, by):
         query = q.clone().requires_grad_()
-        if loss_fn is None:
-            official(query, k[:, 0], queue).backward()
-        else:
-            keys = k if isinstance(loss_fn, JCL) else k[:, :1]
-            loss_fn(Contrast(query, keys, n, index, negative_index), 5.0)[0].backward()
+        keys = k if isinstance(loss_fn, JCL) else k[:, :1]
+        (by(loss_fn, Contrast(query, keys, n, index, negative_index)) if loss_fn else official(query, k[:, 0], queue)).backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    seconds, memory = {name: [] for name in cases}, {}
-    for name, loss_fn in cases.items():
-        step(loss_fn)
-        with Peak(device) as peak:
-            step(loss_fn)
-        memory[name] = peak.mib
-    for _ in range(args.rounds):
-        for name, loss_fn in cases.items():
+    runs = {(name, by): ([], []) for name, loss_fn in cases.items() for by in ((fast, literal) if loss_fn else (fast,))}             # seconds, MiB
+    for turn in trange(args.rounds + 1, desc="rounds", leave=False):    # the first warms up, and is looked at for its memory
+        for (name, by), (seconds, mib) in runs.items():
+            if turn == 0:
+                step(cases[name], by)
+                with Peak(device) as peak:
+                    step(cases[name], by)
+                mib.append(peak.mib)
+                continue
             began = time.perf_counter()
-            step(loss_fn)
-            seconds[name].append(time.perf_counter() - began)
-    median = {name: sorted(v)[len(v) // 2] for name, v in seconds.items()}
-    print(f"{N} x {args.dim} against {K}, forward + backward, {device}, {torch.get_num_threads()} threads\n\n{'':26}{'ms':>8}{'ratio':>8}{'peak MiB':>10}")
+            step(cases[name], by)
+            seconds.append(time.perf_counter() - began)
+    unit = statistics.median(runs[MOCO, fast][0])
+    print(f"{N} x {args.dim} against {K}, forward + backward, {device}, {torch.get_num_threads()} threads; time as a ratio to moco's {1000 * unit:.0f} ms, peak MiB\n\n"
+          f"{'':26}{'ours':>8}{'MiB':>8}{'literal':>10}{'MiB':>8}")
     for name in cases:
-        print(f"{name:26}{1000 * median[name]:8.1f}{median[name] / median['moco' + chr(39) + 's own code']:8.2f}{memory[name]:10.0f}")
+        print(f"{name:26}" + "".join(f"{statistics.median(runs[name, by][0]) / unit:{width}.2f}{runs[name, by][1][0]:8.0f}"
+                                     for by, width in ((fast, 8), (literal, 10)) if (name, by) in runs))
 
 
 if __name__ == "__main__":

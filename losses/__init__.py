@@ -25,12 +25,23 @@ class Contrast(NamedTuple):
     index: Tensor                    # (N,)       data-set index of the query's image
     negative_index: Tensor           # (K,)       data-set index of each candidate, -1 where none
     mask: Tensor | None = None       # (N, K)     False where a candidate may not serve as this query's negative
+    own: Tensor | None = None        # (N,)       the one candidate of each query that may not serve: cheaper than a mask, and either or neither is given
+
+
+def serves(contrast, queries=None):
+    """(N, K) bool: which candidates may serve; of the first so many queries."""
+    if contrast.mask is not None:
+        return contrast.mask[:queries]
+    every = torch.ones(len(contrast.query[:queries]), len(contrast.negative), dtype=torch.bool, device=contrast.query.device)
+    return every if contrast.own is None else every.scatter_(1, contrast.own[:queries, None], False)
 
 
 def similarity(contrast):
-    """s_ij = q_i n_j, (N, K); NEVER where the mask says so."""
+    """s_ij = q_i n_j, (N, K); NEVER where a candidate may not serve."""
     s = contrast.query @ contrast.negative.T
-    return s if contrast.mask is None else s.masked_fill(~contrast.mask, NEVER)
+    if contrast.mask is not None:
+        return s.masked_fill(~contrast.mask, NEVER)
+    return s if contrast.own is None else s.scatter_(1, contrast.own[:, None], NEVER)
 
 
 def count(s):
@@ -41,15 +52,14 @@ def count(s):
 def false_negatives(contrast, s, which, labels):
     """For the log only, of the first 32 queries: how many of the negatives are false, that is, of the query's own class.
 
-    s: (..., N, k) similarities in use; which: (..., N, k) the candidates they are of, None for all K in order; labels: (n_data,) or None.
+    s: (..., N, k) similarities in use, or of the first queries alone; which: (..., N, k) the candidates they are of, None for all K in order;
+    labels: (n_data,) or None.
     -> the share of candidates used and, with labels, the share of false negatives among the used and among those left out, in %.
     """
     used = s[..., :32, :].detach() > NEVER                                             # (..., 32, k)
     if which is not None:
         used = used.new_zeros(*used.shape[:-1], len(contrast.negative)).scatter_(-1, which[..., :32, :], used)
-    allowed = (contrast.negative_index >= 0).expand_as(used)                           # (..., 32, K) not a queue's random start
-    if contrast.mask is not None:
-        allowed = allowed & contrast.mask[..., :32, :]
+    allowed = ((contrast.negative_index >= 0) & serves(contrast, 32)).expand_as(used)  # (..., 32, K) not a queue's random start
     used, unused = used & allowed, allowed & ~used
     share = lambda some, whole: 100 * some.sum() / whole.sum().clamp(min=1)
     figures = {"used %": share(used, allowed)}
@@ -57,6 +67,11 @@ def false_negatives(contrast, s, which, labels):
         false = of_one_class(contrast, labels)
         figures |= {"false negatives used %": share(false & used, used), "false negatives left out %": share(false & unused, unused)}
     return figures
+
+
+def unchosen(contrast):
+    """s as `count` and `false_negatives` want it where no candidate is left out and s itself is never formed: (32, K), 0 or NEVER."""
+    return torch.where(serves(contrast, 32), 0.0, NEVER)
 
 
 def of_one_class(contrast, labels, queries=32):

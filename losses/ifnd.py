@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from engine import distributed
 from engine.kmeans import confidence, kmeans, validity
 
-from . import NEVER, count, false_negatives, similarity
+from . import NEVER, count, false_negatives, similarity, unchosen
+from .partition import log_partition
 
 
 class IFND(nn.Module):
@@ -74,15 +75,18 @@ class IFND(nn.Module):
             for k, mine, all_of_them in zip(self.clusters, everyone, self.pseudo):
                 self.validity |= {f"{name}, k={k}": value for name, value in validity(mine, all_of_them, self.labels).items()}
 
-    def false(self, contrast, epoch):
+    def labels_of(self, contrast, epoch, queries=None):
+        """Accepted labels of the (first so many) queries (L, N) and of the candidates (L, K); two of them are equal only where both are accepted."""
+        return self.accepted_labels(contrast.index[:queries], epoch, -1), self.accepted_labels(contrast.negative_index, epoch, -2)
+
+    def false(self, contrast, epoch, queries=None):
         """F(q): (L, N, K) bool."""
-        mine = self.accepted_labels(contrast.index, epoch, -1)                         # (L, N)
-        theirs = self.accepted_labels(contrast.negative_index, epoch, -2)              # (L, K)
+        mine, theirs = self.labels_of(contrast, epoch, queries)
         return mine[:, :, None] == theirs[:, None, :]
 
     def eliminate(self, contrast, s, epoch):
         """s: (N, K) -> (L, N, K)."""
-        s = s.masked_fill(self.false(contrast, epoch), NEVER)
+        s = s.masked_fill(self.false(contrast, epoch, len(s)), NEVER)
         figures = false_negatives(contrast, s, None, self.labels)
         return s, None, {**self.validity, "removed %": 100 - figures["used %"], **figures}
 
@@ -98,12 +102,13 @@ class IFND(nn.Module):
         return loss, {"positive": positive.mean(), **self.validity, "attracted %": 100 * friends.float().mean()}
 
     def forward(self, contrast, epoch):
-        s = similarity(contrast)                                                       # (N, K)
         if hasattr(self, "objective"):
+            s = similarity(contrast)                                                   # (N, K)
             loss, figures = self.attract(contrast, s, epoch)
             return loss, {"K": count(s), **figures}
         q, k = contrast.query, contrast.positive.mean(1)                               # (N, D), (N, D)
-        s, _, figures = self.eliminate(contrast, s, epoch)                             # (L, N, K)
         positive = (q * k).sum(1)                                                      # (N,)
-        loss = F.softplus(torch.logsumexp(s / self.t, -1) - positive / self.t).mean()
+        Z = log_partition(contrast, self.t, *self.labels_of(contrast, epoch))          # (L, N)  as from eliminate's s, of all queries
+        s, _, figures = self.eliminate(contrast, unchosen(contrast), epoch)            # (L, 32, K), for the log
+        loss = F.softplus(Z - positive / self.t).mean()
         return loss, {"K": count(s), "positive": positive.mean(), **figures}

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import count, false_negatives, similarity
+from . import count, false_negatives, unchosen
+from .partition import log_partition
 
 
 class JCL(nn.Module):
@@ -33,12 +34,15 @@ class JCL(nn.Module):
 
     def objective(self, contrast, s, epoch):
         """s: (..., N, K)."""
+        return self.bound(contrast, torch.logsumexp(s / self.t, -1), epoch)
+
+    def bound(self, contrast, Z, epoch):
+        """Z: (..., N), the log of the sum over the negatives."""
         q, k = contrast.query, contrast.positive                                       # (N, D), (N, M, D)
         mu = k.mean(1)                                                                 # (N, D)
         mean = (q * mu).sum(1)                                                         # (N,)  q mu
         variance = ((q[:, None] * (k - mu[:, None])).sum(2) ** 2).mean(1)              # (N,)  q' Sigma q = Var_m(q k_m)
         lam = self.lam * (int(epoch) + 1) / self.epochs if self.ramp else self.lam
-        Z = torch.logsumexp(s / self.t, -1)                                            # (..., N)
         if self.average:
             p = (q[:, None] * k).sum(2)                                                # (N, M)  q k_m
             loss = F.softplus(Z[..., None] - p / self.t).mean()
@@ -48,6 +52,6 @@ class JCL(nn.Module):
         return loss, {"positive": mean.mean(), "Var(q k)": variance.mean(), "lambda": lam}
 
     def forward(self, contrast, epoch):
-        s = similarity(contrast)                                                       # (N, K)
-        loss, figures = self.objective(contrast, s, epoch)
+        s = unchosen(contrast)                                                         # (32, K), for the log
+        loss, figures = self.bound(contrast, log_partition(contrast, self.t), epoch)
         return loss, {"K": count(s), **figures, **false_negatives(contrast, s, None, self.labels)}

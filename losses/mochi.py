@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from engine.distributed import say
 
-from . import NEVER, count, false_negatives, of_one_class, similarity
+from . import NEVER, count, false_negatives, of_one_class, serves, similarity, unchosen
+from .partition import log_partition
 
 
 class MoCHi(nn.Module):
@@ -83,7 +84,7 @@ class MoCHi(nn.Module):
         """For the log, the paper's questions: how hard are the mixed points beside the real ones, and how many are false, that is, made only
         of candidates of the query's class (and of the query)?"""
         mean = lambda x: x.masked_fill(x <= NEVER, 0).sum() / (x > NEVER).sum().clamp(min=1)
-        mass = torch.stack([torch.logsumexp(x / self.t, -1) for x in (s, torch.cat([h, h_q], -1))])      # (2, ..., N)
+        mass = torch.stack([torch.logsumexp(x[..., :32, :] / self.t, -1) for x in (s, torch.cat([h, h_q], -1))])         # (2, ..., 32)
         figures = {"hardest": mean(near[..., 0]), "nearest N": mean(near), "mixed": mean(h), "query mixed": mean(h_q),
                    "mixed share of partition %": 100 * mass.softmax(0)[1].mean()}
         if self.labels is not None:
@@ -94,15 +95,22 @@ class MoCHi(nn.Module):
         return figures
 
     def forward(self, contrast, epoch):
+        """`negatives` and InfoNCE on them, but that the (N, K + s + s') of them are never side by side."""
         q, k = contrast.query, contrast.positive.mean(1)                               # (N, D), (N, D)
-        s, _, figures = self.negatives(contrast, similarity(contrast), epoch)          # (N, K + s + s')
+        real = contrast if not self.oracle else contrast._replace(mask=serves(contrast) & ~of_one_class(contrast, self.labels, None), own=None)
+        s, Z = unchosen(real), log_partition(real, self.t)                             # (32, K) for the log, (N,)
+        figures = false_negatives(contrast, s, None, self.labels) | {"oracle": float(self.oracle)}
+        if epoch >= self.warmup and self.s + self.s_q > 0:
+            h, h_q, more = self.mix(real, similarity(real))                            # (N, s), (N, s')
+            mixed = torch.cat([h, h_q], 1)
+            s, Z, figures = torch.cat([s, mixed[:32]], 1), torch.logaddexp(Z, torch.logsumexp(mixed / self.t, 1)), figures | more
         positive = (q * k).sum(1)                                                      # (N,)
-        loss = F.softplus(torch.logsumexp(s / self.t, 1) - positive / self.t).mean()
+        loss = F.softplus(Z - positive / self.t).mean()
         return loss, {"K": count(s), "positive": positive.mean(), **figures}
 
 
 @torch.no_grad()
 def dots(n, i, j):
-    """n_i n_j for n: (K, D), i and j: (..., N, s). A few queries at a time: n[i] of all would be (N, s, D)."""
+    """n_i n_j for n: (K, D), i and j: (..., N, s). A few queries at a time: all n_i would be (N, s, D)."""
     shape, i, j = i.shape, i.flatten(0, -2), j.flatten(0, -2)
-    return torch.cat([(n[a] * n[b]).sum(-1) for a, b in zip(i.split(16), j.split(16))]).view(shape)
+    return torch.cat([(F.embedding(a, n) * F.embedding(b, n)).sum(-1) for a, b in zip(i.split(4), j.split(4))]).view(shape)

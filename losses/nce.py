@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import count, false_negatives, similarity
+from . import count, false_negatives, similarity, unchosen
+from .partition import log_partition
 
 
 class NCE(nn.Module):
@@ -27,22 +28,29 @@ class NCE(nn.Module):
 
     def negatives(self, contrast, s, epoch):
         """All that may serve, or draws from them."""
-        which = None if self.n_negatives is None else draw(contrast.mask, self.n_negatives, s)       # (..., N, n_negatives)
+        which = None if self.n_negatives is None else draw(contrast, self.n_negatives, s)            # (..., N, n_negatives)
         s = s if which is None else s.gather(-1, which)
         return s, which, false_negatives(contrast, s, which, self.labels)
 
     def forward(self, contrast, epoch):
         q, k = contrast.query, contrast.positive.mean(1)                               # (N, D), (N, D)
-        s, _, figures = self.negatives(contrast, similarity(contrast), epoch)          # (N, K)
         positive = (q * k).sum(1)                                                      # (N,)
-        loss = F.softplus(torch.logsumexp(s / self.t, 1) - positive / self.t).mean()
+        if self.n_negatives is None:
+            s, Z = unchosen(contrast), log_partition(contrast, self.t)                 # as below, without forming s: (32, K), (N,)
+            figures = false_negatives(contrast, s, None, self.labels)
+        else:
+            s, _, figures = self.negatives(contrast, similarity(contrast), epoch)      # (N, n_negatives)
+            Z = torch.logsumexp(s / self.t, 1)                                         # (N,)
+        loss = F.softplus(Z - positive / self.t).mean()
         return loss, {"K": count(s), "positive": positive.mean(), **figures}
 
 
-def draw(mask, n, s):
-    """(..., N, n) uniform draws, with replacement, from the candidates that mask (..., N, K) allows each query; s: (..., N, K), for its size."""
-    if mask is None:
-        return torch.randint(s.shape[-1], (*s.shape[:-1], n), device=s.device)
-    place = mask.cumsum(-1, dtype=torch.int32)                                         # (..., N, K): candidate j is a query's place[j]-th
+def draw(contrast, n, s):
+    """(..., N, n) uniform draws, with replacement, from the candidates that may serve each query; s: (..., N, K), which says so too."""
+    K = s.shape[-1]
+    if contrast.mask is None:
+        draws = torch.randint(K - (contrast.own is not None), (*s.shape[:-1], n), device=s.device)
+        return draws if contrast.own is None else draws + (draws >= contrast.own[:, None])           # step over the own one
+    place = contrast.mask.cumsum(-1, dtype=torch.int32)                                # (..., N, K): candidate j is a query's place[j]-th
     turn = (torch.rand(*s.shape[:-1], n, device=s.device, dtype=torch.float64) * place[..., -1:]).int() + 1
-    return torch.searchsorted(place, turn).clamp(max=s.shape[-1] - 1)                  # none allowed: any, and all are NEVER
+    return torch.searchsorted(place, turn).clamp(max=K - 1)                            # none allowed: any, and all are NEVER

@@ -40,20 +40,25 @@ class Ring(nn.Module):
 
     def negatives(self, contrast, s, epoch):
         """The ring. s: (..., N, K) -> the similarities in it (..., N, r), and of which candidates they are."""
-        n = torch.full((len(s), 1), s.shape[-1], device=s.device) if contrast.mask is None else contrast.mask.sum(-1, keepdim=True)      # (..., N, 1) candidates
         l, u = self.percentiles(epoch)
-        last = (u * n.double() + 1e-9).long().clamp(min=1)                             # (..., N, 1) rank after the ring's end
-        first = torch.minimum((l * n.double() + 1e-9).long(), last - 1)                # (..., N, 1) rank where it begins; it is never empty
-        most = min(int(u * s.shape[-1] + 1e-9) + 1, s.shape[-1])                       # no ring ends farther
-        s, which = s.topk(most)                                                        # (..., N, most), nearest first
-        figures = {"inner %": 100 * l, "outer %": 100 * u, "inner threshold": s.gather(-1, first).mean(), "outer threshold": s.gather(-1, last - 1).mean()}
-        rank = torch.arange(most, device=s.device)                                     # (most,)
-        ring = s.masked_fill((rank < first) | (rank >= last), NEVER)                   # (..., N, most)
+        if contrast.mask is None:                          # equally many candidates for all: first and last are numbers, and nothing is sorted
+            first, last = bounds(l, u, s.shape[-1] - (contrast.own is not None))
+            s, which = s.topk(last, sorted=False)                                      # (..., N, last)
+            ring, place = s.topk(last - first, largest=False, sorted=False)            # (..., N, r)
+            which, first, last = which.gather(-1, place), 0, last - first
+            inner, outer = ring.amax(-1), ring.amin(-1)
+        else:                                              # the same with n of each query's own
+            first, last = bounds(l, u, contrast.mask.sum(-1, keepdim=True))            # (..., N, 1) each
+            s, which = s.topk(min(int(u * s.shape[-1] + 1e-9) + 1, s.shape[-1]))       # (..., N, r), nearest first; no ring ends farther
+            inner, outer = s.gather(-1, first), s.gather(-1, last - 1)
+            rank = torch.arange(s.shape[-1], device=s.device)                          # (r,)
+            ring = s.masked_fill((rank < first) | (rank >= last), NEVER)
+        figures = {"inner %": 100 * l, "outer %": 100 * u, "inner threshold": inner.mean(), "outer threshold": outer.mean()}
         figures |= false_negatives(contrast, ring, which, self.labels)
         if self.n_negatives is None:
             return ring, which, figures
-        draws = first + (torch.rand(*s.shape[:-1], self.n_negatives, device=s.device) * (last - first)).long()
-        return s.gather(-1, draws), which.gather(-1, draws), figures                   # (..., N, n_negatives)
+        draws = first + (torch.rand(*ring.shape[:-1], self.n_negatives, device=s.device) * (last - first)).long()
+        return ring.gather(-1, draws), which.gather(-1, draws), figures                # (..., N, n_negatives)
 
     def forward(self, contrast, epoch):
         q, k = contrast.query, contrast.positive.mean(1)                               # (N, D), (N, D)
@@ -61,3 +66,12 @@ class Ring(nn.Module):
         positive = (q * k).sum(1)                                                      # (N,)
         loss = F.softplus(torch.logsumexp(s / self.t, 1) - positive / self.t).mean()
         return loss, {"K": count(s), "positive": positive.mean(), **figures}
+
+
+def bounds(l, u, n):
+    """The ranks where the ring of n candidates begins and where it has ended, floor(l n) and floor(u n); it is never empty."""
+    if torch.is_tensor(n):
+        last = (u * n.double() + 1e-9).long().clamp(min=1)                             # 1e-9: 0.29 * 100 is 28.999...
+        return torch.minimum((l * n.double() + 1e-9).long(), last - 1), last
+    last = max(int(u * n + 1e-9), 1)
+    return min(int(l * n + 1e-9), last - 1), last

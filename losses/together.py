@@ -56,7 +56,7 @@ class Together(nn.Module):
             figures |= {f"{name}: {key}": value for key, value in more.items()}
             if which is not None and (name != self.of_negatives[-1] or self.of_positives == "ifnd"):
                 chosen = torch.full_like(s, NEVER).scatter(-1, which, chosen)          # (..., N, K) back in their places, to be looked up
-            s, narrowed = chosen, contrast._replace(mask=chosen > NEVER)
+            s, narrowed = chosen, contrast._replace(mask=chosen > NEVER, own=None)
         if self.of_positives is not None:
             loss, more = self.losses[self.of_positives].objective(contrast, s, epoch)
             return loss, {"K": count(s), **more, **figures}

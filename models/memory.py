@@ -27,11 +27,8 @@ class MemoryBank(nn.Module):
         N, V, D = q.shape
         row = self.rows[index, None].expand(N, V, D)                                   # (N, V, D)
         k = torch.stack([row, *(z.roll(-w, 1) for w in range(1, V))], 2).flatten(0, 1)                   # (N V, V, D)
-        index, mask = index.repeat_interleave(V), None                                 # (N V,)
-        if self.exclude_self:
-            mask = torch.ones(N * V, len(self.rows), dtype=torch.bool, device=q.device)
-            mask.scatter_(1, index[:, None], False)                                    # (N V, n_data)
-        return Contrast(q.flatten(0, 1), k, self.rows, index, self.index, mask)
+        index = index.repeat_interleave(V)                                             # (N V,)
+        return Contrast(q.flatten(0, 1), k, self.rows, index, self.index, own=index if self.exclude_self else None)
 
     @torch.no_grad()
     def update(self, z, index):

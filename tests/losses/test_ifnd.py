@@ -55,7 +55,7 @@ def test_ifnd_is_its_formula(N, K, t, M, masked, mode):
 
 @pytest.mark.parametrize("mode", ["eliminate", "attract"])
 def test_with_nothing_accepted_it_is_nce(mode):
-    for masked in (False, True):
+    for masked in (False, True, "own"):
         c = contrast(M=5, masked=masked, n_data=N_DATA)
         expected = NCE(temperature=0.2)(c, 0)[0]
         assert torch.allclose(clustered(acceptance=(0, 0), temperature=0.2, mode=mode)(c, 3.0)[0], expected, atol=1e-6)

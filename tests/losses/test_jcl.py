@@ -37,7 +37,7 @@ def test_the_average_is_the_mean_of_M_infonce_losses(N, K, t, M, masked):
 
 
 def test_lambda_0_is_nce_on_the_mean_key_and_so_is_one_key():
-    for masked in (False, True):
+    for masked in (False, True, "own"):
         c = contrast(M=5, masked=masked)
         assert torch.allclose(JCL(epochs=1, lam=0.0)(c, 0.0)[0], NCE(temperature=0.2)(c, 0)[0], atol=1e-6)
         c = contrast(M=1, masked=masked)

@@ -68,7 +68,7 @@ def test_candidates_that_carry_a_gradient_get_none_through_the_points():
 
 
 def test_without_points_or_before_the_warmup_ends_it_is_nce():
-    for masked in (False, True):
+    for masked in (False, True, "own"):
         c = contrast(M=5, masked=masked)
         expected = NCE(temperature=0.2)(c, 0)[0]
         assert torch.equal(MoCHi(temperature=0.2, mixed=0, query_mixed=0, warmup_epochs=0)(c, 0.0)[0], expected)

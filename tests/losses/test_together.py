@@ -32,7 +32,7 @@ def agrees(loss, c, expected, gradient):
     assert (torch.autograd.grad(loss, c.query)[0] - gradient).abs().max() < 1e-6 * max(1, gradient.abs().max().item())
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [False, True, "own"])
 def test_ifnd_then_ring_then_mochi(masked):
     c = contrast(M=2, masked=masked, n_data=N_DATA)
     n, ifnd, mochi = c.negative.double(), clustered(temperature=T), MoCHi(temperature=T, hardest=9, mixed=7, query_mixed=4, warmup_epochs=0)
