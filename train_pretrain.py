@@ -9,6 +9,7 @@ A run lives in runs/<name>/ (name: the file's, unless set): config.yaml, log.jso
 end backbone.pt, torchvision's keys (CMC's: L.* and ab.*). A run that was stopped goes on from last.pt when it is started again; --fresh starts it over.
 Batch size and learning rate are global, for all processes together; nothing is scaled silently.
 """
+import contextlib
 import math
 import os
 import shlex
@@ -31,6 +32,7 @@ from models.resnet import Encoder
 def main():
     parser = config.command_line(__doc__)
     parser.add_argument("--fresh", action="store_true", help="start over, though the run has a last.pt")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks: the first step takes a minute, the others a few %% less")
     args = parser.parse_args()
     cfg = config.load(args.cfg, args.overrides)
     if args.print_config:
@@ -60,15 +62,22 @@ def main():
     loss_fn = losses[0] if len(losses) == 1 else config.build(Together, {}, f"{args.cfg}: loss", losses=losses)
     host, loss_fn = host.to(device), loss_fn.to(device)
     model = distributed.wrap(encoder, device)
+    if args.compile:
+        for net in (encoder, host.key_encoder.net) if hasattr(host, "key_encoder") else (encoder,):
+            net.backbone.compile()
 
     schedule = build(Schedule, "optim")
     optimizer = build(sgd, "optim", parameters=encoder.parameters(), lr=schedule.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=encoder.precision == "fp16")
     loader = config.build(Loader, cfg["data"], f"{args.cfg}: optim", dataset=pretrain, batch_size=schedule.batch_size, n_views=host.n_views, seed=cfg["seed"],
                           device=device)
-    if loader.local % encoder.bn_splits:
-        raise SystemExit(f"{args.cfg}: optim.batch_size {loader.batch} gives each process {loader.local} images, which model.bn_splits {encoder.bn_splits} "
-                         "does not divide")
+    parts = cfg["optim"]["accumulate"]
+    if loader.local % (parts * encoder.bn_splits):
+        raise SystemExit(f"{args.cfg}: optim.batch_size {loader.batch} gives each process {loader.local} images, which optim.accumulate {parts} times "
+                         f"model.bn_splits {encoder.bn_splits} does not divide")
+    if parts > 1 and not hasattr(host, "news"):
+        raise SystemExit(f"{args.cfg}: optim.accumulate is {parts}, but the negatives of {cfg['model']['host']} are the batch itself, which cannot be taken in parts; "
+                         "take a smaller batch_size, more processes, or a host with a memory")
     monitor = build(KNN, "knn", train=train, test=test, image_size=cfg["data"]["image_size"], device=device, workers=loader.workers)
     torch.manual_seed(cfg["seed"] + 2 ** 20 * distributed.rank())
 
@@ -116,22 +125,23 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = schedule(now)
 
-            contrasts = host(model, views, index)          # who is contrasted with whom
-            results = [loss_fn(contrast, now) for contrast in contrasts]                # how
-            loss = sum(value for value, _ in results)
-
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
+            for part, (*some, rows) in enumerate(zip(*(x.chunk(parts) for x in (*views, index))), 1):
+                with model.no_sync() if part < parts and distributed.world_size() > 1 else contextlib.nullcontext():
+                    contrasts = host(model, some, rows)    # who is contrasted with whom
+                    results = [loss_fn(contrast, now) for contrast in contrasts]        # how
+                    loss = sum(value for value, _ in results)
+                    scaler.scale(loss / parts).backward()
+
+                with torch.no_grad():                      # figures stay on the device: nothing here waits for it
+                    q = contrasts[0].query                 # spread: 1 when all over the sphere, 0 when collapsed
+                    figures = {"loss": loss.detach(), "spread": q.std(0).mean() * q.shape[1] ** 0.5}
+                    figures |= {name: sum(f[name] for _, f in results) / len(results) for name in results[0][1]}
+                    for name, value in figures.items():
+                        total[name] = total.get(name, 0) + value / (steps * parts)
             scaler.step(optimizer)
             scaler.update()
             host.after_step()
-
-            with torch.no_grad():                          # figures stay on the device: nothing here waits for it
-                q = contrasts[0].query                     # spread: 1 when all over the sphere, 0 when collapsed
-                figures = {"loss": loss.detach(), "spread": q.std(0).mean() * q.shape[1] ** 0.5}
-                figures |= {name: sum(f[name] for _, f in results) / len(results) for name in results[0][1]}
-                for name, value in figures.items():
-                    total[name] = total.get(name, 0) + value / steps
             if step % 20 == 0 or step == steps - 1:
                 value = loss.item()
                 bar.set_postfix(loss=f"{value:.3f}", refresh=False)

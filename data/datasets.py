@@ -1,4 +1,5 @@
-"""Data sets: index -> image. Arrays live in memory as uint8; JPEG folders are read by workers (data/loader.py).
+"""Data sets: index -> image. Arrays live in memory as uint8; JPEG folders are read by workers (data/loader.py), or decoded once
+for all runs (data/cache.py).
 
     load("pretrain", name="cifar10")    what the encoder is pre-trained on (labels, where there are any, for reporting only)
     load("train", ...)                  the labelled training images: kNN's bank, the probe's training set
@@ -82,12 +83,13 @@ class FolderSet:
             raise ValueError(f"{self.files[i]} cannot be read as an image ({error}); remove or replace it")
 
 
-def load(part, seed, *, name: str, root: str = "datasets", split: str = "train", limit: int | None = None):
+def load(part, seed, *, name: str, root: str = "datasets", split: str = "train", limit: int | None = None, cache: int | None = None):
     """One part of a data set: "pretrain", "train" or "test".
 
     name: one of NAMES. root: where the data sets lie; for `folder`, the folder itself. split: of stl10, what to pre-train on: train (the
     5,000 labelled images, as the Ring code), unlabeled, train+unlabeled. limit: the first that many training images of a fixed shuffle by
-    `seed`, class-balanced where there are labels; test sets stay whole.
+    `seed`, class-balanced where there are labels; test sets stay whole. cache: keep folders of images decoded in a file beside them, the shorter
+    side at most that many pixels (data/cache.py: crops are then taken from these); null: decode them again in every epoch.
     """
     if name not in NAMES:
         from engine.config import nearest
@@ -98,6 +100,8 @@ def load(part, seed, *, name: str, root: str = "datasets", split: str = "train",
         raise SystemExit("voc2007 has several classes an image: it is for linear.data with linear.classifier svm; to pre-train on its images take data.name=folder")
     if limit is not None and limit < 1:
         raise SystemExit(f"data.limit is {limit}; it must be above 0, or null for all images")
+    if cache is not None and cache < 8:
+        raise SystemExit(f"data.cache is {cache}; it must be at least 8 pixels, or null for no cache")
     if name == "shapes":
         n = 10000 if limit is None else min(limit, 10000)                              # balanced as drawn: no need to draw the rest
         images, labels = shapes.shapes(n, seed=0) if part != "test" else shapes.shapes(2400, seed=1)
@@ -108,6 +112,11 @@ def load(part, seed, *, name: str, root: str = "datasets", split: str = "train",
         dataset = voc2007(part, root)
     else:
         dataset = folder(name, part, root)
+    if cache is not None and isinstance(dataset, FolderSet):                           # the whole part, so that every limit shares it
+        from .cache import cached
+        dataset = cached(dataset, f"{name}-{'test' if part == 'test' else 'train'}", cache)
+    elif cache is not None and part == "pretrain":         # a probe may well go from a cached set to one in memory: linear.data
+        raise SystemExit(f"data.cache is {cache}, but {name} is in memory already, decoded; leave data.cache out")
     if limit is not None and (part == "pretrain" or part == "train" and split == "train"):
         if limit > len(dataset):
             raise SystemExit(f"data.limit is {limit}; {name} has {len(dataset)} images to choose from")

@@ -1,6 +1,8 @@
 """Batches of augmented views on the device. Every random number depends on (seed, epoch, step) alone, and is drawn for the batch of all
 processes at once: another number of workers, or of processes, changes no view, and a resumed epoch is the same epoch."""
 import os
+import queue
+import threading
 from typing import Literal
 
 import numpy as np
@@ -60,7 +62,8 @@ class Loader:
         return {"pil": {"seed": torch.randint(2 ** 31, (n,), generator=g)}} if self.backend == "pil" else self.augment.draw(n, g)
 
     def epoch(self, epoch):
-        for views, index in batches(self.dataset, self.augment, self.plan(epoch), self.device, self.workers, self.backend, self.n_views):
+        steps = batches(self.dataset, self.augment, self.plan(epoch), self.device, self.workers, self.backend, self.n_views)
+        for views, index in steps if self.device.type == "cpu" else ahead(steps):      # a CPU's cores have the convolutions to do
             yield list(views.chunk(self.n_views)), index
 
     def examples(self, n=8):
@@ -79,6 +82,42 @@ def in_order(dataset, rows, recipe, image_size, device, batch_size=512, workers=
     augment = Augment(recipe, image_size, dataset.mean, dataset.std)
     plan = ((part, augment.draw(len(part), None)) for part in rows.split(batch_size))
     return batches(dataset, augment, plan, device, default_workers() if workers is None else workers)
+
+
+def ahead(items, depth=2):
+    """The same items, made by a thread, up to `depth` of them before they are asked for. What the thread raises is raised here."""
+    made, stop = queue.Queue(depth), threading.Event()
+
+    def put(*item):
+        while not stop.is_set():
+            try:
+                return made.put(item, timeout=0.1)
+            except queue.Full:
+                pass
+
+    def work():
+        try:
+            for item in items:
+                put(item, None)
+                if stop.is_set():
+                    return
+            put(None, StopIteration())
+        except BaseException as error:                     # SystemExit too: a broken image
+            put(None, error)
+
+    thread = threading.Thread(target=work, name="ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = made.get()
+            if error:
+                if isinstance(error, StopIteration):
+                    return
+                raise error
+            yield item
+    finally:                                               # the one who asked may stop early
+        stop.set()
+        thread.join()
 
 
 def default_workers():

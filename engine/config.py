@@ -131,7 +131,7 @@ def find(home, where=""):
 def modules(package):
     """The methods, or the hosts: the files in losses/, or those in models/ that are not parts of hosts. There is no registry."""
     folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), package)
-    return sorted({f[:-3] for f in os.listdir(folder) if f.endswith(".py")} - {"__init__", "resnet", "memory", "momentum", "together"})
+    return sorted({f[:-3] for f in os.listdir(folder) if f.endswith(".py")} - {"__init__", "resnet", "memory", "momentum", "partition", "together"})
 
 
 def yaml_keys(target):

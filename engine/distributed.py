@@ -6,11 +6,15 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+sent = 0                                                   # bytes that this process has given to others, DDP's gradients aside; see benchmarks/step.py
+
 
 def start():
     """Join the process group that torchrun announces, if it does. -> the device of this process."""
     cuda = torch.cuda.is_available()
     torch.backends.cudnn.benchmark = True                  # every step has the same shapes
+    if cuda:
+        torch.set_float32_matmul_precision("high")         # TF32, where fp32 is asked for; convolutions have it anyway
     if "RANK" in os.environ:                               # the one test: torchrun sets it
         local = int(os.environ.get("LOCAL_RANK", 0))
         if cuda and local >= torch.cuda.device_count():
@@ -65,13 +69,48 @@ def barrier():
 
 
 @torch.no_grad()
-def gather(x):
-    """(n, ...) of each process, n equal everywhere -> (world * n, ...) in the order of the ranks. Carries no gradient."""
+def gather(*tensors):
+    """(n, ...) of each process, n equal everywhere -> (world * n, ...) in the order of the ranks; of several tensors a tuple, by one message.
+    Carries no gradient."""
     if world_size() == 1:
+        return tensors if len(tensors) > 1 else tensors[0]
+    flat = [as_bytes(x) for x in tensors]
+    mine = torch.cat(flat, 1) if len(flat) > 1 else flat[0]
+    parts = [torch.empty_like(mine) for _ in range(world_size())]
+    give(mine.nbytes * (world_size() - 1))
+    dist.all_gather(parts, mine)
+    whole = torch.cat(parts).split([x.shape[1] for x in flat], 1)                      # (world * n, bytes) each
+    whole = tuple(w.contiguous().view(x.dtype).view(-1, *x.shape[1:]) for w, x in zip(whole, tensors))
+    return whole if len(tensors) > 1 else whole[0]
+
+
+def as_bytes(x):
+    """(n, ...) -> (n, bytes a row)."""
+    return x.detach().contiguous().view(len(x), -1).view(torch.uint8)
+
+
+def give(count):
+    global sent
+    sent += count
+
+
+@torch.no_grad()
+def exchange(x, back=False):
+    """Rows of x (n, ...) to every process, as many to each (but for one where n does not divide): -> n rows, those of rank 0 first.
+
+    exchange(exchange(x), back=True) is x. Only the rows wanted travel: moco's code sends every process's rows to every process."""
+    world = world_size()
+    if world == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    share = lambda a, b: len(x) // world + ((b - a) % world < len(x) % world)          # rows from a to b: each gives and gets n
+    out, into = [share(rank(), r) for r in range(world)], [share(r, rank()) for r in range(world)]
+    if back:
+        out, into = into, out
+    flat = as_bytes(x)
+    got = torch.empty_like(flat)
+    give((len(x) - out[rank()]) * flat.shape[1])
+    dist.all_to_all_single(got, flat, into, out)
+    return got.view(x.dtype).view(x.shape)
 
 
 def gather_with_gradient(x):
@@ -87,6 +126,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         gradient = gradient.clone(memory_format=torch.contiguous_format)
+        give(2 * gradient.nbytes * (world_size() - 1) // world_size())
         dist.all_reduce(gradient)                          # the sum over the processes' losses ...
         return gradient.chunk(world_size())[rank()]        # ... of which this part is ours
 

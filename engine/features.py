@@ -27,7 +27,8 @@ def embeddings(encoder, dataset, image_size, device, workers, feature="output", 
     """extract, from an Encoder in eval mode."""
     training = encoder.training
     encoder.eval()
-    z = extract(lambda x: encoder(x, feature), dataset, image_size, device, workers, what=what)
+    with torch.compiler.set_stance("force_eager"):         # what training compiled, for its batches, is not compiled anew for these
+        z = extract(lambda x: encoder(x, feature), dataset, image_size, device, workers, what=what)
     encoder.train(training)
     return z
 

@@ -10,11 +10,12 @@ class Schedule:
 
     lr and batch_size are global, as the papers print them. `cosine`: lr/2 (1 + cos(pi t)), t from 0 after the warm-up to 1 at the end,
     at every step (moco's code: once an epoch). `step`: times gamma at each milestone. `constant`. warmup_epochs: linear from 0.
+    accumulate: a batch that does not fit is taken in so many parts, one after the other, their gradients summed; BatchNorm sees a part.
     """
 
     def __init__(self, *, epochs: int, batch_size: int, lr: float, schedule: Literal["cosine", "step", "constant"] = "cosine",
-                 milestones: list[int] = [], gamma: float = 0.1, warmup_epochs: int = 0):
-        for name, value in dict(epochs=epochs, batch_size=batch_size, lr=lr).items():
+                 milestones: list[int] = [], gamma: float = 0.1, warmup_epochs: int = 0, accumulate: int = 1):
+        for name, value in dict(epochs=epochs, batch_size=batch_size, lr=lr, accumulate=accumulate).items():
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; it must be above 0, and finite")
         if warmup_epochs >= epochs:

@@ -58,26 +58,28 @@ class TwoStreams(nn.Module):
 class CMC(nn.Module):
     """The query L meets the ab bank, the query ab the L bank: two contrasts, whose losses are summed.
 
-    momentum: of the banks. exclude_self: the image's own row is no negative. n_views: views an image; with V > 1 each is a query, and its
-    keys are the bank's row and the other stream's embeddings of the other views (no paper's way; JCL wants several keys).
+    momentum: of the banks. exclude_self: the image's own row is no negative. candidates: see models/ir.py. n_views: views an image; with
+    V > 1 each is a query, and its keys are the bank's row and the other stream's embeddings of the other views (no paper's way; JCL wants
+    several keys).
     """
 
     Encoder = LabEncoder
 
-    def __init__(self, encoder, n_data, *, momentum: float = 0.5, exclude_self: bool = True, n_views: int = 1):
+    def __init__(self, encoder, n_data, *, momentum: float = 0.5, exclude_self: bool = True, candidates: int | None = None, n_views: int = 1):
         super().__init__()
         if n_views < 1:
             raise ValueError(f"n_views is {n_views}; it must be above 0")
-        self.n_views = self.n_keys = n_views
-        self.L, self.ab = (MemoryBank(n_data, encoder.dim, momentum, exclude_self) for _ in range(2))
+        self.n_views, self.n_keys, self.news = n_views, n_views, []
+        self.L, self.ab = (MemoryBank(n_data, encoder.dim, momentum, exclude_self, candidates) for _ in range(2))
 
     def forward(self, encoder, views, index):
         """views: V of (N, 3, S, S); index: (N,)."""
         z = encoder(torch.stack(views, 1).flatten(0, 1)).unflatten(0, (-1, len(views)))                  # (N, V, 2 D)
         L, ab = z.chunk(2, 2)                                                          # (N, V, D), (N, V, D)
-        self.news = distributed.gather(L.detach().mean(1)), distributed.gather(ab.detach().mean(1)), distributed.gather(index)
+        self.news.append(distributed.gather(L.detach().mean(1), ab.detach().mean(1), index))
         return [self.ab.contrast(L, ab.detach(), index), self.L.contrast(ab, L.detach(), index)]
 
     def after_step(self):
-        L, ab, index = self.news                           # only now: the backward pass needed the old rows
-        self.L.update(L, index), self.ab.update(ab, index)
+        for L, ab, index in self.news:                     # only now: the backward pass needed the old rows
+            self.L.update(L, index), self.ab.update(ab, index)
+        self.news.clear()

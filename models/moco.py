@@ -22,18 +22,21 @@ class MoCo(nn.Module):
             raise ValueError(f"queue_size is {queue_size}; it must be above 0")
         if n_views < 2:
             raise ValueError(f"n_views is {n_views}; MoCo needs a query and at least one key: 2")
-        self.n_views, self.n_keys = n_views, n_views - 1
+        self.n_views, self.n_keys, self.news = n_views, n_views - 1, []
         self.key_encoder = MomentumEncoder(encoder, momentum)
         self.queue = Queue(queue_size, encoder.dim)
 
     def forward(self, encoder, views, index):
         """views: M + 1 of (N, 3, S, S); index: (N,)."""
         q = encoder(views[0])                                                          # (N, D)
-        self.key_encoder.update(encoder)
+        if not self.news:                                  # once a step, in however many parts this is taken
+            self.key_encoder.update(encoder)
         k = self.key_encoder.shuffled(torch.stack(views[1:], 1).flatten(0, 1))         # (N M, D)
         k = k.view(len(q), -1, q.shape[1])                                             # (N, M, D)
-        self.news = distributed.gather(k.mean(1)), distributed.gather(index)
+        self.news.append(distributed.gather(k.mean(1), index))
         return [Contrast(q, k, self.queue.keys, index, self.queue.index)]
 
     def after_step(self):
-        self.queue.enqueue(*self.news)                     # only now: the loss was on the queue before this batch
+        for k, index in self.news:                         # only now: the loss was on the queue before this batch
+            self.queue.enqueue(k, index)
+        self.news.clear()

@@ -99,6 +99,7 @@ class Encoder(nn.Module):
                 raise ValueError(f"{name} is {value}; it must be above 0")
         self.backbone, self.head = self.parts(backbone, stem, width, head, dim)
         self.dim, self.bn_splits, self.precision = dim, bn_splits, fastest(device) if precision == "auto" else precision
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.precision]
         if self.precision == "fp16" and device.type == "cpu":
             raise ValueError("precision fp16 is for GPUs; on a CPU use bf16, fp32 or auto")
         if bn_splits > 1:
@@ -112,8 +113,7 @@ class Encoder(nn.Module):
 
     def forward(self, x, feature="output"):
         """feature: `output`, the unit vectors (N, dim), or `backbone`, the pooled features (N, F)."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
             h = self.backbone(x.contiguous(memory_format=torch.channels_last))       # (N, F)
             if feature == "backbone":
                 return h.float()

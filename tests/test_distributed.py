@@ -48,7 +48,13 @@ def two(tmp_path_factory):
         loader = Loader(data, batch_size=8, n_views=2, seed=0, device=device, augment="cifar", image_size=32)
         x = torch.arange(3.0).add(10 * r).requires_grad_()
         (distributed.gather_with_gradient(x) ** 2 * torch.tensor([1.0, 1, 1, 2, 2, 2]) * (r + 1)).sum().backward()
-        saw = {"gradient": x.grad, "kmeans": kmeans(torch.arange(40.0).view(20, 2) + 100 * r, 3),               # unlike data: rank 0's counts
+        before = distributed.sent
+        pair = distributed.gather(torch.arange(6.0).view(3, 2) + 10 * r, torch.arange(3) - r)
+        told = distributed.sent - before
+        rows = {n: torch.arange(n * 2, dtype=torch.bfloat16).view(n, 2, 1) + 100 * r for n in (2, 3, 1)}
+        dealt = {n: distributed.exchange(x) for n, x in rows.items()}
+        back = {n: torch.equal(distributed.exchange(x, back=True), rows[n]) for n, x in dealt.items()}
+        saw = {"pair": pair, "told": told, "dealt": dealt, "back": back, "gradient": x.grad, "kmeans": kmeans(torch.arange(40.0).view(20, 2) + 100 * r, 3),               # unlike data: rank 0's counts
                "gather": distributed.gather(torch.arange(3) + 10 * r), "broadcast": distributed.broadcast(torch.tensor([7 + r])),
                "mean": distributed.mean(torch.tensor([float(r)])), "objects": distributed.gather_objects({"rank": r}), "bn": bn.running_mean,
                "extract": extract(lambda x: x.flatten(1), data, 32, device),
@@ -64,6 +70,22 @@ def test_collectives(two):
     for saw in two:
         assert saw["gather"].tolist() == [0, 1, 2, 10, 11, 12] and saw["broadcast"].item() == 7 and saw["mean"].item() == 0.5
         assert saw["objects"] == [{"rank": 0}, {"rank": 1}] and saw["bn"].tolist() == [0.5, 0.5]
+
+
+def test_several_tensors_are_gathered_by_one_message(two):
+    for r, saw in enumerate(two):
+        values, index = saw["pair"]
+        assert torch.equal(values, torch.cat([torch.arange(6.0).view(3, 2), torch.arange(6.0).view(3, 2) + 10]))
+        assert torch.equal(index, torch.tensor([0, 1, 2, -1, 0, 1])) and index.dtype == torch.long
+        assert saw["told"] == 3 * (2 * 4 + 8)              # three rows of two floats and one index, to one other process
+
+
+def test_an_exchange_deals_rows_evenly_and_takes_them_back(two):
+    first = lambda n: [[row[0, 0].item() for row in saw["dealt"][n]] for saw in two]
+    assert first(2) == [[0, 100], [2, 102]]                # one row to each
+    assert first(3) == [[0, 2, 100], [4, 102, 104]]        # 3 = 2 + 1: a process keeps two and gives one
+    assert first(1) == [[0], [100]]
+    assert all(saw["back"] == {2: True, 3: True, 1: True} and saw["dealt"][3].dtype == torch.bfloat16 for saw in two)
 
 
 def test_the_gradient_of_a_gather_is_summed_over_its_users(two):
@@ -105,8 +127,8 @@ ALONE = {"moco": ["model.host=moco", "model.queue_size=64", "loss.name=nce"], "i
 def test_two_processes_train_as_one(settings, tmp_path):
     """Plain InfoNCE (and JCL) on all candidates draw nothing, so one process with split BN must equal two: weights, momentum net, queue and bank.
 
-    (All but MoCo at a small lr: their gradients are steep, and at 0.01 the 3e-8 of the first step grow to 1e-4 in four to eight.)"""
-    settings = [*TINY, *settings]
+    (One epoch of four steps, and all but MoCo at a small lr: their gradients are steep, and the 3e-8 of the first step grow to 1e-4 in eight.)"""
+    settings = [*TINY, *settings, "optim.epochs=1"]
     script = os.path.join(ROOT, "train_pretrain.py")
     torchrun(2, [script, *settings, "name=two"], tmp_path)
     subprocess.run([sys.executable, script, *settings, "name=one", "model.bn_splits=2"], cwd=tmp_path, check=True, capture_output=True,
@@ -119,6 +141,22 @@ def test_two_processes_train_as_one(settings, tmp_path):
             assert torch.allclose(value.float(), two[part][key].float(), atol=1e-5), f"{part}.{key}"
             compared += 1
     assert compared > 20 and len(two["rng"]) == 2
+
+
+def test_a_batch_in_parts_is_a_step(tmp_path):
+    """One process with two parts, two processes with two parts of half the size and one with split BN take the same steps, running statistics aside."""
+    script, settings = os.path.join(ROOT, "train_pretrain.py"), [*TINY, *ALONE["ir"]]
+    torchrun(2, [script, *settings, "name=four", "optim.accumulate=2"], tmp_path)
+    for more in (["name=split", "model.bn_splits=4"], ["name=parts", "optim.accumulate=4"]):
+        subprocess.run([sys.executable, script, *settings, *more], cwd=tmp_path, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    split, parts, four = (torch.load(tmp_path / "runs" / name / "last.pt", weights_only=True) for name in ("split", "parts", "four"))
+    assert torch.allclose(split["host"]["bank.rows"], parts["host"]["bank.rows"], atol=1e-5)
+    for key, value in split["encoder"].items():
+        if "running" not in key and "tracked" not in key:
+            assert torch.allclose(value, parts["encoder"][key], atol=1e-5), key
+    line = lambda name: json.loads((tmp_path / "runs" / name / "log.jsonl").read_text().splitlines()[-1])
+    assert line("parts")["loss"] == pytest.approx(line("split")["loss"], abs=1e-4) and line("parts")["K"] == line("split")["K"]
+    assert four["epoch"] == 2 and line("four")["loss"] == pytest.approx(line("split")["loss"], abs=0.2)
 
 
 def test_the_linear_probe_is_the_same_in_two_processes(tmp_path):

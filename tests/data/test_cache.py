@@ -110,20 +110,23 @@ def test_parts_that_share_a_folder_have_files_of_their_own(tmp_path, builds):
 def test_a_changed_folder_is_cached_anew(jpegs, builds, capsys):
     read = lambda: load("train", 0, name="folder", root=jpegs, cache=24)
     path = os.path.join(jpegs, "train", "b", "3.jpg")
-    before = read()
-    old = np.asarray(before.decode(8))
-    assert "caching 15 images once" in capsys.readouterr().out
-    read()
-    assert len(builds) == 1 and capsys.readouterr().out == ""
-    changes = [lambda: Image.new("RGB", (41, 45), (200, 0, 0)).save(path), lambda: os.utime(path, ns=(1, 1)), lambda: os.remove(path),
-               lambda: Image.new("RGB", (30, 60)).save(os.path.join(jpegs, "train", "b", "9.jpg")), lambda: os.rename(os.path.join(jpegs, "train", "b", "9.jpg"), path)]
+    before, old = read(), np.asarray(read().decode(8))
+    assert len(builds) == 1 and (said := capsys.readouterr().out).endswith("caching 15 images once\n") and said.count("\n") == 1
+    added = os.path.join(jpegs, "train", "b", "9.jpg")
+
+    def other_size():                                      # and the old time
+        time = os.stat(path).st_mtime_ns
+        Image.new("RGB", (40, 40)).save(path)
+        os.utime(path, ns=(time, time))
+    changes = [lambda: Image.new("RGB", (41, 45), (200, 0, 0)).save(path), lambda: os.utime(path, ns=(1, 1)), other_size, lambda: os.remove(path),
+               lambda: Image.new("RGB", (30, 60)).save(added), lambda: os.rename(added, path), lambda: os.rename(path, path[:-5] + "35.jpg")]
     for i, change in enumerate(changes):
         change()
         plain, data = load("train", 0, name="folder", root=jpegs), read()
         assert len(builds) == i + 2 and "caching" in (said := capsys.readouterr().out) and "anew" in said and said.count("\n") == 1
         assert len(data) == len(plain) and np.array_equal(data.decode(7), plain.decode(7).resize(data.decode(7).size, Image.Resampling.BILINEAR))
         assert files(jpegs) == [".npy", ".u8"]             # the old one is gone ...
-    assert np.array_equal(before.decode(8), old)           # ... but for who was reading it
+    assert np.array_equal(before.decode(8), old)           # ... but for who had it
     with pytest.raises(ValueError, match="cached them anew; start this one again"):
         pickle.loads(pickle.dumps(before)).decode(8)
 
@@ -202,7 +205,8 @@ def test_building_leaves_the_random_state_alone(jpegs, monkeypatch, workers):
 
 
 def test_two_processes_build_once_and_read_the_same(jpegs, tmp_path):
-    """The first builds slowly; the second, as if on another node, waits for it, not for the stale index that lies there. A set that was pickled opens a map of its own."""
+    """The first builds slowly; the second, as if on another node, waits for it, not for the stale index that lies there. A set that comes pickled, as to a worker
+    that was not forked, opens a map of its own."""
     load("train", 0, name="folder", root=jpegs, cache=24)
     Image.new("RGB", (41, 45), (200, 0, 0)).save(os.path.join(jpegs, "train", "b", "3.jpg"))
     test = load("test", 0, name="folder", root=jpegs, cache=24).select(torch.tensor([4, 1]))

@@ -1,6 +1,7 @@
 """Data sets, shapes and the loader."""
 import inspect
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torchvision
 from PIL import Image
 
 from data.datasets import NAMES, TORCHVISION, ArraySet, balanced, load
-from data.loader import Loader, in_order
+from data.loader import Loader, ahead, in_order
 from data.shapes import CLASSES, distance, shapes
 from engine.features import knn
 
@@ -197,6 +198,36 @@ def test_jpegs_are_cropped_as_arrays_are():
         for (a, _), (b, _) in zip(loader(arrays, batch_size=4, augment=recipe, image_size=size).epoch(0),
                                   loader(Files(), batch_size=4, augment=recipe, image_size=size).epoch(0)):
             assert all((x - y).abs().mean() < 0.01 and (x - y).abs().max() < 0.2 for x, y in zip(a, b))      # in units of std 0.25
+
+
+def test_ahead_keeps_the_order_runs_ahead_stops_early_and_passes_errors_on():
+    made, begun = [], threading.Event()
+
+    def items(n, error=None):
+        for i in range(n):
+            made.append(i)
+            if i == 3:
+                begun.set()
+            yield i
+        if error:
+            raise error
+    assert list(ahead(items(10))) == list(range(10)) and list(ahead(iter([]))) == []
+    made.clear(), begun.clear()
+    few = ahead(items(1000))
+    assert next(few) == 0 and begun.wait(10)               # two wait, one is in hand
+    few.close()
+    assert len(made) < 7 and not [t for t in threading.enumerate() if t.name == "ahead"]
+    for error in (ValueError("broken"), SystemExit("broken")):
+        got = ahead(items(2, error))
+        assert [next(got), next(got)] == [0, 1]
+        with pytest.raises(type(error), match="broken"):
+            next(got)
+
+
+def test_a_loader_that_runs_ahead_gives_the_very_views(arrays):
+    one, other = loader(arrays), loader(arrays)
+    for (a, i), (b, j) in zip(one.epoch(2), ahead(other.epoch(2))):
+        assert torch.equal(torch.stack(a), torch.stack(b)) and torch.equal(i, j)
 
 
 def test_in_order_is_in_order(jpegs):

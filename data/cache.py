@@ -1,0 +1,186 @@
+"""Decoded images: with `data.cache: 256` a folder's images are decoded and shrunk once, into one file that every later epoch and run maps into memory.
+
+Beside the folder that holds the images lies <folder>.cache256/, with two files for each set and part, e.g. NAME imagenet100-train:
+
+    NAME-STATE.u8     raw uint8 RGB, (h, w, 3) an image, one after the other. The shorter side is at most 256 pixels; no image is enlarged
+    NAME-STATE.npy    (n, 3) int64, a row an image: its first byte, h, w. Written last: where it is, the cache is whole
+
+STATE is a hash of the files' names, sizes and times, so a changed folder has another one and is cached anew; a folder of caches may be deleted at any time.
+ImageNet at 256 takes about 330 GB (1.28 million images of 256 x 340 x 3 bytes), ImageNet-100 a tenth of that.
+
+We differ from the papers, which crop the image as it is: here a crop is the same share of the image at 256. One of 0.2 of a photo of 500 x 375 has as many pixels
+as a square of 132, theirs of 194, before both are resized to 224. Images that were not shrunk give the very same views.
+"""
+import contextlib
+import hashlib
+import os
+import shutil
+import time
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import resize
+from tqdm import tqdm
+
+from engine import distributed
+from engine.distributed import say
+
+from .datasets import FolderSet
+from .loader import as_it_is, default_workers
+
+
+class CachedSet(FolderSet):
+    """A FolderSet whose images lie decoded in the file `path`. places: (n, 3) int64, the first byte, height and width of each."""
+
+    def __init__(self, files, labels, classes, mean, std, path, places, pixels=None):
+        super().__init__(files, labels, classes, mean, std)
+        self.path, self.places, self.pixels = path, places, pixels
+
+    def __getstate__(self):                                # a map cannot be pickled: a worker that was not forked opens its own
+        return {**self.__dict__, "pixels": None}
+
+    def select(self, rows):
+        some = super().select(rows)
+        return CachedSet(some.files, some.labels, some.classes, some.mean, some.std, self.path, self.places[np.asarray(rows)], self.pixels)
+
+    def decode(self, i):
+        """Image i as PIL's, RGB, at most as large as was asked for."""
+        start, h, w = self.places[i].tolist()
+        return Image.fromarray(self.open()[start:start + 3 * h * w].reshape(h, w, 3))
+
+    def open(self):
+        """The map of this process, all images' bytes. It reads nothing, and stays whole when another run replaces the file."""
+        if self.pixels is None:
+            try:
+                self.pixels = np.memmap(self.path, np.uint8, "r")
+            except OSError as error:
+                raise ValueError(f"{self.path} cannot be read ({error.strerror}): another run found the images changed and cached them anew; start this one again")
+        return self.pixels
+
+
+def cached(dataset, name, size):
+    """A FolderSet -> the same set as a CachedSet, built if it is not there. Every process must call it.
+
+    name: of the set and its part, for the files. size: pixels, at most, of the shorter side. SystemExit names an image that cannot be read, and says where the place
+    cannot be written or is too small.
+    """
+    folder = os.path.commonpath([os.path.abspath(f) for f in {os.path.dirname(f) for f in dataset.files}])
+    base = os.path.join(f"{folder}.cache{size}", f"{name}-{state(dataset.files, folder)}")
+    places = read(base)
+    if places is None and distributed.is_main():
+        places = build(dataset, name, base, size)
+    elif places is None and os.environ.get("LOCAL_RANK") == "0":
+        print(f"process {distributed.rank()} waits for {base}.npy, which process 0 writes: the nodes must share this folder", flush=True)
+    while places is None:                                  # the file is looked for: a barrier of NCCL's ends the run after 10 minutes, and ImageNet takes longer
+        time.sleep(0.5)
+        places = read(base)
+    distributed.barrier()
+    data = CachedSet(dataset.files, dataset.labels, dataset.classes, dataset.mean, dataset.std, base + ".u8", places)
+    data.open()                                            # before workers are forked, which then share it
+    return data
+
+
+def state(files, folder):
+    """A hash of the files' names below `folder`, sizes and times."""
+    h = hashlib.sha256()
+    for file in files:
+        try:
+            s = os.stat(file)
+            h.update(b"%s %d %d\n" % (os.fsencode(os.path.abspath(file)[len(folder):]), s.st_size, s.st_mtime_ns))
+        except OSError as error:
+            raise SystemExit(f"{file} cannot be read as an image ({error}); remove or replace it")
+    return h.hexdigest()[:16]
+
+
+def read(base):
+    """The index (n, 3) of a whole cache, or None."""
+    try:
+        places = np.load(base + ".npy")
+        return places if os.path.getsize(base + ".u8") == places[-1, 0] + 3 * places[-1, 1] * places[-1, 2] else None
+    except (OSError, EOFError, ValueError):                # not there; or half a file, which a copy that was stopped leaves
+        return None
+
+
+def build(dataset, name, base, size):
+    """Write the cache, aside first, the index last. -> (n, 3), its index."""
+    place = os.path.dirname(base)
+    aside = os.path.join(place, name + ".part")            # always the same: what a killed build left is written over
+    try:
+        os.makedirs(place, exist_ok=True)
+        with open(os.path.join(place, name + ".lock"), "w") as lock:
+            alone(lock, place)
+            places = read(base)                            # another run may just have written it
+            if places is not None:
+                return places
+            old = sorted(f for f in os.listdir(place) if f.startswith(name + "-"))     # .npy before .u8
+            for stale in old:
+                os.remove(os.path.join(place, stale))
+            say(f"{place}: {'the images have changed, or their cache is not whole; ' if old else ''}caching {len(dataset)} images {'anew' if old else 'once'}")
+            try:
+                places = write(dataset, size, aside)
+                os.replace(aside, base + ".u8")
+                with open(aside, "wb") as f:
+                    np.save(f, places)
+                os.replace(aside, base + ".npy")
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(aside)
+            return places
+    except OSError as error:
+        raise SystemExit(f"data.cache is {size}, but {place} cannot be written ({error.strerror or error}); change that, take a data.root of your own with "
+                         "links to the folders of images, or leave data.cache out")
+
+
+def alone(lock, place):
+    """Until `lock`, an open file, is closed, no other run builds here; it waits. The system frees the lock of a process that was killed."""
+    try:
+        import fcntl
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say(f"{place}: another run is writing it; waiting")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except (ImportError, OSError):                         # Windows, some network file systems: do without
+        pass
+
+
+def write(dataset, size, path):
+    """All images, decoded by workers, into one file. -> (n, 3)"""
+    n, shapes, done, written = len(dataset), [], 0, 0
+    loader = DataLoader(Shrunk(dataset, size), batch_sampler=torch.arange(n).split(8), num_workers=min(default_workers(), -(-n // 8)), collate_fn=as_it_is,
+                        generator=torch.Generator())       # of its own: a run must not depend on whether it was the one to build
+    with open(path, "wb") as f, tqdm(total=n, desc="caching", unit=" images", leave=False, disable=None) as bar:
+        for pixels, shape, problem in loader:
+            if problem:
+                raise SystemExit(problem)
+            shapes.append(shape)
+            done, need, free = done + len(shape), (written + len(pixels)) * n / (done + len(shape)), shutil.disk_usage(path).free
+            if done >= min(n, 128) and need - written > 1.25 * free:                   # need: as far as these images tell, surer and surer
+                raise SystemExit(f"data.cache is {size}: the {n} images take about {need / 1e9:.3g} GB in {os.path.dirname(path)}, {(free + written) / 1e9:.3g} GB "
+                                 "are free there; make room, lower data.cache or leave it out")
+            f.write(pixels.numpy())
+            written += len(pixels)
+            bar.update(len(shape))
+        f.flush()
+        os.fsync(f.fileno())                               # on the disk before the index says so
+    h, w = torch.cat(shapes).numpy().T                     # (n,), (n,)
+    return np.stack([np.cumsum(3 * h * w) - 3 * h * w, h, w], 1)
+
+
+class Shrunk(Dataset):
+    """What a worker does for rows (b,): the bytes of b images one after the other, (b, 2) heights and widths, and what is wrong, or None."""
+
+    def __init__(self, dataset, size):
+        self.dataset, self.size = dataset, size
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitems__(self, rows):
+        try:
+            images = [self.dataset.decode(i) for i in rows.tolist()]
+        except ValueError as error:                        # a message: an exception would arrive wrapped in the worker's traceback
+            return torch.empty(0), None, str(error)
+        images = [np.asarray(resize(image, self.size) if min(image.size) > self.size else image) for image in images]        # PIL's bilinear, which antialiases
+        return torch.from_numpy(np.concatenate([x.ravel() for x in images])), torch.tensor([x.shape[:2] for x in images]), None
