@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from engine import distributed
 
-from .augment import Augment, pick, pil_transforms
+from .augment import Augment, one_by_one, pick, pil_transforms
 
 BILINEAR = Resampling.BILINEAR                             # PIL's, which antialiases
 
@@ -37,10 +37,10 @@ class Loader:
             raise ValueError(f"batch_size {batch_size} does not divide by {world} processes")
         if batch_size > len(dataset):
             raise ValueError(f"batch_size {batch_size} is larger than the data set of {len(dataset)} images")
-        if image_size < 8:
-            raise ValueError(f"data.image_size is {image_size}; it must be at least 8")
-        if workers is not None and workers < 0:
-            raise ValueError(f"data.workers is {workers}; it must be at least 0, or null for as many as there are cores")
+        if not 8 <= image_size <= 4096:
+            raise ValueError(f"data.image_size is {image_size}; it must be at least 8, and 4096 at most")
+        if workers is not None and not 0 <= workers <= 1024:
+            raise ValueError(f"data.workers is {workers}; it must be at least 0 and 1024 at most, or null for as many as there are cores")
         self.dataset, self.device, self.seed, self.n_views = dataset, device, seed, n_views
         self.batch, self.local = batch_size, batch_size // world
         self.augment, self.backend = Augment(augment, image_size, dataset.mean, dataset.std), augment_backend
@@ -49,20 +49,20 @@ class Loader:
     def __len__(self):
         return len(self.dataset) // self.batch
 
-    def plan(self, epoch):
-        """This process's part of each step: (index (b,), what was drawn for its n_views * b views, views outermost)."""
+    def plan(self, epoch, first=0):
+        """This process's part of each step from the first on: (index (b,), what was drawn for its n_views * b views, views outermost)."""
         order = torch.randperm(len(self.dataset), generator=generator(self.seed, epoch))
         mine = torch.arange(self.local) + distributed.rank() * self.local              # (b,) places in the global batch
         rows = (torch.arange(self.n_views)[:, None] * self.batch + mine).flatten()     # (n_views b,)
-        for step in range(len(self)):
+        for step in range(first, len(self)):
             g, n = generator(self.seed, epoch, step), self.n_views * self.batch
             yield order[step * self.batch + mine], pick(self.draw(n, g), rows)
 
     def draw(self, n, g):
         return {"pil": {"seed": torch.randint(2 ** 31, (n,), generator=g)}} if self.backend == "pil" else self.augment.draw(n, g)
 
-    def epoch(self, epoch):
-        steps = batches(self.dataset, self.augment, self.plan(epoch), self.device, self.workers, self.backend, self.n_views)
+    def epoch(self, epoch, first=0):
+        steps = batches(self.dataset, self.augment, self.plan(epoch, first), self.device, self.workers, self.backend, self.n_views)
         for views, index in steps if self.device.type == "cpu" else ahead(steps):      # a CPU's cores have the convolutions to do
             yield list(views.chunk(self.n_views)), index
 
@@ -131,13 +131,18 @@ def batches(dataset, augment, plan, device, workers, backend="batched", views=1)
         for index, u in plan:
             yield augment.apply(dataset.images[index.to(dataset.images.device)].repeat(views, 1, 1, 1).to(device), u), index.to(device)
         return
-    loader = DataLoader(Reader(dataset, augment, backend, views), batch_sampler=plan, num_workers=workers, collate_fn=as_it_is,
+    loader = DataLoader(Reader(dataset, augment, backend, views, whole=device.type == "cpu"), batch_sampler=plan, num_workers=workers, collate_fn=as_it_is,
                         pin_memory=device.type == "cuda", generator=torch.Generator())  # a generator of its own: leave the global one alone
     for images, index, u, problem in loader:
         if problem:
             raise SystemExit(problem)
-        x = images.to(device, non_blocking=True).float().div_(255)
-        yield augment.normalise(x) if backend == "pil" else augment.colour(x, u), index.to(device, non_blocking=True)
+        x = images.to(device, non_blocking=True)
+        yield x if device.type == "cpu" else finish(augment, backend, x, u), index.to(device, non_blocking=True)
+
+
+def finish(augment, backend, views, colours):
+    """(n, 3, S, S) uint8, cropped -> floats, the rest of the recipe done."""
+    return augment.normalise(views.float().div_(255)) if backend == "pil" else augment.apply(views, colours)
 
 
 def as_it_is(batch):
@@ -145,10 +150,12 @@ def as_it_is(batch):
 
 
 class Reader(torch.utils.data.Dataset):
-    """What a worker does for a whole batch: decode each image once, then crop and resize each of its views (or, for `pil`, everything)."""
+    """What a worker does for a whole batch: decode each image once, then crop and resize each of its views (or, for `pil`, everything).
 
-    def __init__(self, dataset, augment, backend, views):
-        self.dataset, self.augment, self.backend, self.views = dataset, augment, backend, views
+    whole: the colours too, which otherwise are the device's to do: two workers with a thread each beat one process with two."""
+
+    def __init__(self, dataset, augment, backend, views, whole):
+        self.dataset, self.augment, self.backend, self.views, self.whole = dataset, augment, backend, views, whole
         self.transform = pil_transforms(augment.recipe, augment.size) if backend == "pil" else None
 
     def __len__(self):
@@ -160,26 +167,28 @@ class Reader(torch.utils.data.Dataset):
             images = [self.dataset.decode(i) for i in index.tolist()]                  # b of PIL's
         except ValueError as error:                        # a message: an exception would arrive wrapped in the worker's traceback
             return torch.empty(0), index, {}, str(error)
-        crop_and_resize = self.pil if self.backend == "pil" else self.crop
-        views = [torch.from_numpy(np.array(v)).permute(2, 0, 1) for v in crop_and_resize(images * self.views, drawn)]
+        views = (self.pil if self.backend == "pil" else self.crop)(images, drawn)      # (V b, 3, S, S) uint8
         colours = {} if self.backend == "pil" else {k: v for k, v in drawn.items() if k != "crop"}
-        return torch.stack(views), index, colours, None    # (V b, 3, S, S) uint8
+        return finish(self.augment, self.backend, views, colours) if self.whole else views, index, colours, None
 
     def crop(self, images, u):
-        S = self.augment.size
-        box = self.augment.box(u, *(torch.tensor([image.size[side] for image in images]) for side in (1, 0)))
-        for row, image in enumerate(images):
-            if box is None or image.size == (S, S) and not u:                          # has the wanted size already
-                yield image
-            elif "crop" in u:
-                top, left, h, w = box[row].int().tolist()
-                yield image.crop((left, top, left + w, top + h)).resize((S, S), BILINEAR)
-            else:
-                top, left, h, w = box[row].tolist()
-                yield image.resize((S, S), BILINEAR, box=(left, top, left + w, top + h))
+        S, sizes = self.augment.size, torch.tensor([image.size for image in images]).repeat(self.views, 1)                   # (V b, 2) width, height
+        box = self.augment.box(u, sizes[:, 1], sizes[:, 0])
+        if "crop" in u:
+            return one_by_one([pixels(image) for image in images] * self.views, box, S)
+        if box is not None:
+            images = [image.resize((S, S), BILINEAR, box=(left, top, left + w, top + h)) for image, (top, left, h, w) in zip(images, box.tolist())]
+        return torch.stack([pixels(image) for image in images])                        # without randomness there is one view
 
     def pil(self, images, u):
-        for image, seed in zip(images, u["pil"]["seed"].tolist()):
+        views = []
+        for image, seed in zip(images * self.views, u["pil"]["seed"].tolist()):
             with torch.random.fork_rng(devices=[]):        # torchvision's transforms draw from the global generator
                 torch.manual_seed(seed)
-                yield self.transform(image)
+                views.append(pixels(self.transform(image)))
+        return torch.stack(views)
+
+
+def pixels(image):
+    """PIL's -> (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -1,4 +1,6 @@
 """Batched augmentation against torchvision's transforms on PIL images: each operation with equal parameters, and the statistics of views."""
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -35,17 +37,28 @@ def close(ours, theirs, levels=1.01):
 ])
 def test_colour_operations_equal_torchvisions(images, operation, theirs, values, levels):
     factor = torch.linspace(*values, len(images))
-    ours = getattr(augment, operation)(images.float() / 255, factor)
+    ours = getattr(augment, operation)(images.float() / 255, factor.view(-1, 1, 1, 1))
     close(ours, back([theirs(image, f) for image, f in zip(pil(images), factor.tolist())]), levels)
 
 
 def test_hue_equals_torchvisions_tensor_form(images):
     """PIL's HSV has 256 hues, so the float form is the exact one; PIL itself must agree on the average."""
     shift = torch.linspace(-0.4, 0.4, len(images))
-    ours = augment.hue(images.float() / 255, shift)
+    ours = augment.hue(images.float() / 255, shift.view(-1, 1, 1, 1))
     exact = torch.stack([TF.adjust_hue(image.float() / 255, s) for image, s in zip(images, shift.tolist())])
     assert (ours - exact).abs().max() < 1e-5
     assert (ours - back([TF.adjust_hue(image, s) for image, s in zip(pil(images), shift.tolist())])).abs().mean() < 2 / 255
+
+
+@pytest.mark.parametrize("size", [32, 96])                 # groups by reach; one by one
+def test_an_image_alone_is_treated_as_in_a_batch(size):
+    """Which images share a call, and whether a parameter is a number or a tensor, changes rounding alone."""
+    x, aug = torch.rand(9, 3, size, size), Augment("moco_v2", size)
+    u = aug.draw(9, torch.Generator().manual_seed(0))
+    del u["crop"]
+    whole = aug.colour(x.clone(), u)
+    alone = torch.cat([aug.colour(x[i:i + 1].clone(), pick(u, slice(i, i + 1))) for i in range(9)])
+    assert (whole - alone).abs().max() < 1e-5 and (whole - x).abs().max() > 0.1
 
 
 def test_grey_and_flip_equal_torchvisions(images):
@@ -58,8 +71,10 @@ def test_grey_and_flip_equal_torchvisions(images):
 def test_blur_equals_torchvisions_and_is_near_pils(images):
     sigma, x = torch.linspace(0.1, 2, len(images)), images.float() / 255
     ours = augment.blur(x.clone(), sigma, torch.ones(len(images), dtype=torch.bool))
-    exact = torch.cat([TF.gaussian_blur(image[None], 13, s) for image, s in zip(x, sigma.tolist())])
+    exact = torch.cat([TF.gaussian_blur(image[None], 2 * math.ceil(3 * s) + 1, s) for image, s in zip(x, sigma.tolist())])
     assert (ours - exact).abs().max() < 1e-5
+    wide = torch.cat([TF.gaussian_blur(image[None], 31, s) for image, s in zip(x, sigma.tolist())])
+    assert (ours - wide).abs().max() < 0.5 / 255          # what lies beyond three sigma
     theirs = back([im.filter(ImageFilter.GaussianBlur(s)) for im, s in zip(pil(images), sigma.tolist())])
     assert (ours - theirs).abs().mean() < 2 / 255          # PIL's is three box filters
 
@@ -71,6 +86,7 @@ def test_crop_equals_pils(images, size):
     box = augment.crop_box(u, 48, 48, (0.2, 1.0))
     theirs = [TF.resized_crop(im, *map(int, b), [size, size]) for im, b in zip(pil(images), box.tolist())]
     close(augment.crop(images.float() / 255, box, size), back(theirs), 1.3)
+    close(augment.crop(images, box, size), back(theirs), 1.3)                          # uint8: for 64 pixels by another way
 
 
 def test_bilinear_is_antialiased_where_boxes_grow(images):
