@@ -1,5 +1,6 @@
 """Each loss, forward and backward, beside its literal form and InfoNCE as the official moco code computes it (clone, cat, cross-entropy): time
-and peak memory. Literal: the whole matrix of similarities, what the method makes of it, one logsumexp; the ring by sorting.
+and peak memory. Literal: the whole matrix of similarities, what the method makes of it, one logsumexp; the ring by sorting. Then IR's memory
+bank, from contrast to update, at the size of CIFAR-10 and of ImageNet, there with all its rows and with 50,000 candidates drawn anew.
 
     python benchmarks/losses.py                            256 queries, 128 dimensions, 65,536 negatives; all cases take turns, medians are printed
     python benchmarks/losses.py --queries 64 --negatives 16384 --rounds 5
@@ -21,6 +22,7 @@ from losses.jcl import JCL
 from losses.mochi import MoCHi
 from losses.nce import NCE
 from losses.ring import Ring
+from models.memory import MemoryBank
 
 T, MOCO = 0.2, "moco's own code"
 
@@ -72,6 +74,32 @@ class Peak:
         self.mib = (torch.cuda.max_memory_allocated() / 2 ** 20 if self.cuda else self.now("VmHWM")) - self.before
 
 
+def banks(device, rounds):
+    """(rows, candidates, loss) -> one step of 32 queries on IR's memory bank."""
+    runs, losses = {}, {"nce, 4095 draws": NCE(n_negatives=4095), "ring, 4095 draws": Ring(1, anneal_epochs=0, n_negatives=4095)}
+    index = torch.arange(0, 50000, 1563, device=device)[:32]
+    for rows, candidates in ((50000, None), (1281167, None), (1281167, 50000)):
+        bank = MemoryBank(rows, 128, 0.5, candidates=candidates).to(device)
+        for name, loss_fn in losses.items():
+            def step(bank=bank, loss_fn=loss_fn):
+                q = F.normalize(torch.randn(32, 1, 128, device=device), dim=2).requires_grad_()
+                loss_fn(bank.contrast(q, q.detach(), index), 1.0)[0].backward()
+                bank.update(q.detach()[:, 0], index)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+            runs[name, rows, candidates] = step, [], []
+    for turn in trange(rounds + 1, desc="rounds", leave=False):
+        for step, seconds, mib in runs.values():
+            began = time.perf_counter()
+            with Peak(device) as peak:
+                step()
+            seconds.append(time.perf_counter() - began), mib.append(peak.mib)
+    print(f"\nIR's memory bank, 32 queries x 128\n\n{'':18}{'rows':>10}{'candidates':>12}{'ms':>8}{'ratio':>8}{'MiB':>8}")
+    for (name, rows, candidates), (_, seconds, mib) in runs.items():
+        ms = lambda key: 1000 * statistics.median(runs[key][1][1:])
+        print(f"{name:18}{rows:10}{candidates or 'all':>12}{ms((name, rows, candidates)):8.1f}{ms((name, rows, candidates)) / ms((name, 50000, None)):8.2f}{max(mib[1:]):8.0f}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("queries", 256), ("dim", 128), ("negatives", 65536), ("rounds", 9)):
@@ -114,6 +142,7 @@ def main():
     for name in cases:
         print(f"{name:26}" + "".join(f"{statistics.median(runs[name, by][0]) / unit:{width}.2f}{runs[name, by][1][0]:8.0f}"
                                      for by, width in ((fast, 8), (literal, 10)) if (name, by) in runs))
+    banks(device, args.rounds)
 
 
 if __name__ == "__main__":

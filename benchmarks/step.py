@@ -46,7 +46,7 @@ def ours(loader, encoder, model, host, loss_fn, device):
     optimizer = sgd(encoder.parameters(), schedule.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=encoder.precision == "fp16")
     for epoch in range(schedule.epochs):
-        total, steps = {}, len(loader)
+        total, steps, fine = {}, len(loader), torch.zeros((), device=device)
         for step, (views, index) in enumerate(loader.epoch(epoch)):
             now = epoch + step / steps
             for group in optimizer.param_groups:
@@ -56,17 +56,20 @@ def ours(loader, encoder, model, host, loss_fn, device):
             loss = sum(value for value, _ in results)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            host.after_step()
             with torch.no_grad():
                 q = contrasts[0].query
-                figures = {"loss": loss.detach(), "spread": q.std(0).mean() * q.shape[1] ** 0.5}
+                figures = {"loss": loss.detach(), "spread": q.std(0).mean() * q.shape[1] ** 0.5, "contrasts": len(contrasts)}
                 figures |= {name: sum(f[name] for _, f in results) / len(results) for name in results[0][1]}
                 for name, value in figures.items():
                     total[name] = total.get(name, 0) + value / steps
-            if (step % 20 == 0 or step == steps - 1) and not math.isfinite(loss.item()):
-                raise SystemExit("the loss is not finite")
+            scaler.step(optimizer)
+            scaler.update()
+            host.after_step()
+            fine += total["loss"].isfinite()
+            if step % 20 == 0 or step == steps - 1:
+                weights = torch.stack(torch._foreach_norm(list(encoder.parameters()), math.inf))
+                if distributed.anywhere(device, not (total["loss"] + weights).isfinite().all())[0]:
+                    raise SystemExit("the loss is not finite")
             yield
 
 
