@@ -1,9 +1,16 @@
-"""The streamed partition function against the literal one: values and gradients, every way of leaving candidates out, every block boundary."""
+"""The streamed partition function against the literal one: values and gradients, every way of leaving candidates out, every block boundary; and each
+loss that uses it against its own literal form."""
 import pytest
 import torch
 from literal import contrast
+from test_ifnd import clustered
+from torch.nn import functional as F
 
-from losses import partition
+from losses import NEVER, partition, similarity
+from losses.jcl import JCL
+from losses.mochi import MoCHi
+from losses.nce import NCE
+from losses.ring import Ring
 
 
 def labels(N, K, levels):
@@ -63,3 +70,28 @@ def test_one_left_with_none_is_never():
     mask[1] = False
     Z = partition.log_partition(c._replace(mask=mask), 0.1)
     assert Z[1] < -1e29 and torch.autograd.grad(Z.sum(), c.query)[0][1].eq(0).all() and (Z[[0, 2]] > 0).all()
+
+
+@pytest.mark.parametrize("masked", [False, True, "own"])
+@pytest.mark.parametrize("make", [lambda: NCE(temperature=0.2), lambda: Ring(1, temperature=0.2, inner=0.1, outer=0.4, anneal_epochs=0), lambda: JCL(10, temperature=0.2),
+                                  lambda: JCL(10, temperature=0.2, average=True), lambda: MoCHi(temperature=0.2, hardest=20, mixed=30, query_mixed=7, warmup_epochs=0),
+                                  lambda: clustered(temperature=0.2), lambda: clustered(temperature=0.2, mode="attract")],
+                         ids=["nce", "ring", "jcl", "jcl average", "mochi", "ifnd", "ifnd attract"])
+def test_each_losses_forward_is_its_own_literal_form(make, masked):
+    """The literal form: all similarities, what the method makes of them, one logsumexp. MoCHi draws the same from the same seed."""
+    loss_fn, c = make(), contrast(N=40, K=200, M=5, masked=masked, n_data=30)
+    torch.manual_seed(3)
+    ours, figures = loss_fn(c, 3.0)
+    torch.manual_seed(3)
+    s, named = similarity(c), {}
+    if hasattr(loss_fn, "negatives"):
+        s, _, named = loss_fn.negatives(c, s, 3.0)
+    if hasattr(loss_fn, "objective"):
+        theirs = loss_fn.objective(c, s, 3.0)[0]
+    else:
+        theirs = F.softplus(torch.logsumexp(s / 0.2, -1) - (c.query * c.positive.mean(1)).sum(1) / 0.2).mean()
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    assert torch.allclose(*(torch.autograd.grad(loss, c.query)[0] for loss in (ours, theirs)), atol=1e-6)
+    for name, value in named.items():                      # and what is logged, from 32 queries, is the same
+        assert torch.as_tensor(figures[name]).item() == pytest.approx(torch.as_tensor(value).item(), abs=1e-4), name
+    assert figures["K"] == pytest.approx((s[..., :32, :] > NEVER).sum(-1).float().mean().item())
