@@ -36,7 +36,7 @@ from data import detection
 from engine import checkpoint, config, distributed
 from engine.distributed import say
 from engine.log import Log
-from engine.schedule import sgd
+from engine.schedule import reached, sensible, sgd
 from engine.weights import load_backbone, of_run
 from models.resnet import ResNet
 
@@ -70,7 +70,7 @@ class Detect:
                  warmup_iterations: int = 1000, milestones: list[int] = [60000, 80000], gamma: float = 0.1, norm: Literal["sync", "batch", "frozen"] = "sync",
                  min_size: list[int] = [640, 672, 704, 736, 768, 800], max_size: int = 1333, detections: int = 100, proposals: int = 512, channels: int = 256,
                  eval_every: int = 0, save_every: int = 5000, workers: int | None = None):
-        above = dict(iterations=iterations, batch_size=batch_size, lr=lr, max_size=max_size, detections=detections, proposals=proposals, channels=channels,
+        above = dict(iterations=iterations, batch_size=batch_size, lr=lr, gamma=gamma, max_size=max_size, detections=detections, proposals=proposals, channels=channels,
                      limit=1 if limit is None else limit, min_size=min(min_size, default=0))
         for name, value in above.items():
             if not 0 < value < math.inf:
@@ -78,6 +78,12 @@ class Detect:
         for name, value in dict(eval_every=eval_every, save_every=save_every, warmup_iterations=warmup_iterations, workers=workers or 0).items():
             if value < 0:
                 raise ValueError(f"{name} is {value}; it must be at least 0")
+        if workers is not None and workers > 1024:
+            raise ValueError(f"workers is {workers}; it must be 1024 at most, or null for as many as there are cores")
+        sensible(momentum, weight_decay)
+        reached(milestones, iterations, "iterations")
+        if warmup_iterations >= iterations:
+            distributed.say(f"warmup_iterations {warmup_iterations} leaves nothing of iterations {iterations}: the learning rate does not get up to lr {lr:g}; lower it")
         if max(min_size) > max_size:
             raise ValueError(f"min_size {max(min_size)} is above max_size {max_size}")
         if layout == "voc" and task != "box":

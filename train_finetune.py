@@ -22,13 +22,14 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from data.augment import RECIPES
 from data.datasets import balanced, load
 from data.loader import Loader
 from engine import checkpoint, config, distributed
 from engine.distributed import say
 from engine.features import extract, percent
 from engine.log import Log, lines
-from engine.schedule import Schedule, sgd
+from engine.schedule import Schedule, sensible, sgd
 from engine.weights import load_backbone, of_run
 from models.resnet import Encoder
 
@@ -51,7 +52,10 @@ class Finetune:
         for name, value in dict(lr=lr, lr_classifier=lr_classifier).items():
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; it must be above 0, and finite")
+        if augment not in RECIPES:
+            raise ValueError(f"augment {augment!r} is not a recipe; there are {', '.join(RECIPES)}")
         self.schedule = Schedule(epochs=epochs, batch_size=batch_size, lr=1.0, schedule=schedule, milestones=milestones, gamma=gamma)
+        sensible(momentum, weight_decay)
         self.labels, self.list, self.lrs, self.augment = labels, list, (lr, lr_classifier), augment
         self.epochs, self.batch_size, self.momentum, self.weight_decay = epochs, batch_size, momentum, weight_decay
 
@@ -140,6 +144,8 @@ def main():
         raise SystemExit(f"{args.cfg}: the classes of the training images ({len(train.classes)}) are not those of the test images ({len(test.classes)}); "
                          "both parts need the same class folders")
     classes, size = len(train.classes), cfg["data"]["image_size"]
+    if not 8 <= size <= 4096:                              # the Loader would say so, but the encoder meets it first
+        raise SystemExit(f"{args.cfg}: data.image_size is {size}; it must be at least 8, and 4096 at most")
     rows = config.build(how.choose, {}, f"{args.cfg}: finetune", train=train, seed=cfg["seed"])
     if how.batch_size > len(rows):
         raise SystemExit(f"{args.cfg}: finetune.batch_size {how.batch_size} is larger than the {len(rows)} labelled images; lower it, or use more labels")
@@ -160,6 +166,9 @@ def main():
     if loader.local % encoder.bn_splits:
         raise SystemExit(f"{args.cfg}: finetune.batch_size {loader.batch} gives each process {loader.local} images, which model.bn_splits "
                          f"{encoder.bn_splits} does not divide; set another batch_size, or model.bn_splits=1")
+    if loader.local // encoder.bn_splits < 2:
+        raise SystemExit(f"{args.cfg}: finetune.batch_size {loader.batch} leaves BatchNorm one image at a time, with {distributed.world_size()} processes and "
+                         f"model.bn_splits {encoder.bn_splits}; it needs two, so raise batch_size")
     y, y_test = subset.labels.to(device), test.labels.to(device)
     protocol = f"all layers and a linear classifier fine-tuned {'from random weights ' if weights == 'none' else ''}on {share}; {how}"
 

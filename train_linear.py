@@ -20,12 +20,13 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from data.augment import RECIPES
 from data.datasets import load
 from data.loader import Loader
 from engine import config, distributed
 from engine.distributed import say
 from engine.features import KNN, extract, knn, percent
-from engine.schedule import Schedule, sgd
+from engine.schedule import Schedule, sensible, sgd
 from engine.svm import svm
 from engine.weights import export, load_backbone, of_run
 from models.resnet import Encoder
@@ -55,8 +56,15 @@ class Probe:
         if not self.lrs:
             raise ValueError("lr is an empty list; give one learning rate or several")
         self.schedule = Schedule(epochs=epochs, batch_size=batch_size, lr=1.0, schedule=schedule, milestones=milestones, gamma=gamma)
+        sensible(momentum, weight_decay)
         if min(self.lrs) <= 0:
             raise ValueError(f"lr {min(self.lrs)} must be above 0")
+        if len({f"{lr:g}" for lr in self.lrs}) < len(self.lrs):                        # as the table names them
+            raise ValueError(f"lr {self.lrs} has one learning rate twice; keep one")
+        if image_size is not None and not 8 <= image_size <= 4096:
+            raise ValueError(f"image_size is {image_size}; it must be at least 8 and 4096 at most, or null for the encoder's own")
+        if augment not in RECIPES:
+            raise ValueError(f"augment {augment!r} is not a recipe; there are {', '.join(RECIPES)}")
         self.epochs, self.batch_size, self.momentum, self.weight_decay = epochs, batch_size, momentum, weight_decay
         self.features, self.augment, self.standardize = features, augment, standardize
 
@@ -92,6 +100,8 @@ def main():
         raise SystemExit(f"--export {args.export[0]}: there are torchvision and detectron2")
     source = cfg["data"] if probe.data is None else {**cfg["data"], "name": probe.data, "split": "train", "limit": None}
     source = {**source, **{k: v for k, v in dict(root=probe.root, image_size=probe.image_size).items() if v is not None}}
+    if not 8 <= source["image_size"] <= 4096:              # the Loader would say so, but cached features want none
+        raise SystemExit(f"{args.cfg}: data.image_size is {source['image_size']}; it must be at least 8, and 4096 at most")
     train, test = (config.build(load, source, f"{args.cfg}: linear", part=part, seed=cfg["seed"]) for part in ("train", "test"))
     encoder = build(getattr(config.chosen(cfg["model"], "model"), "Encoder", Encoder), "model", device=device, mean=train.mean, std=train.std)
     encoder.eval().requires_grad_(False)
@@ -103,6 +113,8 @@ def main():
     before = copy.deepcopy(encoder.backbone.state_dict())
     if train.labels is None or test is None:
         raise SystemExit(f"{args.cfg}: a linear probe needs a labelled train part and test part; {source['name']} at {source['root']} lacks them")
+    if len(train) < 2:
+        raise SystemExit(f"{args.cfg}: a linear probe needs more training images than {len(train)}; raise data.limit")
     if list(train.classes) != list(test.classes):
         raise SystemExit(f"{args.cfg}: the classes of the training images ({len(train.classes)}) are not those of the test images ({len(test.classes)}); "
                          f"each class wants a folder in both parts of {source['root']}")

@@ -7,6 +7,7 @@
 
 A run lives in runs/<name>/ (name: the file's, unless set): config.yaml, log.jsonl, TensorBoard's events, augmentation.png, last.pt, and at the
 end backbone.pt, torchvision's keys (CMC's: L.* and ab.*). A run that was stopped goes on from last.pt when it is started again; --fresh starts it over.
+SIGTERM and SIGUSR1 end a step, save within the epoch, and exit with 75: see engine/signals.py. previous.pt is the checkpoint before last.pt.
 Batch size and learning rate are global, for all processes together; nothing is scaled silently.
 """
 import contextlib
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from data.datasets import load
 from data.loader import Loader
-from engine import checkpoint, config, distributed
+from engine import checkpoint, config, distributed, signals
 from engine.distributed import say
 from engine.features import KNN, embeddings
 from engine.log import Log, lines
@@ -43,11 +44,12 @@ def main():
     main_process = distributed.is_main()
     build = lambda target, section, **given: config.build(target, cfg[section], f"{args.cfg}: {section}", **given)
     folder = os.path.join("runs", cfg["name"])
-    os.makedirs(folder, exist_ok=True)
+    lock = checkpoint.claim(folder)                        # as long as main() runs, no second process trains there
     torch.manual_seed(cfg["seed"])                         # every process begins with the same weights, bank and queue
 
     pretrain = build(load, "data", part="pretrain", seed=cfg["seed"])
-    train = pretrain if cfg["data"]["split"] == "train" else build(load, "data", part="train", seed=cfg["seed"])
+    same = cfg["data"]["split"] == "train" and cfg["data"]["on_error"] == "stop"         # what evaluates must not replace an image, whose label would be another's
+    train = pretrain if same else build(load, "data", part="train", seed=cfg["seed"])
     test = build(load, "data", part="test", seed=cfg["seed"])
     if cfg["data"]["augment_backend"] == "batched":
         [part.to(device) for part in (pretrain, train, test) if part]
@@ -69,6 +71,9 @@ def main():
     schedule = build(Schedule, "optim")
     optimizer = build(sgd, "optim", parameters=encoder.parameters(), lr=schedule.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=encoder.precision == "fp16")
+    if scaler.is_enabled():                                # it may skip the first step, and a fused SGD's momentum would be whatever the memory held
+        for p in encoder.parameters():
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     loader = config.build(Loader, cfg["data"], f"{args.cfg}: optim", dataset=pretrain, batch_size=schedule.batch_size, n_views=host.n_views, seed=cfg["seed"],
                           device=device)
     parts = cfg["optim"]["accumulate"]
@@ -82,44 +87,59 @@ def main():
     torch.manual_seed(cfg["seed"] + 2 ** 20 * distributed.rank())
 
     # ------------------------------------------------------------------------------------------------ where it stands
-    last, state = os.path.join(folder, "last.pt"), dict(encoder=encoder, host=host, loss=loss_fn, optimizer=optimizer, scaler=scaler)
-    start = checkpoint.resume(last, cfg, **state) if os.path.exists(last) and not args.fresh else 0
-    steps = len(loader)
+    last, place = os.path.join(folder, "last.pt"), checkpoint.Place(len(pretrain), pretrain.fingerprint(), encoder, host)
+    state = dict(place=place, encoder=encoder, host=host, loss=loss_fn, optimizer=optimizer, scaler=scaler)
+    fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"    # torchrun starts a lost process with the same line
+    resumed = not fresh and checkpoint.exists(last)
+    start = checkpoint.resume(last, cfg, **state) if resumed else 0
+    steps, saved = len(loader), (start, place.step) if resumed else None
+    there = lambda epoch, step: f"step {step} of {steps} of epoch {epoch + 1}" if step else f"epoch {epoch} of {epochs}"
     if main_process:
-        with open(os.path.join(folder, "config.yaml"), "w") as f:
-            f.write(config.text(cfg))
-        log = Log(folder, start)
-        if start == 0:
-            for stale in (f for f in os.listdir(folder) if f.endswith(".jsonl") and f != "log.jsonl"):     # figures of the weights that --fresh forgets
-                os.replace(os.path.join(folder, stale), os.path.join(folder, stale + ".before"))
-            log.picture(os.path.join(folder, "augmentation.png"), loader.examples(), columns=8)
+        with checkpoint.writing(folder):
+            with open(os.path.join(folder, "config.yaml"), "w") as f:
+                f.write(config.text(cfg))
+            log = Log(folder, start, within=place.step > 0)
+            if not resumed:
+                for stale in os.listdir(folder):           # figures and checkpoints of the weights that --fresh forgets
+                    if stale.endswith(".jsonl") and stale != "log.jsonl" or stale in ("last.pt", "previous.pt"):
+                        os.replace(os.path.join(folder, stale), os.path.join(folder, stale + ".before"))
+                log.picture(os.path.join(folder, "augmentation.png"), loader.examples(), columns=8)
     say(config.text(cfg), end="")
     say(f"{folder}: {len(pretrain)} images, {steps} steps an epoch of {loader.batch} = {distributed.world_size()} processes x {loader.local}; "
         f"lr {schedule.lr:g}, both global; {device}, {encoder.precision}, {sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M parameters")
     say(f"{monitor}" if monitor.possible else "no kNN: the data set has no labels or no test part")
-    if start:
-        say(f"going on from {last} after epoch {start} of {epochs}")
+    if resumed:
+        say(f"going on after {there(start, place.step)}")
     elif monitor.due(0, epochs):
         figures = {"knn": monitor(encoder)}
         say(f"untrained: kNN {figures['knn']:.1f} %")
         if main_process:
             log.write(0, figures)
 
-    def diverged(what, epoch, step):
-        saved = f"{last} holds the state after epoch {epoch}" if epoch else "nothing was saved yet"
-        raise SystemExit(f"{what} at epoch {epoch + 1}, step {step + 1} of {steps}; {saved}; try a lower optim.lr")
+    def diverged(epoch, first, step, total, fine):
+        good, value = min(distributed.gather_objects((int(fine), total["loss"].item())))
+        what, step = (f"the loss is {value}", first + good) if first + good <= step else ("a weight is not finite", step)
+        distributed.agree(f"{what} at epoch {epoch + 1}, step {step + 1} of {steps}; " + (f"{last} holds the state after {there(*saved)}" if saved else
+                          "nothing was saved yet") + "; try a lower optim.lr, with --fresh or another name=...")
+
+    def leave(epoch, step):
+        say(f"told to stop: {last} holds the state after {there(epoch, step)}, and the same line goes on from there")
+        distributed.stop()
+        raise SystemExit(signals.EXIT)
 
     embed = lambda: embeddings(getattr(host, "key_encoder", encoder), pretrain, cfg["data"]["image_size"], device, loader.workers)      # IFND clusters them
 
     # ------------------------------------------------------------------------------------------------ the loop
+    collapsed = False
     for epoch in range(start, epochs):
-        total, began, wait = {}, time.time(), 0.0
+        first, seconds, wait, total = place.take()         # 0, 0, 0, {}; or what was done of this epoch when the run was told to stop
+        began = time.time() - seconds
         if hasattr(loss_fn, "before_epoch"):
-            loss_fn.before_epoch(epoch, embed)
+            loss_fn.before_epoch(epoch, None if first else embed)
         encoder.train(), host.train()
-        ready = time.time()
-        bar = tqdm(loader.epoch(epoch), f"epoch {epoch + 1}/{epochs}", total=steps, leave=False, disable=None if main_process else True)
-        for step, (views, index) in enumerate(bar):
+        fine, ready = torch.zeros((), device=device), time.time()                      # fine: steps until the loss was not finite any more
+        bar = tqdm(loader.epoch(epoch, first), f"epoch {epoch + 1}/{epochs}", initial=first, total=steps, leave=False, disable=None if main_process else True)
+        for step, (views, index) in enumerate(bar, first):
             wait += time.time() - ready                    # for data; on a CPU that is the augmentation's own time
             now = epoch + step / steps
             for group in optimizer.param_groups:
@@ -135,36 +155,52 @@ def main():
 
                 with torch.no_grad():                      # figures stay on the device: nothing here waits for it
                     q = contrasts[0].query                 # spread: 1 when all over the sphere, 0 when collapsed
-                    figures = {"loss": loss.detach(), "spread": q.std(0).mean() * q.shape[1] ** 0.5}
+                    figures = {"loss": loss.detach(), "spread": q.std(0).mean() * q.shape[1] ** 0.5, "contrasts": len(contrasts)}
                     figures |= {name: sum(f[name] for _, f in results) / len(results) for name in results[0][1]}
                     for name, value in figures.items():
                         total[name] = total.get(name, 0) + value / (steps * parts)
             scaler.step(optimizer)
             scaler.update()
             host.after_step()
-            if step % 20 == 0 or step == steps - 1:
-                value = loss.item()
-                bar.set_postfix(loss=f"{value:.3f}", refresh=False)
-                if not math.isfinite(value):
-                    diverged(f"the loss is {value}", epoch, step)
+            fine += total["loss"].isfinite()
+            if step % 20 == 0 or step == steps - 1 or signals.asked() and distributed.world_size() == 1:
+                # Only here is the device waited for, and one process for another: many processes, which must stop at the same step, look for signals only here.
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                weights = torch.stack(torch._foreach_norm(list(encoder.parameters()), math.inf))
+                finite = (total["loss"] + weights).isfinite().all()                    # in weights a gradient shows, unless GradScaler skipped its step
+                lost, stop = distributed.anywhere(device, not finite, signals.asked())
+                if lost:
+                    diverged(epoch, first, step, total, fine)
+                if stop:
+                    place.keep(step + 1, time.time() - began, wait, total)
+                    checkpoint.save(last, cfg, epoch, **state)
+                    leave(epoch, step + 1)
             ready = time.time()
-        if not all(p.isfinite().all() for p in encoder.parameters()):                  # the last step may have done it
-            diverged("a weight is not finite", epoch, step)
 
         # -------------------------------------------------------------------------------------------- end of an epoch
         seconds = time.time() - began
         distributed.average_buffers(encoder), distributed.average_buffers(host)
         figures = dict(zip(total, distributed.mean(torch.stack([torch.as_tensor(v, device=device).float() for v in total.values()])).tolist()))
-        chance = ("" if len(contrasts) == 1 else f"{len(contrasts)} ") + "log(K+1)"       # CMC sums two losses
-        figures |= {"chance": len(contrasts) * math.log(figures["K"] + 1), "lr": schedule(now), "seconds": seconds, "images/s": steps * loader.batch / seconds,
-                    "data wait": wait / seconds}
+        summed = round(figures.pop("contrasts"))           # CMC: two losses
+        chance = ("" if summed == 1 else f"{summed} ") + "log(K+1)"
+        figures |= {"chance": summed * math.log(figures["K"] + 1), "lr": schedule(epoch + (steps - 1) / steps), "seconds": seconds,
+                    "images/s": steps * loader.batch / seconds, "data wait": wait / seconds}
         if monitor.due(epoch + 1, epochs):
             figures["knn"] = monitor(encoder)
         say(f"epoch {epoch + 1:3d}/{epochs}  loss {figures['loss']:.3f} (chance: {chance} = {figures['chance']:.3f})  lr {figures['lr']:.4f}  "
             f"{seconds:.1f} s, {figures['images/s']:.0f} images/s" + (f"  kNN {figures['knn']:.1f} %" if "knn" in figures else ""))
+        broken = loader.replaced()
+        if broken:
+            say(f"WARNING: {broken}")
         if main_process:
             log.write(epoch + 1, {k: float(f"{v:.6g}") for k, v in figures.items()} | {"hardware": distributed.hardware(device)})
+        if figures["spread"] < 0.05 and not collapsed:     # two images have a cosine of 1 - spread^2 on average: 0.9975; a first epoch has about 0.99
+            collapsed = True
+            say(f"WARNING: the embeddings collapse: their spread is {figures['spread']:.3f}, of 1 at best, so all images look alike; try a lower optim.lr or weight_decay")
         checkpoint.save(last, cfg, epoch + 1, **state)
+        saved = epoch + 1, 0
+        if epoch + 1 < epochs and distributed.anywhere(device, signals.asked())[0]:
+            leave(*saved)
 
     if main_process:
         backbone = os.path.join(folder, "backbone.pt")
@@ -177,4 +213,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signals.listen()
     main()

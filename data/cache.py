@@ -3,7 +3,8 @@
 Beside the folder that holds the images lies <folder>.cache256/, with two files for each set and part, e.g. NAME imagenet100-train:
 
     NAME-STATE.u8     raw uint8 RGB, (h, w, 3) an image, one after the other. The shorter side is at most 256 pixels; no image is enlarged
-    NAME-STATE.npy    (n, 3) int64, a row an image: its first byte, h, w. Written last: where it is, the cache is whole
+    NAME-STATE.npy    (n, 3) int64, a row an image: its first byte, h, w; h and w 0 where, with data.on_error=skip, it could not be read. Written last:
+                      where it is, the cache is whole
 
 STATE is a hash of the files' names, sizes and times, so a changed folder has another one and is cached anew; a folder of caches may be deleted at any time.
 ImageNet at 256 takes about 330 GB (1.28 million images of 256 x 340 x 3 bytes), ImageNet-100 a tenth of that.
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from engine import distributed
 from engine.distributed import say
 
-from .datasets import FolderSet
+from .datasets import FolderSet, printable, unreadable
 from .loader import as_it_is, default_workers
 
 
@@ -48,6 +49,8 @@ class CachedSet(FolderSet):
     def decode(self, i):
         """Image i as PIL's, RGB, at most as large as was asked for."""
         start, h, w = self.places[i].tolist()
+        if h == 0:
+            raise unreadable(self.files[i], ValueError("it could not be when the images were cached"))
         return Image.fromarray(self.open()[start:start + 3 * h * w].reshape(h, w, 3))
 
     def open(self):
@@ -60,17 +63,17 @@ class CachedSet(FolderSet):
         return self.pixels
 
 
-def cached(dataset, name, size):
+def cached(dataset, name, size, skip=False):
     """A FolderSet -> the same set as a CachedSet, built if it is not there. Every process must call it.
 
-    name: of the set and its part, for the files. size: pixels, at most, of the shorter side. SystemExit names an image that cannot be read, and says where the place
-    cannot be written or is too small.
+    name: of the set and its part, for the files. size: pixels, at most, of the shorter side. SystemExit names an image that cannot be read (skip: it has no place), and says where
+    the place cannot be written or is too small.
     """
     folder = os.path.commonpath([os.path.abspath(f) for f in {os.path.dirname(f) for f in dataset.files}])
-    base = os.path.join(f"{folder}.cache{size}", f"{name}-{state(dataset.files, folder)}")
+    base = os.path.join(f"{folder}.cache{size}", f"{name}-{state(dataset.files, folder, skip)}")
     places = read(base)
     if places is None and distributed.is_main():
-        places = build(dataset, name, base, size)
+        places = build(dataset, name, base, size, skip)
     elif places is None and os.environ.get("LOCAL_RANK") == "0":
         print(f"process {distributed.rank()} waits for {base}.npy, which process 0 writes: the nodes must share this folder", flush=True)
     while places is None:                                  # the file is looked for: a barrier of NCCL's ends the run after 10 minutes, and ImageNet takes longer
@@ -78,11 +81,13 @@ def cached(dataset, name, size):
         places = read(base)
     distributed.barrier()
     data = CachedSet(dataset.files, dataset.labels, dataset.classes, dataset.mean, dataset.std, base + ".u8", places)
+    if not skip and not places[:, 1].all():                # a run with skip built it
+        raise SystemExit(str(unreadable(data.files[int(places[:, 1].argmin())], ValueError("it could not be when the images were cached"))))
     data.open()                                            # before workers are forked, which then share it
     return data
 
 
-def state(files, folder):
+def state(files, folder, skip):
     """A hash of the files' names below `folder`, sizes and times."""
     h = hashlib.sha256()
     for file in files:
@@ -90,7 +95,9 @@ def state(files, folder):
             s = os.stat(file)
             h.update(b"%s %d %d\n" % (os.fsencode(os.path.abspath(file)[len(folder):]), s.st_size, s.st_mtime_ns))
         except OSError as error:
-            raise SystemExit(f"{file} cannot be read as an image ({error}); remove or replace it")
+            if not skip:
+                raise SystemExit(str(unreadable(file, error)))
+            h.update(b"%s\n" % os.fsencode(os.path.abspath(file)[len(folder):]))
     return h.hexdigest()[:16]
 
 
@@ -103,7 +110,7 @@ def read(base):
         return None
 
 
-def build(dataset, name, base, size):
+def build(dataset, name, base, size, skip):
     """Write the cache, aside first, the index last. -> (n, 3), its index."""
     place = os.path.dirname(base)
     aside = os.path.join(place, name + ".part")            # always the same: what a killed build left is written over
@@ -119,7 +126,7 @@ def build(dataset, name, base, size):
                 os.remove(os.path.join(place, stale))
             say(f"{place}: {'the images have changed, or their cache is not whole; ' if old else ''}caching {len(dataset)} images {'anew' if old else 'once'}")
             try:
-                places = write(dataset, size, aside)
+                places = write(dataset, size, aside, skip)
                 os.replace(aside, base + ".u8")
                 with open(aside, "wb") as f:
                     np.save(f, places)
@@ -145,10 +152,10 @@ def alone(lock, place):
         pass
 
 
-def write(dataset, size, path):
+def write(dataset, size, path, skip):
     """All images, decoded by workers, into one file. -> (n, 3)"""
     n, shapes, done, written = len(dataset), [], 0, 0
-    loader = DataLoader(Shrunk(dataset, size), batch_sampler=torch.arange(n).split(8), num_workers=min(default_workers(), -(-n // 8)), collate_fn=as_it_is,
+    loader = DataLoader(Shrunk(dataset, size, skip), batch_sampler=torch.arange(n).split(8), num_workers=min(default_workers(), -(-n // 8)), collate_fn=as_it_is,
                         generator=torch.Generator())       # of its own: a run must not depend on whether it was the one to build
     with open(path, "wb") as f, tqdm(total=n, desc="caching", unit=" images", leave=False, disable=None) as bar:
         for pixels, shape, problem in loader:
@@ -164,6 +171,8 @@ def write(dataset, size, path):
             bar.update(len(shape))
         f.flush()
         os.fsync(f.fileno())                               # on the disk before the index says so
+    if not written:
+        raise SystemExit(f"data.cache is {size}, but none of the {n} images can be read; the first is {printable(dataset.files[0])}")
     h, w = torch.cat(shapes).numpy().T                     # (n,), (n,)
     return np.stack([np.cumsum(3 * h * w) - 3 * h * w, h, w], 1)
 
@@ -171,16 +180,20 @@ def write(dataset, size, path):
 class Shrunk(Dataset):
     """What a worker does for rows (b,): the bytes of b images one after the other, (b, 2) heights and widths, and what is wrong, or None."""
 
-    def __init__(self, dataset, size):
-        self.dataset, self.size = dataset, size
+    def __init__(self, dataset, size, skip):
+        self.dataset, self.size, self.skip = dataset, size, skip
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitems__(self, rows):
-        try:
-            images = [self.dataset.decode(i) for i in rows.tolist()]
-        except ValueError as error:                        # a message: an exception would arrive wrapped in the worker's traceback
-            return torch.empty(0), None, str(error)
-        images = [np.asarray(resize(image, self.size) if min(image.size) > self.size else image) for image in images]        # PIL's bilinear, which antialiases
+        images = []
+        for i in rows.tolist():
+            try:
+                image = self.dataset.decode(i)
+                images.append(np.asarray(resize(image, self.size) if min(image.size) > self.size else image))            # PIL's bilinear, which antialiases
+            except ValueError as error:                    # a message: an exception would arrive wrapped in the worker's traceback
+                if not self.skip:
+                    return torch.empty(0), None, str(error)
+                images.append(np.empty((0, 0, 3), np.uint8))
         return torch.from_numpy(np.concatenate([x.ravel() for x in images])), torch.tensor([x.shape[:2] for x in images]), None

@@ -5,7 +5,10 @@ for all runs (data/cache.py).
     load("train", ...)                  the labelled training images: kNN's bank, the probe's training set
     load("test", ...)                   None where a folder has no validation part
 """
+import hashlib
 import os
+import stat
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,6 +35,8 @@ TORCHVISION = {
     "fashion_mnist": ("FashionMNIST", {"train": True}, {"train": False}), "kmnist": ("KMNIST", {"train": True}, {"train": False}),
     "food101": ("Food101", {"split": "train"}, {"split": "test"}), "pets": ("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}),
 }
+FORMATS = "JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP"        # PIL knows them by their first bytes, whatever the name; for others, such as EPS, it starts programs
+OTHERS = ".gif", ".jfif", ".jpe", ".heic", ".heif", ".avif", ".jp2", ".jxl"            # images, too, but not of torchvision's IMG_EXTENSIONS: not left out in silence
 NAMES = ("shapes", *TORCHVISION, "folder", "imagenet", "imagenet100", "voc2007")
 
 
@@ -53,13 +58,20 @@ class ArraySet:
             self.images = self.images.to(device)
         return self
 
+    def fingerprint(self):
+        """A hash of the number and size of the images and of the pixels of some."""
+        some = self.images[::max(1, len(self.images) // 64)].cpu().contiguous()
+        return hashlib.sha256(repr(tuple(self.images.shape)).encode() + some.numpy().tobytes()).hexdigest()[:16]
+
     def decode(self, i):
         """Image i as PIL's."""
         return torchvision.transforms.functional.to_pil_image(self.images[i].cpu())
 
 
 class FolderSet:
-    """files: paths of n images. labels, classes: as ArraySet's."""
+    """files: paths of n images. labels, classes: as ArraySet's. skip: see `instead`."""
+
+    skip = False
 
     def __init__(self, files, labels, classes, mean, std):
         self.files, self.labels, self.classes, self.mean, self.std = files, labels, classes, mean, std
@@ -74,22 +86,79 @@ class FolderSet:
         return self
 
     def decode(self, i):
-        """Image i as PIL's, RGB. ValueError names a file that is no image."""
+        """Image i as PIL's, RGB. ValueError names a file that is no image.
+
+        As torchvision's ImageFolder: of an animation the first frame, transparency dropped, as stored, whatever EXIF says of its rotation. Other than there, 16 bits
+        become 8 by their upper half (PIL's convert makes all above 255 white), and 32 bits a pixel, whose range nobody knows, are refused. PIL refuses above 179 million
+        pixels (0.7 GB).
+        """
         from PIL import Image
         try:
-            with Image.open(self.files[i]) as image:
+            if not os.path.isfile(self.files[i]):          # a pipe would be waited for
+                raise ValueError("it is not there" if not os.path.exists(self.files[i]) else "it is not a file")
+            with Image.open(self.files[i], formats=FORMATS) as image:
+                if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
+                    raise ValueError("it has 32 bits a pixel; store it with 8 or 16")
+                if image.mode.startswith("I"):             # I;16, I;16B, or I, as which PIL opens PGM's 16 bits
+                    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+                if image.mode == "P" and "transparency" in image.info:
+                    image = image.convert("RGBA")          # straight to RGB is the same, with a warning
                 return image.convert("RGB")
         except Exception as error:                         # PIL raises many kinds
-            raise ValueError(f"{self.files[i]} cannot be read as an image ({error}); remove or replace it")
+            raise unreadable(self.files[i], error)
+
+    def instead(self, i, broken):
+        """Image i; or with `skip`, where it cannot be read, the next one that can, and broken[i] says why. It depends on i alone: a row of a bank stays one image's."""
+        for ahead in range(min(len(self), 100)):           # more in a row are no broken images: the disk is gone
+            try:
+                return self.decode((i + ahead) % len(self))
+            except ValueError as error:
+                if not self.skip:
+                    raise
+                broken.setdefault(i, str(error))
+        raise ValueError(f"{broken.pop(i)}, and so it is with the {ahead} images after it, which is too much for data.on_error=skip")
+
+    def fingerprint(self):
+        """A hash of the images' names below the folder that holds them all, in order: which row is which image. No file is read."""
+        folder = len(os.path.dirname(os.path.commonprefix(self.files)))
+        return hashlib.sha256("\0".join(f[folder:] for f in self.files).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def load(part, seed, *, name: str, root: str = "datasets", split: str = "train", limit: int | None = None, cache: int | None = None):
+def printable(path):
+    """A path in a sentence: as it is, if it is one line of text."""
+    return path if path.isprintable() else repr(path)      # bytes that are not UTF-8; a line feed
+
+
+def unreadable(file, error):
+    why = getattr(error, "strerror", None) or str(error).replace(f" {file!r}", "") or type(error).__name__
+    return ValueError(f"{printable(file)} cannot be read as an image ({why}); remove or replace it")
+
+
+def check(files):
+    """Every file's status, not its contents: SystemExit names the first that is missing, empty, or may not be read. Of ImageNet it takes 4 seconds on a local disk."""
+    problem = None
+    for file in files if os.environ.get("LOCAL_RANK", "0") == "0" else ():             # one process of each node
+        try:
+            s = os.stat(file)
+            wrong = "it is not a file" if not stat.S_ISREG(s.st_mode) else "it is empty" if s.st_size == 0 else None if os.access(file, os.R_OK) else "Permission denied"
+        except OSError as error:
+            wrong = error.strerror
+        if wrong:
+            problem = str(unreadable(file, ValueError(wrong)))
+            break
+    distributed.agree(problem)
+
+
+def load(part, seed, *, name: str, root: str = "datasets", split: str = "train", limit: int | None = None, cache: int | None = None,
+         on_error: Literal["stop", "skip"] = "stop"):
     """One part of a data set: "pretrain", "train" or "test".
 
     name: one of NAMES. root: where the data sets lie; for `folder`, the folder itself. split: of stl10, what to pre-train on: train (the
     5,000 labelled images, as the Ring code), unlabeled, train+unlabeled. limit: the first that many training images of a fixed shuffle by
     `seed`, class-balanced where there are labels; test sets stay whole. cache: keep folders of images decoded in a file beside them, the shorter
     side at most that many pixels (data/cache.py: crops are then taken from these); null: decode them again in every epoch.
+    on_error: an image file that cannot be read stops the run, which names it, before training where a look at its status tells; or skip: pre-training takes
+    the next readable image of the folder in its place and says so after each epoch. Labelled parts, which evaluation goes over, always stop.
     """
     if name not in NAMES:
         from engine.config import nearest
@@ -112,15 +181,21 @@ def load(part, seed, *, name: str, root: str = "datasets", split: str = "train",
         dataset = voc2007(part, root)
     else:
         dataset = folder(name, part, root)
+    if dataset is None:
+        return None
+    if isinstance(dataset, FolderSet) and on_error == "stop":
+        check(dataset.files)
     if cache is not None and isinstance(dataset, FolderSet):                           # the whole part, so that every limit shares it
         from .cache import cached
-        dataset = cached(dataset, f"{name}-{'test' if part == 'test' else 'train'}", cache)
+        dataset = cached(dataset, f"{name}-{'test' if part == 'test' else 'train'}", cache, on_error == "skip")
     elif cache is not None and part == "pretrain":         # a probe may well go from a cached set to one in memory: linear.data
         raise SystemExit(f"data.cache is {cache}, but {name} is in memory already, decoded; leave data.cache out")
     if limit is not None and (part == "pretrain" or part == "train" and split == "train"):
         if limit > len(dataset):
             raise SystemExit(f"data.limit is {limit}; {name} has {len(dataset)} images to choose from")
         dataset = dataset.select(balanced(dataset.labels, len(dataset), limit, seed))
+    if isinstance(dataset, FolderSet):
+        dataset.skip = on_error == "skip" and part == "pretrain"
     return dataset
 
 
@@ -152,12 +227,12 @@ def download(name, part, root, split):
     try:
         data = make(root, **which)
     except Exception as e:
-        raise SystemExit(f"{name} is not at {os.path.join(root, getattr(make, 'base_folder', ''))} and could not be downloaded ({error or e}); put the extracted "
+        raise SystemExit(f"{name} is not at {os.path.join(root, getattr(make, 'base_folder', ''))} and could not be downloaded ({' '.join(str(error or e).split())}); put the extracted "
                          f"files there, as torchvision.datasets.{kind} reads them, or set the root to the folder that holds them")
     mean, std = STATISTICS.get(name, IMAGENET)
     if hasattr(data, "_image_files") or hasattr(data, "_samples") or hasattr(data, "_images"):       # files
         files, labels = zip(*data._samples) if hasattr(data, "_samples") else (getattr(data, "_image_files", None) or data._images, data._labels)
-        return FolderSet([str(f) for f in files], torch.tensor(labels), getattr(data, "classes", sorted(set(labels))), mean, std)
+        return FolderSet([inside(root, str(f), f"a list of {name}'s files") for f in files], torch.tensor(labels), getattr(data, "classes", sorted(set(labels))), mean, std)
     images, labels = torch.as_tensor(data.data), torch.as_tensor(np.asarray(data.labels if name == "stl10" else data.targets)).long()
     if images.dim() == 3:                                  # grey: MNIST and its like
         images = images[:, None].expand(-1, 3, -1, -1).contiguous()
@@ -183,7 +258,15 @@ def voc2007(part, root):
         raise SystemExit(f"voc2007: {lists} must hold CLASS_trainval.txt and CLASS_test.txt, as in VOCdevkit ({error}); put it there or set the root")
     if not classes or any(len(v) != len(classes) for v in table.values()):
         raise SystemExit(f"voc2007: the files CLASS_{which}.txt in {lists} are missing or do not list the same images")
-    return FolderSet([os.path.join(path, "JPEGImages", image + ".jpg") for image in table], torch.tensor(list(table.values())), classes, *IMAGENET)
+    files = [inside(path, os.path.join(path, "JPEGImages", image + ".jpg"), lists) for image in table]
+    return FolderSet(files, torch.tensor(list(table.values())), classes, *IMAGENET)
+
+
+def inside(folder, file, where):
+    """file, which `where` names, if it lies in folder: a list that came with data from elsewhere could name any file of this machine. Links there are the user's own."""
+    if not os.path.abspath(file).startswith(os.path.join(os.path.abspath(folder), "")):
+        raise SystemExit(f"{where} names {file!r}, which lies outside {folder}; remove it from the list")
+    return file
 
 
 def folder(name, part, root):
@@ -207,16 +290,32 @@ def folder(name, part, root):
     else:
         path = parts.get("train", path)
 
-    files, tops = [], []                                   # a file's class is the first folder below path
-    for place, folders, names in os.walk(path):
+    def refuse(error):
+        raise SystemExit(f"{name}: {printable(error.filename)} cannot be listed ({error.strerror})")
+
+    files, tops, others, folders_there = [], [], [], []    # a file's class is the first folder below path
+    above = {path: [os.path.realpath(path)]}               # the folders that hold a folder, itself included, links resolved
+    for place, folders, names in os.walk(path, onerror=refuse, followlinks=True):      # as torchvision
         folders.sort()
         top = os.path.relpath(place, path).split(os.sep)[0]
         if only is not None:
             folders[:] = [f for f in folders if top != "." or f in only]
+        if top == ".":
+            folders_there = list(folders)
+        for inner in (os.path.join(place, f) for f in folders):
+            above[inner] = [*above[place], os.path.realpath(inner)]
+            if above[inner][-1] in above[place]:
+                raise SystemExit(f"{name}: {printable(inner)} is a link to {printable(above[inner][-1])}, which holds it, and so on without end; remove the link")
         for file in sorted(names):
             if file.lower().endswith(IMG_EXTENSIONS):
                 files.append(os.path.join(place, file))
                 tops.append(top)
+            elif file.lower().endswith(OTHERS):
+                others.append(os.path.join(place, file))
+            elif not os.path.exists(os.path.join(place, file)):                        # perhaps to a folder of images
+                raise SystemExit(f"{name}: {printable(os.path.join(place, file))} is a link to what is not there; remove or mend it")
+    if others:
+        distributed.say(f"{name}: {len(others)} files under {path} left out, not named {', '.join(IMG_EXTENSIONS)}; the first: {printable(others[0])}")
     if not files:
         raise SystemExit(f"{name}: no images ({', '.join(IMG_EXTENSIONS)}) under {path}")
     classes = sorted(set(tops))
@@ -225,4 +324,8 @@ def folder(name, part, root):
         raise SystemExit(f"{name}: {len(missing)} of its {len(only)} classes are not under {path}; the first is {missing[0]}")
     if "." in classes or len(classes) < 2:
         return FolderSet(files, None, None, *IMAGENET)
+    empty = sorted(set(folders_there) - set(classes))
+    if empty:
+        raise SystemExit(f"{name}: {printable(os.path.join(path, empty[0]))} holds no images ({', '.join(IMG_EXTENSIONS)}), and a folder here is a class; "
+                         "fill it or remove it")
     return FolderSet(files, torch.tensor([classes.index(t) for t in tops]), classes, *IMAGENET)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from engine import distributed
 
+from .datasets import FORMATS, inside
 from .loader import as_it_is, default_workers, generator
 
 JSON = {"box": "instances", "mask": "instances", "keypoint": "person_keypoints"}
@@ -55,10 +56,11 @@ def coco(root, name, task):
             found = json.load(f)
     except FileNotFoundError:
         raise SystemExit(f"{path} does not exist; detect.data is the folder that holds annotations/ and {name}/")
-    except (OSError, ValueError) as error:                 # ValueError: not JSON, or not text
+    except (OSError, ValueError, RecursionError) as error:                             # ValueError: not JSON, or not text
         raise SystemExit(f"{path} cannot be read as JSON: {error}")
     try:
-        found = {"images": [{"id": i["id"], "height": i["height"], "width": i["width"], "file": os.path.join(folder, i["file_name"])} for i in found["images"]],
+        found = {"images": [{"id": i["id"], "height": i["height"], "width": i["width"], "file": inside(folder, os.path.join(folder, i["file_name"]), path)}
+                            for i in found["images"]],
                  "annotations": found["annotations"], "categories": sorted(found["categories"], key=lambda c: c["id"])}
         images, categories = ({x["id"] for x in found[part]} for part in ("images", "categories"))
         for a in found["annotations"]:
@@ -98,9 +100,9 @@ def voc(root, parts, ignore_difficult):
         with open(listed) as f:
             stems = [line.split()[0] for line in f if line.split()]
         for stem in tqdm(stems, part, leave=False, disable=None if distributed.is_main() else True):
-            path = os.path.join(root, folder, "Annotations", f"{stem}.xml")
+            path = inside(os.path.join(root, folder, "Annotations"), os.path.join(root, folder, "Annotations", f"{stem}.xml"), listed)
             try:
-                tree = ElementTree.parse(path).getroot()
+                tree = ElementTree.parse(path, ElementTree.XMLParser(target=Plain())).getroot()
                 images.append({"id": len(images) + 1, "height": int(tree.find("size/height").text), "width": int(tree.find("size/width").text),
                                "file": os.path.join(root, folder, "JPEGImages", f"{stem}.jpg")})
                 for thing in tree.findall("object"):       # not .iter: an object's parts have boxes too
@@ -115,6 +117,13 @@ def voc(root, parts, ignore_difficult):
                 raise SystemExit(f"{path} is not an annotation of VOC: {error}")
     check_files(images, ", ".join(parts))
     return {"images": images, "annotations": annotations}
+
+
+class Plain(ElementTree.TreeBuilder):
+    """XML without a document type, whose entities may stand for other files, or for more than memory holds."""
+
+    def doctype(self, name, public, system):
+        raise ValueError("it declares a document type")
 
 
 def check_files(images, where):
@@ -156,7 +165,7 @@ class Images(torch.utils.data.Dataset):
         row, flipped = want
         info = self.images[row]
         try:
-            with Image.open(info["file"]) as image:        # as stored: COCO's annotations know nothing of EXIF's rotation
+            with Image.open(info["file"], formats=FORMATS) as image:        # as stored: COCO's annotations know nothing of EXIF's rotation
                 image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
         except Exception as error:                         # PIL raises many kinds
             return None, None, f"{info['file']} cannot be read as an image ({error}); replace it"

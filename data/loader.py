@@ -28,6 +28,7 @@ class Loader:
     batch_size is global; each process gets its consecutive part. The last, smaller batch of an epoch is left out.
     augment: a recipe of data/augment.py. image_size: S. augment_backend: `batched`, or `pil`, the reference: torchvision.transforms, one
     image at a time. workers: processes that decode JPEGs (and run PIL); null: the cores there are, 8 at most.
+    broken: row -> what is wrong with its image, which another replaced in this epoch; see FolderSet.instead.
     """
 
     def __init__(self, dataset, batch_size, n_views, seed, device, *, augment: str, image_size: int,
@@ -44,7 +45,7 @@ class Loader:
         self.dataset, self.device, self.seed, self.n_views = dataset, device, seed, n_views
         self.batch, self.local = batch_size, batch_size // world
         self.augment, self.backend = Augment(augment, image_size, dataset.mean, dataset.std), augment_backend
-        self.workers = default_workers() if workers is None else workers
+        self.workers, self.broken = default_workers() if workers is None else workers, {}
 
     def __len__(self):
         return len(self.dataset) // self.batch
@@ -62,9 +63,15 @@ class Loader:
         return {"pil": {"seed": torch.randint(2 ** 31, (n,), generator=g)}} if self.backend == "pil" else self.augment.draw(n, g)
 
     def epoch(self, epoch, first=0):
-        steps = batches(self.dataset, self.augment, self.plan(epoch, first), self.device, self.workers, self.backend, self.n_views)
+        self.broken = {}
+        steps = batches(self.dataset, self.augment, self.plan(epoch, first), self.device, self.workers, self.backend, self.n_views, self.broken)
         for views, index in steps if self.device.type == "cpu" else ahead(steps):      # a CPU's cores have the convolutions to do
             yield list(views.chunk(self.n_views)), index
+
+    def replaced(self):
+        """What data.on_error=skip replaced in the epoch, on all processes: a sentence, or None. Every process calls it."""
+        found = [x for part in distributed.gather_objects(self.broken) for x in part.items()] if getattr(self.dataset, "skip", False) else []
+        return f"{len(found)} of {len(self) * self.batch} images were replaced by those after them; the first: {min(found)[1]}" if found else None
 
     def examples(self, n=8):
         """The first n images, each beside n - 1 augmented views: (n * n, 3, S, S) in [0, 1], for a look."""
@@ -125,17 +132,20 @@ def default_workers():
     return min(8, max(1, len(os.sched_getaffinity(0)) // here)) if hasattr(os, "sched_getaffinity") else 2
 
 
-def batches(dataset, augment, plan, device, workers, backend="batched", views=1):
-    """plan: pairs (index (b,), what was drawn for views * b images). -> pairs ((views * b, 3, S, S), index (b,)) on the device."""
+def batches(dataset, augment, plan, device, workers, backend="batched", views=1, broken=None):
+    """plan: pairs (index (b,), what was drawn for views * b images). -> pairs ((views * b, 3, S, S), index (b,)) on the device.
+    broken: a dict that gets row -> what is wrong with its image, for each that was replaced."""
     if hasattr(dataset, "images") and backend == "batched":                            # in memory: no workers at all
         for index, u in plan:
             yield augment.apply(dataset.images[index.to(dataset.images.device)].repeat(views, 1, 1, 1).to(device), u), index.to(device)
         return
     loader = DataLoader(Reader(dataset, augment, backend, views, whole=device.type == "cpu"), batch_sampler=plan, num_workers=workers, collate_fn=as_it_is,
                         pin_memory=device.type == "cuda", generator=torch.Generator())  # a generator of its own: leave the global one alone
-    for images, index, u, problem in loader:
+    for images, index, u, problem, replaced in loader:
         if problem:
             raise SystemExit(problem)
+        if broken is not None:
+            broken.update(replaced)
         x = images.to(device, non_blocking=True)
         yield x if device.type == "cpu" else finish(augment, backend, x, u), index.to(device, non_blocking=True)
 
@@ -162,14 +172,14 @@ class Reader(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitems__(self, step):
-        index, drawn = step
+        (index, drawn), broken = step, {}
         try:
-            images = [self.dataset.decode(i) for i in index.tolist()]                  # b of PIL's
+            images = [self.dataset.instead(i, broken) if getattr(self.dataset, "skip", False) else self.dataset.decode(i) for i in index.tolist()]       # b of PIL's
         except ValueError as error:                        # a message: an exception would arrive wrapped in the worker's traceback
-            return torch.empty(0), index, {}, str(error)
+            return torch.empty(0), index, {}, str(error), {}
         views = (self.pil if self.backend == "pil" else self.crop)(images, drawn)      # (V b, 3, S, S) uint8
         colours = {} if self.backend == "pil" else {k: v for k, v in drawn.items() if k != "crop"}
-        return finish(self.augment, self.backend, views, colours) if self.whole else views, index, colours, None
+        return finish(self.augment, self.backend, views, colours) if self.whole else views, index, colours, None, broken
 
     def crop(self, images, u):
         S, sizes = self.augment.size, torch.tensor([image.size for image in images]).repeat(self.views, 1)                   # (V b, 2) width, height

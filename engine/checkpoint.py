@@ -1,11 +1,134 @@
-"""Checkpoints: written aside and renamed, so that a file with the right name is always a whole one; read without unpickling code."""
+"""Checkpoints: written aside and renamed, so that a file with the right name is always a whole one; the one before is kept; a damaged one is
+noticed; read without unpickling code."""
+import contextlib
 import os
+import socket
+import zlib
 
 import torch
 
 from . import config, distributed
+from .distributed import say
 
-MAY_CHANGE = ("name", "paper", "knn", "linear", "finetune", "detect", "data.workers", "data.root")            # on resuming; nothing else of the settings may
+try:
+    import fcntl
+except ImportError:                                        # not on Windows
+    fcntl = None
+
+MAY_CHANGE = ("name", "paper", "knn", "linear", "finetune", "detect", "data.workers", "data.root", "data.on_error")     # on resuming; nothing else of the settings may
+
+
+# ---------------------------------------------------------------------------------------------------- one file
+
+@contextlib.contextmanager
+def writing(path):
+    """A disk that is full, or may not be written, or fails, ends the program with one sentence."""
+    try:
+        yield
+    except Exception as error:
+        cause = error
+        while cause and not isinstance(cause, OSError):    # torch wraps it
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise SystemExit(f"{path} cannot be written: {cause.strerror or cause}; what was there before is as it was")
+
+
+def write(path, value, keep=None):
+    """torch.save, all or nothing. keep: the name that a file which is already there gets."""
+    aside = path + ".part"
+    try:
+        with writing(path), open(aside, "w+b") as f:
+            torch.save(value, f)
+            seal(f)
+            f.flush()
+            os.fsync(f.fileno())                           # on the disk before it takes the name
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(aside)
+        raise
+    with writing(path):
+        if keep and os.path.exists(path) and not (os.path.exists(keep) and os.path.samefile(path, keep)):      # a kill may have left them one file
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(keep + ".part")
+            try:
+                os.link(path, keep + ".part")              # so that there is no moment without a file of the name `path` ...
+                os.replace(keep + ".part", keep)
+            except OSError:                                # ... but on a disk without hard links
+                os.replace(path, keep)
+        os.replace(aside, path)
+
+
+def seal(f):
+    """Put a checksum of the file into its end: a zip's comment, which every reader skips. (torch.load leaves zip's own checksums unread, and
+    these do not cover all of a file.)"""
+    f.seek(-2, os.SEEK_END)
+    f.write((14).to_bytes(2, "little"))                    # the comment's length is a zip's last field
+    comment = checksum(f)                                  # 14 bytes
+    f.seek(0, os.SEEK_END)
+    f.write(comment)
+
+
+def checksum(f, size=None):
+    """Of the first `size` bytes of an open file."""
+    f.seek(0)
+    crc, left = 0, os.fstat(f.fileno()).st_size if size is None else size
+    while left > 0 and (part := f.read(min(left, 2 ** 24))):
+        crc, left = zlib.crc32(part, crc), left - len(part)
+    return f"crc32 {crc:08x}".encode()
+
+
+def whole(path):
+    """False for a file that ends with a checksum, and not with its own. Other people's files end with none."""
+    with open(path, "rb") as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(-min(64, size), os.SEEK_END)
+        *_, end = b"", *f.read().split(b"PK\5\6")[1:]      # the end record of a zip: 18 bytes and the comment
+        return int.from_bytes(end[16:18], "little") == 0 or end[18:] == checksum(f, size - len(end[18:]))
+
+
+def read(path):
+    """torch.load without code, onto the CPU."""
+    try:
+        if not whole(path):
+            raise ValueError("it is damaged: its bytes are not those that were written")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise SystemExit(f"{path} does not exist")
+    except Exception as error:                             # truncated, not a checkpoint, or one that wants to run code
+        raise SystemExit(f"{path} is not a checkpoint that can be read safely ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})")
+
+
+# ---------------------------------------------------------------------------------------------------- a run's folder and state
+
+def claim(folder):
+    """Make a run's folder, and let no other process train there as long as what comes back lives. Every process calls it; the first one locks."""
+    held = problem = None
+    try:
+        if distributed.is_main():
+            with writing(folder):
+                os.makedirs(folder, exist_ok=True)
+                held = lock(folder)
+    except SystemExit as refusal:
+        problem = refusal.code
+    distributed.agree(problem)
+    return held
+
+
+def lock(folder):
+    """lockf, not flock: workers that decode images do not inherit it, and they may live on for some seconds after this process was killed."""
+    file = open(os.path.join(folder, "lock"), "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise SystemExit(f"{folder} is in use: {file.read().strip() or 'another process'} trains there; stop it, wait for it, or choose another name=...")
+    except (AttributeError, OSError) as error:             # Windows, or a network disk without locks
+        return say(f"{folder} cannot be locked ({error}): see to it yourself that no second process trains there")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def rng_state():
@@ -21,49 +144,120 @@ def set_rng_state(state):
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def write(path, value):
-    """torch.save, all or nothing."""
-    aside = path + ".part"
-    with open(aside, "wb") as f:
-        torch.save(value, f)
-        f.flush()
-        os.fsync(f.fileno())                               # on the disk before it takes the name
-    os.replace(aside, path)
+def before(path):
+    """Where the checkpoint before the last one is kept."""
+    return os.path.join(os.path.dirname(path), "previous.pt")
 
 
-def read(path):
-    """torch.load without code, onto the CPU."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise SystemExit(f"{path} does not exist")
-    except Exception as error:                             # truncated, not a checkpoint, or one that wants to run code
-        raise SystemExit(f"{path} is not a checkpoint that can be read safely ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})")
+def exists(path):
+    """Is there a checkpoint to resume? To every process the same."""
+    return any(distributed.gather_objects(os.path.exists(path) or os.path.exists(before(path))))
 
 
 def save(path, settings, epoch, **parts):
-    """Everything that training holds, after `epoch` epochs. parts: modules, optimizer, scaler. Every process must call it."""
-    rng = distributed.gather_objects(rng_state())
+    """Everything that training holds, after `epoch` epochs. parts: modules, optimizer, scaler. Every process must call it; none returns before
+    the file is there. What is not finite is never saved."""
+    rng, problem = distributed.gather_objects(rng_state()), None
     if distributed.is_main():
-        write(path, {"epoch": epoch, "settings": settings, "rng": rng, **{k: v.state_dict() for k, v in parts.items()}})
+        value = {k: v.state_dict() for k, v in parts.items()}
+        broken = not_finite({k: v for k, v in value.items() if k != "place"})          # whose figures may be
+        try:
+            if broken:
+                raise SystemExit(f"{path} is not written, for {broken} is not finite; what was there before is as it was")
+            write(path, {"epoch": epoch, "settings": settings, "rng": rng, **value}, keep=before(path))
+        except SystemExit as refusal:
+            problem = refusal.code
+    distributed.agree(problem)
+
+
+def not_finite(value, name=""):
+    """The name of the first tensor, in nested dicts and lists, with an inf or a NaN; or None."""
+    if isinstance(value, torch.Tensor):
+        return name if value.is_floating_point() and not value.isfinite().all() else None
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return next((found for key, v in inside if (found := not_finite(v, f"{name}.{key}".lstrip(".")))), None)
 
 
 def resume(path, settings, **parts):
-    """Put a checkpoint's state into parts, on every process. -> the number of epochs done."""
-    saved = read(path)
-    missing = [k for k in ("epoch", "settings", "rng", *parts) if k not in saved] if isinstance(saved, dict) else ["everything"]
+    """Put a checkpoint's state into parts, on every process. -> the number of epochs done. If it is damaged the one before is taken."""
+    problems = []
+    for candidate in (path, before(path)):
+        saved = problem = None
+        try:
+            saved = read(candidate)
+        except SystemExit as refusal:
+            problem = refusal.code
+        found = [p for p in distributed.gather_objects(problem) if p]                  # all processes take the same file
+        if not found:
+            break
+        problems.append(found[0])
+    else:
+        distributed.agree(f"{problems[0]}, and {problems[1]}: start over with --fresh")
+    if problems:
+        say(f"{problems[0]}; going on from the one before, {candidate}")
+        if distributed.is_main() and os.path.exists(path):
+            with writing(path):
+                os.replace(path, path + ".damaged")        # or the next save would put it in the place of the good one
+    needed = ("epoch", "settings", "rng", *(k for k in parts if k != "place"))         # which older ones lack
+    missing = [k for k in needed if k not in saved] if isinstance(saved, dict) else ["everything"]
     if missing:
-        raise SystemExit(f"{path} is not a checkpoint of train_pretrain.py: it has no {missing[0]}")
+        raise SystemExit(f"{candidate} is not a checkpoint of train_pretrain.py: it has no {missing[0]}")
     other = config.difference(saved["settings"], settings, MAY_CHANGE)
     if other:
-        raise SystemExit(f"{path} is of another run: {other}; choose another name=..., or start this one over with --fresh")
+        raise SystemExit(f"{candidate} is of another run: {other}; choose another name=..., or start this one over with --fresh")
     for name, part in parts.items():
         try:
-            part.load_state_dict(saved[name])
+            part.load_state_dict(saved.get(name, {}))
         except (RuntimeError, ValueError) as error:
-            raise SystemExit(f"{path} does not fit: {' '.join(str(error).split())[:300]}; was the data set changed? start over with --fresh")
+            raise SystemExit(f"{candidate} does not fit: {' '.join(str(error).split())[:300]}; was the data set changed? start over with --fresh")
     if len(saved["rng"]) == distributed.world_size():
         set_rng_state(saved["rng"][distributed.rank()])
     elif distributed.is_main():
         print(f"{path} is of {len(saved['rng'])} processes, now there are {distributed.world_size()}: it goes on with fresh random numbers")
     return saved["epoch"]
+
+
+class Place:
+    """Where a run that was told to stop stands within an epoch, as a part of its checkpoint: `step` steps are done, 0 at an epoch's end.
+
+    images: how many there are. data: the data set's fingerprint, for the rows of banks and labels of clusters are by index. modules: those with
+    BatchNorm. Its statistics and the totals of the figures are each process's own until the epoch's end; of another number of processes the
+    mean is taken."""
+
+    def __init__(self, images, data, *modules):
+        self.images, self.data, self.modules = images, data, modules
+        self.clear()
+
+    def clear(self):
+        self.step, self.seconds, self.wait, self.own = 0, 0.0, 0.0, []
+
+    def keep(self, step, seconds, wait, total):
+        """Every process calls it. seconds, wait, total: of the epoch so far."""
+        self.step, self.seconds, self.wait = step, seconds, wait
+        self.own = distributed.gather_objects({"total": {k: v.cpu() if torch.is_tensor(v) else v for k, v in total.items()},
+                                               "running": dict(enumerate(b.cpu() for b in distributed.running_statistics(*self.modules)))})
+
+    def take(self):
+        """-> step, seconds, wait, total; and the epoch goes on."""
+        own, total = self.own, {}
+        if own:
+            mean = lambda what: {k: sum(one[what][k] for one in own) / len(own) for k in own[0][what]}
+            mine = own[distributed.rank()] if len(own) == distributed.world_size() else {what: mean(what) for what in own[0]}
+            total = dict(mine["total"])
+            for i, buffer in enumerate(distributed.running_statistics(*self.modules)):
+                buffer.copy_(mine["running"][i])
+        found = self.step, self.seconds, self.wait, total
+        self.clear()
+        return found
+
+    def state_dict(self):
+        return {"images": self.images, "data": self.data, "step": self.step, "seconds": self.seconds, "wait": self.wait, "own": self.own}
+
+    def load_state_dict(self, saved):
+        """saved: {} of a checkpoint from before there was a place."""
+        if saved.get("images", self.images) != self.images:
+            raise ValueError(f"it is of {saved['images']} images, and now there are {self.images}")
+        if saved.get("data", self.data) != self.data:
+            raise ValueError("it is of as many images, but of other names or in another order")
+        for name in ("step", "seconds", "wait", "own"):
+            setattr(self, name, saved.get(name, getattr(self, name)))

@@ -4,10 +4,13 @@ The keyword-only arguments of a class or function are its YAML keys, their defau
 A file is whole by itself, or says `base: other.yaml` (one level deep, beside it) and holds the difference.
 """
 import argparse
+import copy
 import difflib
 import importlib
 import inspect
+import math
 import os
+import re
 import typing
 
 import yaml
@@ -46,19 +49,19 @@ def load(path, overrides=(), also=()):
     also: sections of OPTIONAL that are filled in though the file has none.
     """
     settings = merge_base(path)
-    for text in overrides:
-        override(settings, text)
+    for text in sorted(overrides, key=lambda text: text.partition("=")[0] not in ("loss", "model.host", "loss.name")):
+        override(settings, text)                           # what chooses other keys first: it would take those given before it along
     unknown(settings, TOP, f"{path}:")
     resolved = {"name": settings.get("name", default_name(path)), "seed": settings.get("seed", 0)}
     for key, kind in (("name", str), ("seed", int)):
         resolved[key] = fit(resolved[key], kind, f"{path}: {key}")
     if resolved["seed"] < 0:
         raise SystemExit(f"{path}: seed is {resolved['seed']}; it must be at least 0")
-    if resolved["name"] in ("", ".", "..") or set("/\\\0") & set(resolved["name"]):
-        raise SystemExit(f"{path}: name is {resolved['name']!r}; it must name one folder in runs/")
+    if resolved["name"] in ("", ".", "..") or set("/\\") & set(resolved["name"]) or len(resolved["name"].encode()) > 200:
+        raise SystemExit(f"{path}: name is {brief(resolved['name'])}; it must name one folder in runs/, in at most 200 bytes")
     if "paper" in settings:
         unknown(mapping(settings["paper"], f"{path}: paper"), PAPER, f"{path}: paper.")
-        resolved["paper"] = settings["paper"]
+        resolved["paper"] = {key: fit(value, str | int | float | None, f"{path}: paper.{key}") for key, value in settings["paper"].items()}
     for section in SECTIONS:
         if section in OPTIONAL and section not in settings and section not in also:
             continue
@@ -85,11 +88,14 @@ def resolve(section, given, where):
     for home in SECTIONS[section]:
         if "{" in home:
             key = home[home.index("{") + 1:home.index("}")]
+            there = modules(PACKAGE[section])
             if key not in given:
-                raise SystemExit(f"{where}.{key} is missing; there are {', '.join(modules(home.split('.')[0]))}")
+                raise SystemExit(f"{where}.{key} is missing; there are {', '.join(there)}")
+            if given[key] not in there:
+                raise SystemExit(f"{where}.{key} is {brief(given[key])}{nearest(given[key], there)}; there are {', '.join(there)}")
             parameters[key] = inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=str)
-            home = home.replace("{" + key + "}", fit(given[key], str, f"{where}.{key}"))
-        parameters.update(yaml_keys(find(home, where + ".")))
+            home = home.replace("{" + key + "}", given[key])
+        parameters.update(yaml_keys(find(home)))
     unknown(given, parameters, where + ".")
     whole = {}
     for key, parameter in parameters.items():
@@ -98,7 +104,7 @@ def resolve(section, given, where):
         elif parameter.default is inspect.Parameter.empty:
             raise SystemExit(f"{where}.{key} is missing; add it to the file, or {section}.{key}=... to the command line")
         else:
-            whole[key] = parameter.default
+            whole[key] = copy.copy(parameter.default)      # a list of its own
     return whole
 
 
@@ -109,6 +115,10 @@ def build(target, section, file, **given):
         return target(**{k: v for k, v in given.items() if k in names}, **{k: section[k] for k in yaml_keys(target)})
     except ValueError as error:
         raise SystemExit(f"{file}: {error}")
+    except RuntimeError as error:                          # torch's; of anything else we want to see where
+        if "memory" not in str(error) and "overflow" not in str(error):
+            raise
+        raise SystemExit(f"{file}: this takes more memory than there is ({' '.join(str(error).split())[:200]}); lower its sizes")
 
 
 def chosen(settings, section):
@@ -117,13 +127,9 @@ def chosen(settings, section):
     return find(f"{PACKAGE[section]}.{name}:{name}")
 
 
-def find(home, where=""):
+def find(home):
     """"module:name" -> the class or function. A method's class has its file's name, in any capitals: losses/ring.py, Ring."""
     module, name = home.split(":")
-    package = module.split(".")[0]
-    if package in ("losses", "models") and name != "Encoder" and name not in modules(package):
-        raise SystemExit(f"{where}{'name' if package == 'losses' else 'host'} is {name!r}{nearest(name, modules(package))}; "
-                         f"there are {', '.join(modules(package))}")
     module = importlib.import_module(module)
     return getattr(module, name, None) or next(v for k, v in vars(module).items() if k.lower() == name and inspect.isclass(v))
 
@@ -149,7 +155,10 @@ def merge_base(path):
     settings = read(path)
     if "base" not in settings:
         return settings
-    base_path = os.path.join(os.path.dirname(path), str(settings.pop("base")))
+    base = settings.pop("base")
+    if not isinstance(base, str) or os.path.isabs(base) or not base.endswith(".yaml"):
+        raise SystemExit(f"{path}: base is {brief(base)}; it must name a .yaml file, from this one's folder")
+    base_path = os.path.join(os.path.dirname(path), base)
     base = read(base_path)
     if "base" in base:
         raise SystemExit(f"{base_path}: is itself built on a base ({base['base']}); base goes one level deep, so name that file in {path}")
@@ -164,29 +173,63 @@ def merge_base(path):
     return base
 
 
+class Plain(yaml.SafeLoader):
+    """YAML less what would be taken otherwise than it is meant, in silence (a key twice, 010 for 8, 1:30 for 90), and less what no setting needs: tags, and
+    aliases, whose nests grow without bound."""
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"*{event.anchor} stands for what is written elsewhere; write it out, or build on another file with base")
+        if event.tag is not None:
+            raise ValueError(f"{event.tag.replace('tag:yaml.org,2002:', '!!')} is a tag, and settings have none; leave it out")
+        return super().compose_node(parent, index)
+
+    def compose_scalar_node(self, anchor):
+        node = super().compose_scalar_node(anchor)
+        if node.tag.endswith((":int", ":float")) and (":" in node.value or re.fullmatch("[-+]?0[0-7_]+", node.value)):
+            raise ValueError(f"{brief(node.value)} would be read to the base of {60 if ':' in node.value else 8}; write the number that is meant, and a word in quotes")
+        return node
+
+    def compose_mapping_node(self, anchor):
+        node, first = super().compose_mapping_node(anchor), {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and first.setdefault(key.value, key) is not key:
+                lines = sorted({first[key.value].start_mark.line + 1, key.start_mark.line + 1})
+                raise ValueError(f"{shown(key.value)} stands twice, in line {' and '.join(map(str, lines))}; keep one")
+        return node
+
+
+def parse(text, where):
+    """YAML, of a string or an open file."""
+    try:
+        return yaml.load(text, Plain)
+    except yaml.YAMLError as error:
+        raise SystemExit(f"{where} is not YAML: {' '.join(str(error).split())[:300]}")
+    except RecursionError:
+        raise SystemExit(f"{where} cannot be read: it is nested too deep")
+    except ValueError as error:                            # Plain's, and what PyYAML leaves to Python: month 13, bytes that are not UTF-8, a million digits
+        raise SystemExit(f"{where} cannot be read: {error}")
+
+
 def read(path):
     try:
-        with open(path) as f:
-            settings = yaml.safe_load(f)
+        with open(path, encoding="utf-8") as f:
+            settings = parse(f, path)
     except FileNotFoundError:
         folder = os.path.dirname(path) or "."
         there = sorted(f for f in os.listdir(folder) if f.endswith(".yaml")) if os.path.isdir(folder) else []
         raise SystemExit(f"{path} does not exist{nearest(os.path.basename(path), there)}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SystemExit(f"{path} cannot be read: {error}")
-    except yaml.YAMLError as error:
-        raise SystemExit(f"{path} is not YAML: {' '.join(str(error).split())}")
+    except (OSError, ValueError) as error:                 # ValueError: a null byte in the path
+        raise SystemExit(f"{shown(path)} cannot be read: {error}")
     return mapping(settings if settings is not None else {}, path)
 
 
 def override(settings, text):
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise SystemExit(f"{text!r} on the command line is not key=value, e.g. optim.epochs=10")
-    try:
-        value = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise SystemExit(f"{text!r} on the command line: the value is not YAML")
+        raise SystemExit(f"{brief(text)} on the command line is not key=value, e.g. optim.epochs=10")
+    value = parse(value, f"{brief(text)} on the command line: the value")
     *path, last = key.split(".")
     if key == "loss" and isinstance(value, list):          # loss=[{name: ifnd}, {name: ring}]
         settings[key] = value
@@ -194,16 +237,16 @@ def override(settings, text):
     if path[:1] == ["loss"] and isinstance(settings.get("loss"), list):                  # loss.ring.inner=0.05, of a list
         named = {str(one["name"]): one for one in settings["loss"] if isinstance(one, dict) and "name" in one}
         if len(path) != 2 or path[1] not in named or last == "name":
-            raise SystemExit(f"{text!r} on the command line: loss is a list, so a key of it is loss.<name>.key, with one of {', '.join(named)}")
+            raise SystemExit(f"{brief(text)} on the command line: loss is a list, so a key of it is loss.<name>.key, with one of {', '.join(map(shown, named))}")
         put(named[path[1]], "loss", last, value)
         return
     if len(path) > 1 or (not path and last in (*SECTIONS, "base")):
-        raise SystemExit(f"{text!r} on the command line: a key is section.key, e.g. optim.epochs, or one of name and seed")
+        raise SystemExit(f"{brief(text)} on the command line: a key is section.key, e.g. optim.epochs, or one of name and seed")
     if not path:
         settings[last] = value
         return
     if path[0] not in (*SECTIONS, "paper"):
-        raise SystemExit(f"command line: {path[0]} is not a section{nearest(path[0], SECTIONS)}; there are {', '.join(SECTIONS)}")
+        raise SystemExit(f"command line: {shown(path[0])} is not a section{nearest(path[0], SECTIONS)}; there are {', '.join(SECTIONS)}")
     put(mapping(settings.setdefault(path[0], {}), path[0]), path[0], last, value)
 
 
@@ -219,19 +262,33 @@ def put(section, name, key, value):
 
 def mapping(value, where):
     if not isinstance(value, dict):
-        raise SystemExit(f"{where} is {value!r}; it must hold keys and values")
+        raise SystemExit(f"{where} is {brief(value)}; it must hold keys and values")
     return value
 
 
 def unknown(given, known, where):
     for key in given:
         if key not in known:
-            raise SystemExit(f"{where}{'' if where.endswith('.') else ' '}{key} is not a setting{nearest(key, known)}; there are {', '.join(known)}")
+            raise SystemExit(f"{where}{'' if where.endswith('.') else ' '}{shown(key)} is not a setting{nearest(key, known)}; there are {', '.join(known)}")
 
 
 def nearest(word, words):
-    close = difflib.get_close_matches(str(word), list(words), n=1, cutoff=0.4)
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.4) if isinstance(word, str) else []
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def brief(value):
+    """A value in a sentence: repr, cut where it is long."""
+    try:
+        words = repr(value)
+    except (ValueError, RecursionError):                   # 0xfff..., of more digits than Python writes
+        return "a value too large to be written"
+    return words if len(words) <= 200 else f"{words[:120]} ... {words[-40:]}"
+
+
+def shown(key):
+    """A key in a sentence: as it is, if it is a word."""
+    return key if isinstance(key, str) and key and key.isprintable() and len(key) <= 200 else brief(key)
 
 
 # ---------------------------------------------------------------------------------------------------- types
@@ -243,7 +300,7 @@ def fit(value, kind, where):
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         if value not in inner or isinstance(value, bool) != any(v is value for v in inner if isinstance(v, bool)):
-            raise SystemExit(f"{where} is {value!r}{nearest(value, map(str, inner))}; it must be one of {', '.join(map(str, inner))}")
+            raise SystemExit(f"{where} is {brief(value)}{nearest(value, map(str, inner))}; it must be one of {', '.join(map(str, inner))}")
         return value
     if inner and origin is not list:                       # a union: the first that fits
         for one in inner:
@@ -251,20 +308,24 @@ def fit(value, kind, where):
                 return fit(value, one, where)
             except SystemExit:
                 pass
-        raise SystemExit(f"{where} is {value!r}; it must be {' or '.join(map(word, inner))}")
+        raise SystemExit(f"{where} is {brief(value)}; it must be {' or '.join(map(word, inner))}")
     if origin is list:
         if not isinstance(value, list):
-            raise SystemExit(f"{where} is {value!r}; it must be {word(kind)}")
+            raise SystemExit(f"{where} is {brief(value)}; it must be {word(kind)}")
         return [fit(v, inner[0], f"{where}[{i}]") for i, v in enumerate(value)]
     if kind is float and isinstance(value, str):           # YAML 1.1 reads 1e-4, without a point, as a word
         try:
             value = float(value)
         except ValueError:
             pass
+    if kind in (int, float) and type(value) is int and abs(value) > 2 ** 53:             # beyond, a float is not exact, and no count or seed needs it
+        raise SystemExit(f"{where} is {brief(value)}; it must be {word(kind)}, of 2 ** 53 at most")
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind or value != value:          # a NaN is not a number here
-        raise SystemExit(f"{where} is {value!r}; it must be {word(kind)}")
+    if type(value) is not kind or kind is float and not math.isfinite(value):          # NaN and infinity are no numbers here
+        raise SystemExit(f"{where} is {brief(value)}; it must be {word(kind)}")
+    if kind is str and not (value.isprintable() and len(value) <= 1000):
+        raise SystemExit(f"{where} is {brief(value)}; it must be printable, and 1000 characters at most")
     return value
 
 

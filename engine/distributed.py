@@ -147,6 +147,18 @@ def mean(x):
     return x / world_size()
 
 
+def anywhere(device, *flags):
+    """Which of the flags are true on any process."""
+    return [share > 0 for share in mean(torch.tensor([float(flag) for flag in flags], device=device)).tolist()]
+
+
+def agree(problem):
+    """Every process calls it. A sentence that one of them has, or else None, ends all of them; it is said once."""
+    problems = [p for p in gather_objects(problem) if p]
+    if problems:
+        raise SystemExit(problems[0] if is_main() else 1)
+
+
 def gather_objects(x):
     """A Python object of each process -> the list of them."""
     if world_size() == 1:
@@ -160,6 +172,10 @@ def gather_objects(x):
 def average_buffers(module):
     """Make the BatchNorm running statistics those of the whole batch: the mean over processes. Once an epoch, before anything reads them."""
     if world_size() > 1:
-        for name, buffer in module.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
-                buffer.copy_(mean(buffer))
+        for buffer in running_statistics(module):
+            buffer.copy_(mean(buffer))
+
+
+def running_statistics(*modules):
+    """BatchNorm's, the only part of a run's state in which the processes differ during an epoch (their random numbers aside)."""
+    return [buffer for module in modules for name, buffer in module.named_buffers() if name.endswith(("running_mean", "running_var"))]

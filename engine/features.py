@@ -44,7 +44,8 @@ def knn(bank, labels, queries, k, temperature):
     for q in torch.nn.functional.normalize(queries, dim=1).split(1024):
         similarity, who = (q @ bank.T).topk(k)                                         # (1024, k)
         votes = torch.zeros(len(q), int(labels.max()) + 1, device=q.device)
-        answer.append(votes.scatter_add_(1, labels[who], (similarity / temperature).exp()).argmax(1))
+        weight = ((similarity - similarity[:, :1]) / temperature).exp()                # the nearest has 1: e^{1 / T} itself is infinite from T = 0.011 on down
+        answer.append(votes.scatter_add_(1, labels[who], weight).argmax(1))
     return torch.cat(answer)
 
 
@@ -67,6 +68,9 @@ class KNN:
         self.train, self.test, self.how = train, test, (image_size, device, workers)
         self.every, self.k, self.temperature, self.feature = every, k, temperature, feature
         self.possible = test is not None and train.labels is not None and test.labels is not None
+        if self.possible and list(train.classes) != list(test.classes):                # labels are places in these lists
+            raise ValueError(f"the classes of the training images ({len(train.classes)}) are not those of the test images ({len(test.classes)}); each class "
+                             "wants a folder in both parts")
 
     def due(self, epoch, epochs):
         """After `epoch` epochs of `epochs`?"""

@@ -4,6 +4,8 @@ from typing import Literal
 
 import torch
 
+from .distributed import say
+
 
 class Schedule:
     """lr = schedule(epoch), epoch a float: 12.5 is half-way through the 13th.
@@ -15,13 +17,18 @@ class Schedule:
 
     def __init__(self, *, epochs: int, batch_size: int, lr: float, schedule: Literal["cosine", "step", "constant"] = "cosine",
                  milestones: list[int] = [], gamma: float = 0.1, warmup_epochs: int = 0, accumulate: int = 1):
-        for name, value in dict(epochs=epochs, batch_size=batch_size, lr=lr, accumulate=accumulate).items():
+        for name, value in dict(epochs=epochs, batch_size=batch_size, lr=lr, gamma=gamma, accumulate=accumulate).items():
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; it must be above 0, and finite")
+        if warmup_epochs < 0:
+            raise ValueError(f"warmup_epochs is {warmup_epochs}; it must be at least 0")
         if warmup_epochs >= epochs:
             raise ValueError(f"warmup_epochs {warmup_epochs} leaves nothing of epochs {epochs}")
         if milestones and schedule != "step":
             raise ValueError(f"milestones are given, but schedule is {schedule!r}; write schedule: step")
+        if schedule == "step" and not milestones:
+            raise ValueError("schedule is step, but there are no milestones; give the epochs after which lr falls, or write schedule: constant")
+        reached(milestones, epochs, "epochs")
         self.epochs, self.batch_size, self.lr, self.warmup = epochs, batch_size, lr, warmup_epochs
         self.schedule, self.milestones, self.gamma = schedule, milestones, gamma
 
@@ -33,6 +40,23 @@ class Schedule:
         return self.lr * self.gamma ** sum(epoch >= m for m in self.milestones)
 
 
+def reached(milestones, end, what):
+    """Milestones make sense from 1; that of a run which was cut short lies behind its end."""
+    if min(milestones, default=1) < 1:
+        raise ValueError(f"milestones {milestones} must lie above 0")
+    if max(milestones, default=0) >= end:
+        say(f"milestones {milestones}: {what} {end} end before the last of them is reached, and the learning rate falls {sum(m < end for m in milestones)} times; lower them too")
+
+
+def sensible(momentum, weight_decay):
+    """Before anything is loaded or trained, and more than torch would say."""
+    if not 0 <= momentum < 1:
+        raise ValueError(f"Invalid momentum value: {momentum}; it must lie in [0, 1)")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}; it must be at least 0")
+
+
 def sgd(parameters, lr, *, momentum: float = 0.9, weight_decay: float = 1e-4):
     """SGD on all parameters alike, as in the four papers; the fused kernel."""
+    sensible(momentum, weight_decay)
     return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay, fused=True)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine import distributed
+from engine.distributed import say
 from engine.kmeans import confidence, kmeans, validity
 
 from . import NEVER, count, false_negatives, similarity, unchosen
@@ -36,8 +37,12 @@ class IFND(nn.Module):
             raise ValueError(f"temperature {temperature} must be above 0 and reassign_every {reassign_every} at least 1")
         if not clusters or not 1 <= min(clusters) <= max(clusters) <= n_data:
             raise ValueError(f"clusters {clusters} must be one number a level, each from 1 to the {n_data} images there are")
+        if 1 in clusters:
+            raise ValueError(f"clusters {clusters} has a level of 1, whose one cluster leaves no negatives; take 2 or more")
         if len(acceptance) != 2 or not 0 <= acceptance[0] <= acceptance[1] <= 1:
             raise ValueError(f"acceptance {acceptance} must be two shares, of the first epoch and, not below it, of the last")
+        if reassign_every >= epochs:
+            say(f"reassign_every {reassign_every} leaves no clustering before the end, epochs {epochs}: no false negative is found, and ifnd is nce; lower it")
         self.epochs, self.t, self.clusters, self.reassign_every = epochs, temperature, clusters, reassign_every
         self.confidence, self.acceptance = confidence, acceptance
         if mode == "attract":
@@ -61,8 +66,9 @@ class IFND(nn.Module):
 
     @torch.no_grad()
     def before_epoch(self, epoch, extract):
-        """extract() -> (n, D): unit embeddings of all images, without augmentation, by the momentum encoder where there is one."""
-        if epoch and epoch % self.reassign_every == 0:
+        """extract() -> (n, D): unit embeddings of all images, without augmentation, by the momentum encoder where there is one. extract: None
+        where a run goes on within an epoch, whose labels its checkpoint has brought."""
+        if extract is not None and epoch and epoch % self.reassign_every == 0:
             z = extract()
             for level, k in enumerate(self.clusters):
                 centroids, self.pseudo[level] = kmeans(z, k, seed=(epoch, level))      # (k, D), (n,)

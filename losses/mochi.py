@@ -29,13 +29,17 @@ class MoCHi(nn.Module):
     """temperature: t. hardest, mixed, query_mixed: the paper's (N, s, s'). warmup_epochs: so many without mixing (the paper: 10 on
     ImageNet-100, 15 on ImageNet-1K). oracle: candidates of the query's own class are left out by their TRUE labels, the paper's analysis."""
 
-    def __init__(self, labels=None, *, temperature: float = 0.2, hardest: int = 1024, mixed: int = 1024, query_mixed: int = 128,
+    def __init__(self, labels=None, epochs=None, *, temperature: float = 0.2, hardest: int = 1024, mixed: int = 1024, query_mixed: int = 128,
                  warmup_epochs: float = 10, oracle: bool = False):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature is {temperature}; it must be above 0")
         if hardest < 2 or mixed < 0 or query_mixed < 0:
             raise ValueError(f"hardest {hardest} must be at least 2, mixed {mixed} and query_mixed {query_mixed} at least 0")
+        if warmup_epochs < 0:
+            raise ValueError(f"warmup_epochs is {warmup_epochs}; it must be at least 0")
+        if epochs is not None and warmup_epochs >= epochs:
+            say(f"warmup_epochs {warmup_epochs:g} of mochi leaves nothing of epochs {epochs}: no negatives are mixed, and it is nce; lower it")
         if oracle and labels is None:
             raise ValueError("oracle wants the true labels, and this data set has none")
         if oracle:

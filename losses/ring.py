@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from engine.distributed import say
+
 from . import NEVER, count, false_negatives, similarity
 
 
@@ -28,6 +30,10 @@ class Ring(nn.Module):
             raise ValueError(f"inner {inner} and outer {outer} do not bound a ring; they are shares, 0 <= inner < outer <= 1")
         if n_negatives is not None and n_negatives < 1:
             raise ValueError(f"n_negatives is {n_negatives}; it must be above 0, or null for the whole ring")
+        if anneal_epochs is not None and anneal_epochs < 0:
+            raise ValueError(f"anneal_epochs is {anneal_epochs}; it must be at least 0, or null for a third of training")
+        if anneal_epochs is not None and anneal_epochs > epochs:
+            say(f"anneal_epochs {anneal_epochs:g} is above epochs {epochs}: the ring does not get down to outer {outer:g}; lower anneal_epochs, or make it null")
         self.t, self.l, self.u, self.n_negatives = temperature, inner, outer, n_negatives
         self.anneal_epochs = epochs / 3 if anneal_epochs is None else anneal_epochs
         self.inner_relative = inner_relative

@@ -32,7 +32,8 @@ class Together(nn.Module):
                 raise ValueError(f"{names[0]} has temperature {losses[0].t} and {name} {loss.t}; there is one partition function, so give both the same")
         of_positives = [name for name, loss in zip(names, losses) if hasattr(loss, "objective")]
         if len(of_positives) > 1:
-            raise ValueError(f"{' and '.join(of_positives)} both say what the positives are; keep one")
+            raise ValueError(f"{' and '.join(of_positives)} both say what the positives are; keep one"
+                             + (", or set ifnd's mode to eliminate" if "ifnd" in of_positives else ""))
         self.of_negatives = [name for name in names if name not in of_positives]
         self.of_positives = of_positives[0] if of_positives else None
         self.losses, self.t = nn.ModuleDict(zip(names, losses)), losses[0].t

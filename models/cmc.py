@@ -33,8 +33,8 @@ class LabEncoder(Encoder):
         self.register_buffer("std", torch.tensor(std, device=device).view(1, 3, 1, 1), persistent=False)
 
     def parts(self, backbone, stem, width, head, dim):
-        if width < 2:
-            raise ValueError(f"width is {width}; cmc halves it, so it must be at least 2")
+        if width % 2:
+            raise ValueError(f"width is {width}; cmc halves it, so it must be even")
         nets = {name: ResNet(backbone, stem, width // 2, channels) for name, channels in (("L", 1), ("ab", 2))}
         return TwoStreams(**nets), TwoStreams(**{name: projection(head, net.features, dim) for name, net in nets.items()})
 

@@ -17,6 +17,8 @@ class MemoryBank(nn.Module):
         super().__init__()
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum {momentum} of the memory bank must lie in [0, 1)")
+        if exclude_self and n_data < 2:
+            raise ValueError(f"a data set of {n_data} image has no negatives once exclude_self takes the image's own row out; take more images")
         if candidates is not None and not 2 <= candidates <= n_data:
             raise ValueError(f"candidates is {candidates}; it must lie between 2 and the {n_data} rows of the bank, or be null for all of them")
         self.momentum, self.exclude_self, self.candidates = momentum, exclude_self, candidates

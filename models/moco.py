@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from engine import distributed
+from engine.distributed import say
 from losses import Contrast
 
 from .memory import Queue
@@ -16,12 +17,16 @@ class MoCo(nn.Module):
     queue_size: K. momentum: m of f_k. n_views: 2, or M + 1 for M keys. Loss not symmetrised, as in the paper.
     """
 
-    def __init__(self, encoder, *, queue_size: int = 65536, momentum: float = 0.999, n_views: int = 2):
+    def __init__(self, encoder, n_data=None, *, queue_size: int = 65536, momentum: float = 0.999, n_views: int = 2):
         super().__init__()
         if queue_size < 1:
             raise ValueError(f"queue_size is {queue_size}; it must be above 0")
         if n_views < 2:
             raise ValueError(f"n_views is {n_views}; MoCo needs a query and at least one key: 2")
+        if n_data is not None and n_data < 2:
+            raise ValueError(f"a data set of {n_data} image has no negatives: the queue would hold its own keys alone; take more images")
+        if n_data is not None and queue_size > n_data:
+            say(f"queue_size {queue_size} is larger than the data set of {n_data} images, so that a query's own image is always among its negatives; lower it")
         self.n_views, self.n_keys, self.news = n_views, n_views - 1, []
         self.key_encoder = MomentumEncoder(encoder, momentum)
         self.queue = Queue(queue_size, encoder.dim)

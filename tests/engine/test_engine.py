@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import zipfile
 
 import pytest
 import torch
@@ -92,6 +93,8 @@ def test_a_checkpoint_brings_everything_back(tmp_path):
     assert torch.equal(before["encoder"].weight, after["encoder"].weight)
     momentum = [o["optimizer"].state_dict()["state"][0]["momentum_buffer"] for o in (before, after)]
     assert torch.equal(*momentum) and os.listdir(tmp_path) == ["last.pt"]
+    checkpoint.save(path, SETTINGS, 8, **before)           # the one before is kept, and both are what torch.load reads
+    assert [torch.load(tmp_path / name, weights_only=True)["epoch"] for name in ("last.pt", "previous.pt")] == [8, 7]
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path):
@@ -99,7 +102,30 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path):
     checkpoint.write(path, {"a": torch.ones(2)})
     with pytest.raises(Exception):
         checkpoint.write(path, {"a": lambda: None})        # cannot be pickled
-    assert torch.equal(checkpoint.read(path)["a"], torch.ones(2))
+    assert torch.equal(checkpoint.read(path)["a"], torch.ones(2)) and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_file_with_a_checksum_is_a_zip_like_others(tmp_path):
+    """And others' files, without one, are read as ever."""
+    checkpoint.write(str(tmp_path / "ours.pt"), {"a": torch.ones(2)})
+    with zipfile.ZipFile(tmp_path / "ours.pt") as z:
+        assert z.testzip() is None and z.comment.startswith(b"crc32 ")
+    torch.save({"a": torch.ones(2)}, tmp_path / "theirs.pt")
+    torch.save({"a": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert all(torch.equal(checkpoint.read(str(tmp_path / f"{name}.pt"))["a"], torch.ones(2)) for name in ("ours", "theirs", "old"))
+
+
+def test_a_place_of_other_processes_becomes_their_mean(tmp_path):
+    """Two processes were stopped, and one goes on."""
+    net = nn.BatchNorm1d(2)
+    place = checkpoint.Place(10, "a", net)
+    assert place.take() == (0, 0.0, 0.0, {})               # as at every epoch's start
+    place.load_state_dict({"images": 10, "step": 3, "seconds": 2.0, "wait": 1.0, "own": [
+        {"total": {"loss": torch.tensor(1.0 + r), "K": 5.0}, "running": {0: torch.full((2,), float(r)), 1: torch.ones(2)}} for r in (0, 1)]})
+    step, seconds, wait, total = place.take()
+    assert (step, seconds, wait, total) == (3, 2.0, 1.0, {"loss": 1.5, "K": 5.0}) and net.running_mean.tolist() == [0.5, 0.5] and place.take()[0] == 0
+    with pytest.raises(ValueError, match="it is of 11 images, and now there are 10"):
+        place.load_state_dict({"images": 11})
 
 
 @pytest.mark.parametrize("change,message", [
@@ -121,7 +147,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         checkpoint.resume(path, SETTINGS, host=nn.Linear(4, 2))
     with open(path, "r+b") as f:
         f.truncate(os.path.getsize(path) // 2)
-    with pytest.raises(SystemExit, match="not a checkpoint that can be read safely"):
+    with pytest.raises(SystemExit, match="not a checkpoint that can be read safely.*previous.pt does not exist: start over with --fresh"):
         checkpoint.resume(path, SETTINGS, **parts())
 
 
@@ -150,5 +176,7 @@ def test_a_resumed_log_drops_what_was_never_saved(tmp_path):
     assert [(line["epoch"], line["loss"]) for line in lines(log.path)] == [(0, 0.0), (1, 1.5), (2, 3.0), (3, 0.0)]
     with open(log.path) as f:
         assert all(json.loads(line) for line in f)
+    Log(str(tmp_path), 0, within=True)                     # a run that goes on within its first epoch has a line of before it
+    assert [line["epoch"] for line in lines(log.path)] == [0]
     Log(str(tmp_path), 0)
     assert lines(log.path) == []
