@@ -415,6 +415,7 @@ runpy.run_path({os.path.join(ROOT, 'train_pretrain.py')!r}, run_name="__main__")
     return folder / "job.py"
 
 
+@pytest.mark.skipif("KILLS" not in os.environ, reason="KILLS=n: longer tests; and once in some tries gloo does not find its processes again")
 def test_a_worker_that_is_killed_is_started_again_by_torchrun(undisturbed, images, tmp_path):
     """One of two, in the second epoch. torchrun ends the other one too, and both go on from the first epoch's checkpoint."""
     whole, _ = undisturbed(*MANY_STEPS, processes=2)
