@@ -400,7 +400,7 @@ def effort(runs):
 
 
 def losses(cfg):
-    return " + ".join(one["name"] for one in (cfg["loss"] if isinstance(cfg["loss"], list) else [cfg["loss"]]))
+    return " + ".join(one["name"] + " (ORACLE: true labels)" * bool(one.get("oracle")) for one in (cfg["loss"] if isinstance(cfg["loss"], list) else [cfg["loss"]]))
 
 
 def data(cfg):

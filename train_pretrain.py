@@ -89,8 +89,8 @@ def main():
     # ------------------------------------------------------------------------------------------------ where it stands
     last, place = os.path.join(folder, "last.pt"), checkpoint.Place(len(pretrain), pretrain.fingerprint(), encoder, host)
     state = dict(place=place, encoder=encoder, host=host, loss=loss_fn, optimizer=optimizer, scaler=scaler)
-    fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"    # torchrun starts a lost process with the same line
-    resumed = not fresh and checkpoint.exists(last)
+    again = any(os.environ.get(f"{who}_RESTART_COUNT", "0") != "0" for who in ("TORCHELASTIC", "SLURM"))             # they use the same line, --fresh and all
+    resumed = (again or not args.fresh) and checkpoint.exists(last)
     start = checkpoint.resume(last, cfg, **state) if resumed else 0
     steps, saved = len(loader), (start, place.step) if resumed else None
     there = lambda epoch, step: f"step {step} of {steps} of epoch {epoch + 1}" if step else f"epoch {epoch} of {epochs}"

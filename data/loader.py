@@ -140,7 +140,8 @@ def batches(dataset, augment, plan, device, workers, backend="batched", views=1,
             yield augment.apply(dataset.images[index.to(dataset.images.device)].repeat(views, 1, 1, 1).to(device), u), index.to(device)
         return
     loader = DataLoader(Reader(dataset, augment, backend, views, whole=device.type == "cpu"), batch_sampler=plan, num_workers=workers, collate_fn=as_it_is,
-                        pin_memory=device.type == "cuda", generator=torch.Generator())  # a generator of its own: leave the global one alone
+                        pin_memory=device.type == "cuda", generator=torch.Generator(),  # a generator of its own: leave the global one alone
+                        multiprocessing_context="fork" if workers and hasattr(os, "fork") else None)         # Python 3.14's own would import torch anew in each
     for images, index, u, problem, replaced in loader:
         if problem:
             raise SystemExit(problem)

@@ -4,6 +4,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 sent = 0                                                   # bytes that this process has given to others, DDP's gradients aside; see benchmarks/step.py
@@ -21,7 +22,9 @@ def start():
             raise SystemExit(f"process {local} of this node has no GPU: there are {torch.cuda.device_count()}; lower --nproc_per_node")
         if cuda:
             torch.cuda.set_device(local)
-        dist.init_process_group("nccl" if cuda else "gloo")
+        store, own, world = next(rendezvous("env://"))     # torchrun keeps its store when it restarts, where the addresses of the lost processes still stand
+        attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=attempt, rank=own, world_size=world)
         return torch.device("cuda", local) if cuda else torch.device("cpu")
     return torch.device("cuda", 0) if cuda else torch.device("cpu")
 
@@ -95,22 +98,22 @@ def give(count):
 
 
 @torch.no_grad()
-def exchange(x, back=False):
-    """Rows of x (n, ...) to every process, as many to each (but for one where n does not divide): -> n rows, those of rank 0 first.
+def exchange(x, order):
+    """Deal the rows of all processes anew: x (n, ...), order (world * n,) on the CPU, the same everywhere -> (n, ...), those rows that stand in
+    order at this process's n places, where row i of rank r is r * n + i. exchange(exchange(x, order), order.argsort()) is x.
 
-    exchange(exchange(x), back=True) is x. Only the rows wanted travel: moco's code sends every process's rows to every process."""
-    world = world_size()
+    Only the rows wanted travel: moco's code sends every process's rows to every process."""
+    n, world, r = len(x), world_size(), rank()
     if world == 1:
-        return x
-    share = lambda a, b: len(x) // world + ((b - a) % world < len(x) % world)          # rows from a to b: each gives and gets n
-    out, into = [share(rank(), r) for r in range(world)], [share(r, rank()) for r in range(world)]
-    if back:
-        out, into = into, out
-    flat = as_bytes(x)
+        return x[order.to(x.device)]
+    source, own = order // n, order[r * n:(r + 1) * n] // n                            # (world n,), (n,): whose rows
+    place = (source == r).nonzero()[:, 0]                                              # (n,)  where ours go, by rank
+    out, into = ((who.bincount(minlength=world)).tolist() for who in (place // n, own))
+    flat = as_bytes(x[(order[place] - r * n).to(x.device)])
     got = torch.empty_like(flat)
-    give((len(x) - out[rank()]) * flat.shape[1])
+    give((n - out[r]) * flat.shape[1])
     dist.all_to_all_single(got, flat, into, out)
-    return got.view(x.dtype).view(x.shape)
+    return got[own.argsort(stable=True).argsort().to(x.device)].view(x.dtype).view(x.shape)         # they came by rank
 
 
 def gather_with_gradient(x):

@@ -37,10 +37,10 @@ class IFND(nn.Module):
             raise ValueError(f"temperature {temperature} must be above 0 and reassign_every {reassign_every} at least 1")
         if not clusters or not 1 <= min(clusters) <= max(clusters) <= n_data:
             raise ValueError(f"clusters {clusters} must be one number a level, each from 1 to the {n_data} images there are")
-        if 1 in clusters:
-            raise ValueError(f"clusters {clusters} has a level of 1, whose one cluster leaves no negatives; take 2 or more")
         if len(acceptance) != 2 or not 0 <= acceptance[0] <= acceptance[1] <= 1:
             raise ValueError(f"acceptance {acceptance} must be two shares, of the first epoch and, not below it, of the last")
+        if 1 in clusters:
+            say(f"clusters {clusters} has a level of 1, whose one cluster leaves no negatives once all labels are accepted; take 2 or more")
         if reassign_every >= epochs:
             say(f"reassign_every {reassign_every} leaves no clustering before the end, epochs {epochs}: no false negative is found, and ifnd is nce; lower it")
         self.epochs, self.t, self.clusters, self.reassign_every = epochs, temperature, clusters, reassign_every

@@ -28,15 +28,15 @@ class MomentumEncoder(nn.Module):
     def shuffled(self, x):
         """f_k on images dealt out anew, (n, 3, S, S) -> (n, D) in the order that came in.
 
-        "Shuffled BN": a key must not share its BatchNorm statistics with its own query, or these give the answer away. With many
-        processes the images are dealt across these; in one, across the parts of split BN (model.bn_splits); with neither it would do
-        nothing. They are dealt in turn, as cards are (moco's code: by lot), for the batch's order is by lot already: so each process gives
-        as many to each, and no other rows travel. They do so in the precision in which the first convolution reads them.
+        "Shuffled BN": a key must not share its BatchNorm statistics with its own query, or these give the answer away. So the images are
+        dealt across the parts that have statistics of their own: the processes, and within each the parts of split BN (model.bn_splits); with
+        one alone it would do nothing. They are dealt in turn, as cards are (moco's code: by lot), for the batch's order is by lot already, and
+        the same whatever share of the parts are processes. They travel in the precision in which the first convolution reads them.
         """
-        world, splits, n, i = distributed.world_size(), self.net.bn_splits, len(x), torch.arange(len(x), device=x.device)
-        if world > 1:
-            out = ((distributed.rank() + i) % world).argsort(stable=True)              # (n,)  row j of process r goes to process r + j
-            x = distributed.exchange(x[out].to(self.net.dtype))
-        deal = ((i * splits // n + i % (n // splits)) % splits).argsort(stable=True) if splits > 1 else i         # row j of part r to part r + j
-        k = self.net(x[deal])[deal.argsort()]                                          # (n, D)
-        return k if world == 1 else distributed.exchange(k, back=True)[out.argsort()]
+        world, splits, n = distributed.world_size(), self.net.bn_splits, len(x)
+        if world * splits == 1:
+            return self.net(x)
+        i = torch.arange(world * n)
+        order = ((i // (n // splits) + i % (n // splits)) % (world * splits)).argsort(stable=True)     # (world n,)  row j of part p goes to part p + j
+        k = self.net(distributed.exchange(x.to(self.net.dtype) if world > 1 else x, order))              # (n, D)
+        return distributed.exchange(k, order.argsort())

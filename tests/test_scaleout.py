@@ -184,6 +184,7 @@ def test_three_processes_find_of_101_images_what_one_finds(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- two nodes
 
+@pytest.mark.skipif(not FULL, reason="FULL=1: longer tests")
 def test_two_torchruns_are_one(worlds):
     """The README's line for two nodes, as two agents on this one: bit for bit what two processes of one node train."""
     port, folder = free_port(), worlds / "torchruns"

@@ -163,7 +163,7 @@ def test_labels_do_not_reach_the_weights(settings, tmp_path):
     (["data.augment=moco_v9"], "augment 'moco_v9' is not a recipe"),
     (["model.precision=fp16"], "fp16 is for GPUs"),
     (["optim.lr=1e30", "model.precision=fp32"], "the loss is nan at epoch"),
-    (["model.bn_splits=7"], "optim.batch_size 32 gives each process 32 images, which model.bn_splits 7 does not divide"),
+    (["model.bn_splits=7"], "optim.batch_size 32 gives each process 32 images, which optim.accumulate 1 times model.bn_splits 7 does not divide"),
 ])
 def test_bad_input_is_one_sentence(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)

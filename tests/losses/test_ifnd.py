@@ -67,9 +67,10 @@ def test_all_equal_gives_log_K_plus_1():
     same = c.query.detach()[:1]
     c = c._replace(query=same.expand(4, -1).clone().requires_grad_(), positive=same.expand(4, 1, -1), negative=same.expand(50, -1))
     assert abs(IFND(10, N_DATA, clusters=[4])(c, 0.0)[0] - math.log(51)) < 1e-5
-    loss_fn = clustered(levels=(1,), acceptance=(1, 1))    # one cluster: every negative is false
-    assert abs(loss_fn(c, 0.0)[0]) < 1e-5
-    assert abs(clustered(levels=(1,), acceptance=(1, 1), mode="attract")(c, 0.0)[0] - math.log(51)) < 1e-5
+    for mode, expected in (("eliminate", 0), ("attract", math.log(51))):               # all in one cluster: every negative is false
+        loss_fn = clustered(levels=(2,), acceptance=(1, 1), mode=mode)
+        loss_fn.pseudo.zero_()
+        assert abs(loss_fn(c, 0.0)[0] - expected) < 1e-5
 
 
 def test_acceptance_rises_from_0_to_100_percent_by_epoch():
