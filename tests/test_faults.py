@@ -58,7 +58,6 @@ def images(tmp_path_factory):
 def child(folder, name, arguments, fault, environment):
     os.chdir(folder)
     os.environ.update(environment)
-    import faulthandler; faulthandler.dump_traceback_later(50, file=open("/tmp/f/dump.txt", "a"))  # TEMP
     multiprocessing.set_start_method("fork", force=True)   # of image workers, as in a program of its own
     for number, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{name}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
