@@ -67,9 +67,11 @@ JOB = """
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
 def found(request, tmp_path_factory):
-    """All pairs, whole and cut, in one job. -> {pair: [(whole, resumed) of each rank]}, each a digest a part of the state; and the folder."""
+    """All pairs, whole and cut, in one job (two processes: every second, but with FULL=1). -> {pair: [(whole, resumed) of each rank]}, each a digest
+    a part of the state; and the folder."""
     folder = tmp_path_factory.mktemp(f"pairs{request.param}")
-    (folder / "job.py").write_text(textwrap.dedent(JOB).format(root=ROOT, tiny=TINY, pairs=PAIRS))
+    pairs = {pair: settings for i, (pair, settings) in enumerate(PAIRS.items()) if request.param == 1 or i % 2 == 0 or pair in TOGETHER or os.environ.get("FULL")}
+    (folder / "job.py").write_text(textwrap.dedent(JOB).format(root=ROOT, tiny=TINY, pairs=pairs))
     if request.param == 1:
         done = subprocess.run([sys.executable, "job.py"], cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stdout + done.stderr
@@ -81,6 +83,8 @@ def found(request, tmp_path_factory):
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_trains_stays_equal_and_resumes_exactly(found, pair):
+    if pair not in found[0]:
+        pytest.skip("in two processes with FULL=1")
     ranks, folder = found[0][pair], found[1]
     for whole, resumed in ranks:
         assert whole == resumed                            # weights, host, loss, optimizer, random numbers
