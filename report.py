@@ -315,7 +315,7 @@ def ours_of(runs, what, file, cfg, notes):
         differs += [f"evaluated before the end, {protocol.split(EARLY)[1]}"] if EARLY in protocol else []
         seeds = {r.cfg["seed"]: (r, value) for r, _, value in group}                   # a seed evaluated twice is one seed
         warning(notes, differs)                            # before the figure's own, as it stands to the left
-        note = f"{', '.join(r.label for r, _ in seeds.values())}: {what} after {effort([r for r, _ in seeds.values()])}; protocol {mark(notes, protocol)}"
+        note = f"{', '.join(r.label for r, _ in seeds.values())}: {what} after {effort([r for r, _ in seeds.values()])}; protocol {mark(notes, protocol)}{oracle(*several(run.cfg))}"
         found.append((differs, f"{spread([value for _, value in seeds.values()])} (n {len(seeds)}) {mark(notes, note)}"))
     return found
 
@@ -400,7 +400,15 @@ def effort(runs):
 
 
 def losses(cfg):
-    return " + ".join(one["name"] + " (ORACLE: true labels)" * bool(one.get("oracle")) for one in (cfg["loss"] if isinstance(cfg["loss"], list) else [cfg["loss"]]))
+    return " + ".join(one["name"] + oracle(one) for one in several(cfg))
+
+
+def several(cfg):
+    return cfg["loss"] if isinstance(cfg["loss"], list) else [cfg["loss"]]
+
+
+def oracle(*losses):
+    return " (ORACLE: true labels)" * any(one.get("oracle", False) for one in losses)
 
 
 def data(cfg):
@@ -482,7 +490,7 @@ def curve(runs, key):
 
 
 def method(cfg):
-    return str(cfg["paper"]["row"]) if "paper" in cfg else f"{cfg['model']['host']}, {losses(cfg)}"
+    return f"{cfg['paper']['row']}{oracle(*several(cfg))}" if "paper" in cfg else f"{cfg['model']['host']}, {losses(cfg)}"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from engine.distributed import say
+
 from . import count, false_negatives, similarity, unchosen
 from .partition import log_partition
 
@@ -17,12 +19,13 @@ class NCE(nn.Module):
     """temperature: t. n_negatives: that many uniform draws from the candidates, with replacement, anew for each query (instance
     discrimination: 4095); null: every candidate (MoCo)."""
 
-    def __init__(self, labels=None, *, temperature: float = 0.07, n_negatives: int | None = None):
+    def __init__(self, labels=None, n_data=None, *, temperature: float = 0.07, n_negatives: int | None = None):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature is {temperature}; it must be above 0")
         if n_negatives is not None and n_negatives < 1:
             raise ValueError(f"n_negatives is {n_negatives}; it must be above 0, or null for all")
+        more_than_there_are(n_negatives, n_data)
         self.t, self.n_negatives = temperature, n_negatives
         self.register_buffer("labels", labels, persistent=False)
 
@@ -43,6 +46,11 @@ class NCE(nn.Module):
             Z = torch.logsumexp(s / self.t, 1)                                         # (N,)
         loss = F.softplus(Z - positive / self.t).mean()
         return loss, {"K": count(s), "positive": positive.mean(), **figures}
+
+
+def more_than_there_are(n_negatives, n_data):
+    if n_negatives and n_data and n_negatives > n_data:
+        say(f"n_negatives {n_negatives} is larger than the data set of {n_data} images, so that each is drawn several times; lower it, or make it null for all")
 
 
 def draw(contrast, n, s):

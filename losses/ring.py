@@ -15,13 +15,14 @@ from torch.nn import functional as F
 from engine.distributed import say
 
 from . import NEVER, count, false_negatives, similarity
+from .nce import more_than_there_are
 
 
 class Ring(nn.Module):
     """temperature: t. inner, outer: l and u, as shares. anneal_epochs: null is a third of training, 0 a constant ring.
     n_negatives: that many uniform draws from the ring, with replacement (IR: 4095); null: all of it (MoCo, Algorithm 1)."""
 
-    def __init__(self, epochs, labels=None, *, temperature: float = 0.07, inner: float = 0.01, outer: float = 0.10,
+    def __init__(self, epochs, labels=None, n_data=None, *, temperature: float = 0.07, inner: float = 0.01, outer: float = 0.10,
                  anneal_epochs: float | None = None, inner_relative: bool = False, n_negatives: int | None = None):
         super().__init__()
         if temperature <= 0:
@@ -30,6 +31,7 @@ class Ring(nn.Module):
             raise ValueError(f"inner {inner} and outer {outer} do not bound a ring; they are shares, 0 <= inner < outer <= 1")
         if n_negatives is not None and n_negatives < 1:
             raise ValueError(f"n_negatives is {n_negatives}; it must be above 0, or null for the whole ring")
+        more_than_there_are(n_negatives, n_data)
         if anneal_epochs is not None and anneal_epochs < 0:
             raise ValueError(f"anneal_epochs is {anneal_epochs}; it must be at least 0, or null for a third of training")
         if anneal_epochs is not None and anneal_epochs > epochs:

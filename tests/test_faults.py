@@ -8,7 +8,7 @@ import ctypes
 import functools
 import io
 import json
-import multiprocessing
+import multiprocessing.util
 import os
 import random
 import resource
@@ -176,6 +176,20 @@ def there(fifo):
 
 def disk_is_full(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def disk_is_small(size):
+    """runs/ is a tmpfs of `size` bytes, in a mount namespace of the process's own; what lies there at its end is copied to kept/."""
+    os.makedirs("runs")
+    libc, user, group = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
+    if libc.unshare(0x10000000 | 0x20000):                 # CLONE_NEWUSER, CLONE_NEWNS
+        raise OSError(ctypes.get_errno(), "no namespaces")
+    for file, text in (("uid_map", f"0 {user} 1"), ("setgroups", "deny"), ("gid_map", f"0 {group} 1")):
+        with open(f"/proc/self/{file}", "w") as f:
+            f.write(text)
+    if libc.mount(b"none", b"runs", b"tmpfs", 0, f"size={size}".encode()):
+        raise OSError(ctypes.get_errno(), "no tmpfs")
+    multiprocessing.util.Finalize(None, shutil.copytree, ("runs", "kept"), exitpriority=0)
 
 
 def rights_are_a_users():
@@ -474,6 +488,21 @@ def test_a_full_disk(size, file, undisturbed, images, tmp_path):
     whole, _ = undisturbed(*PAIRS["moco-ifnd"])
     sentence = refused(tmp_path, "full", images, *PAIRS["moco-ifnd"], fault=functools.partial(at, 1, 7, functools.partial(disk_is_full, size)))
     assert sentence == f"runs/full/{file} cannot be written: File too large; what was there before is as it was"
+    assert state(tmp_path, "full")["epoch"] == 1 and not os.path.exists(tmp_path / "runs" / "full" / "last.pt.part")
+    run(tmp_path, "full", images, *PAIRS["moco-ifnd"])
+    assert_equal(tmp_path, "full", whole)
+
+
+def test_a_disk_that_fills_up(undisturbed, images, tmp_path):
+    """A small tmpfs, with room for one checkpoint and not for the second beside it."""
+    if not shutil.which("unshare") or subprocess.run(["unshare", "--user", "--mount", "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("needs a Linux that lets users mount in a namespace")
+    whole, _ = undisturbed(*PAIRS["moco-ifnd"])
+    size = int(1.7 * os.path.getsize(whole / "runs" / "whole" / "last.pt")) + 100_000
+    sentence = refused(tmp_path, "full", images, *PAIRS["moco-ifnd"], fault=functools.partial(disk_is_small, size))
+    assert sentence == "runs/full/last.pt cannot be written: No space left on device; what was there before is as it was"
+    os.rmdir(tmp_path / "runs")
+    os.rename(tmp_path / "kept", tmp_path / "runs")
     assert state(tmp_path, "full")["epoch"] == 1 and not os.path.exists(tmp_path / "runs" / "full" / "last.pt.part")
     run(tmp_path, "full", images, *PAIRS["moco-ifnd"])
     assert_equal(tmp_path, "full", whole)

@@ -1,4 +1,5 @@
-"""Every method on every host, and methods together: two epochs on shapes, in one process and in two; ranks stay equal, resume is bit-exact."""
+"""Every method on every host, and methods together: two epochs on shapes, in one process and in two; ranks stay equal, resume is bit-exact, and labels
+do not reach the weights."""
 import json
 import os
 import subprocess
@@ -20,8 +21,10 @@ TOGETHER = {"moco-ifnd+ring+mochi": ["model.host=moco", "model.queue_size=64", f
 PAIRS = {f"{host}-{loss}": [f"model.host={host}", *of_host, f"loss.name={loss}", *of_loss, *(["loss.n_negatives=20"] if (host, loss) in DRAWS else [])]
          for host, of_host in HOSTS.items() for loss, of_loss in LOSSES.items()} | TOGETHER
 
+ORACLE = {"oracle": [*PAIRS["moco-mochi"], "loss.oracle=true"]}
+
 JOB = """
-    import copy, hashlib, json, os, shutil, sys
+    import copy, functools, hashlib, json, os, shutil, sys
     sys.path.insert(0, {root!r})
     import torch
     from engine import checkpoint, distributed
@@ -49,17 +52,26 @@ JOB = """
             h.update(repr(x).encode())
         return h.hexdigest()
 
-    def run(name, settings):
+    def run(name, settings, load=train_pretrain.load):
+        train_pretrain.load = load
         sys.argv = ["train_pretrain.py", *{tiny!r}, *settings, f"name={{name}}"]
         train_pretrain.main()
         return {{k: digest(v, hashlib.sha256()) for k, v in saved.items()}}
+
+    load = train_pretrain.load
+
+    @functools.wraps(load)                                 # whose settings are read from its signature
+    def shuffled(*given, **settings):
+        data = load(*given, **settings)
+        data.labels = data.labels[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))]
+        return data
 
     checkpoint.save = save
     found = {{}}
     for name, settings in {pairs!r}.items():
         whole = run(name, settings)
         distributed.barrier()
-        found[name] = distributed.gather_objects((whole, run(name + "-cut", settings)))
+        found[name] = distributed.gather_objects((whole, run(name + "-cut", settings, shuffled)))
     if distributed.is_main():
         json.dump(found, open("found.json", "w"))
 """
@@ -68,9 +80,10 @@ JOB = """
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
 def found(request, tmp_path_factory):
     """All pairs, whole and cut, in one job (two processes: every second, but with FULL=1). -> {pair: [(whole, resumed) of each rank]}, each a digest
-    a part of the state; and the folder."""
+    a part of the state; and the folder. What resumes has its labels shuffled."""
     folder = tmp_path_factory.mktemp(f"pairs{request.param}")
-    pairs = {pair: settings for i, (pair, settings) in enumerate(PAIRS.items()) if request.param == 1 or i % 2 == 0 or pair in TOGETHER or os.environ.get("FULL")}
+    pairs = {pair: settings for i, (pair, settings) in enumerate((PAIRS | ORACLE).items())
+             if request.param == 1 or i % 2 == 0 or pair in TOGETHER or os.environ.get("FULL")}
     (folder / "job.py").write_text(textwrap.dedent(JOB).format(root=ROOT, tiny=TINY, pairs=pairs))
     if request.param == 1:
         done = subprocess.run([sys.executable, "job.py"], cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -96,3 +109,13 @@ def test_trains_stays_equal_and_resumes_exactly(found, pair):
     assert [line["epoch"] for line in log] == [1, 2]
     assert all(v == v and abs(v) < 1e9 for line in log for k, v in line.items() if k != "hardware")
     assert abs(log[-1]["loss"] - log[0]["loss"]) > 1e-6 and log[-1]["spread"] > 0.01
+
+
+def test_labels_reach_the_weights_of_an_oracle_alone(found):
+    """Those which resumed had other labels; all but the oracle ended as if they had not, by the test above. The log's figures differ: labels are for these."""
+    found, folder = found
+    assert {pair for pair, ranks in found.items() if any(whole != resumed for whole, resumed in ranks)} == {"oracle"}
+    for pair in ("oracle", "moco-nce", "simclr-ring"):
+        logs = [json.loads((folder / "runs" / name / "log.jsonl").read_text().splitlines()[-1]) for name in (pair, f"{pair}-cut")]
+        assert logs[0].get("oracle") == (1 if pair == "oracle" else None)
+        assert pair == "oracle" or logs[0]["false negatives used %"] != logs[1]["false negatives used %"]
