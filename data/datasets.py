@@ -155,7 +155,7 @@ def load(part, seed, *, name: str, root: str = "datasets", split: str = "train",
 
     name: one of NAMES. root: where the data sets lie; for `folder`, the folder itself. split: of stl10, what to pre-train on: train (the
     5,000 labelled images, as the Ring code), unlabeled, train+unlabeled. limit: the first that many training images of a fixed shuffle by
-    `seed`, class-balanced where there are labels; test sets stay whole. cache: keep folders of images decoded in a file beside them, the shorter
+    `seed`, whatever their labels; test sets stay whole. cache: keep folders of images decoded in a file beside them, the shorter
     side at most that many pixels (data/cache.py: crops are then taken from these); null: decode them again in every epoch.
     on_error: an image file that cannot be read stops the run, which names it, before training where a look at its status tells; or skip: pre-training takes
     the next readable image of the folder in its place and says so after each epoch. Labelled parts, which evaluation goes over, always stop.
@@ -193,14 +193,14 @@ def load(part, seed, *, name: str, root: str = "datasets", split: str = "train",
     if limit is not None and (part == "pretrain" or part == "train" and split == "train"):
         if limit > len(dataset):
             raise SystemExit(f"data.limit is {limit}; {name} has {len(dataset)} images to choose from")
-        dataset = dataset.select(balanced(dataset.labels, len(dataset), limit, seed))
+        dataset = dataset.select(balanced(None, len(dataset), limit, seed))   # labels do not say what is trained on
     if isinstance(dataset, FolderSet):
         dataset.skip = on_error == "skip" and part == "pretrain"
     return dataset
 
 
 def balanced(labels, n, limit, seed):
-    """`limit` of n rows: a fixed shuffle, taken from each class in turn. -> (limit,) sorted rows."""
+    """`limit` of n rows: a fixed shuffle, taken from each class in turn if there are labels. -> (limit,) sorted rows."""
     order = np.random.default_rng(seed).permutation(n)
     if labels is not None:
         turn = np.empty(n, int)                            # a row's place among those of its class, in the shuffled order

@@ -1,6 +1,7 @@
 """Data sets, shapes and the loader."""
 import inspect
 import os
+import shutil
 import threading
 
 import numpy as np
@@ -91,8 +92,18 @@ def test_limit_is_balanced_fixed_and_nested(arrays):
 def test_folder_with_classes_and_parts(jpegs):
     train, test = load("pretrain", 0, name="folder", root=jpegs), load("test", 0, name="folder", root=jpegs)
     assert (len(train), len(test), train.classes) == (15, 6, ["a", "b", "c"]) and train.labels.bincount().tolist() == [5, 5, 5]
-    assert load("train", 0, name="folder", root=jpegs, limit=6).labels.bincount().tolist() == [2, 2, 2]
+    some = [load(part, 0, name="folder", root=jpegs, limit=6).files for part in ("pretrain", "train")]
+    assert some[0] == some[1] and len(some[0]) == 6
     assert train.decode(1).mode == "RGB"                   # the grey one
+
+
+def test_labels_do_not_say_which_images_a_limit_takes(jpegs, tmp_path):
+    """The same images without their classes, in the same order: the same ones are taken."""
+    whole = load("pretrain", 0, name="folder", root=jpegs)
+    for i, file in enumerate(whole.files):
+        shutil.copy(file, tmp_path / f"{i:02d}{os.path.splitext(file)[1]}")
+    taken = load("pretrain", 1, name="folder", root=jpegs, limit=7).files
+    assert [whole.files.index(file) for file in taken] == [int(os.path.basename(file)[:2]) for file in load("pretrain", 1, name="folder", root=str(tmp_path), limit=7).files]
 
 
 def test_flat_folder_has_no_labels(jpegs):
