@@ -1,7 +1,8 @@
 """Told to stop: SIGTERM (kill, torchrun, a time limit that is reached), SIGUSR1 (SLURM's warning before it: sbatch --signal=USR1@120).
 
-The run finishes its step, saves, and exits with 75, EX_TEMPFAIL: no success, so that `torchrun --max-restarts` restarts it, and no failure of
-the run either, so that a script can requeue it. torchrun passes SIGTERM on, and after 30 seconds (newer ones: --shutdown-timeout) SIGKILL.
+The run finishes its step, saves, and exits with 75, EX_TEMPFAIL: no success, so that `torchrun --max-restarts` starts it again where a worker alone
+was told, and no failure of the run either, so that a script can requeue it. torchrun itself, told, passes SIGTERM on, sends SIGKILL after 30 seconds
+(TORCH_ELASTIC_SHUTDOWN_TIMEOUT; newer ones: --shutdown-timeout), and ends with 1 whatever its workers say: see slurm/train.sbatch.
 """
 import os
 import signal
