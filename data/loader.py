@@ -15,6 +15,7 @@ from engine import distributed
 from .augment import Augment, one_by_one, pick, pil_transforms
 
 BILINEAR = Resampling.BILINEAR                             # PIL's, which antialiases
+HELD = 32                                                  # decoded images that a worker holds at once: of 12 million pixels they take a gigabyte
 
 
 def generator(*key):
@@ -173,17 +174,21 @@ class Reader(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitems__(self, step):
-        (index, drawn), broken = step, {}
+        (index, drawn), broken, views = step, {}, []
+        decode = (lambda i: self.dataset.instead(i, broken)) if getattr(self.dataset, "skip", False) else self.dataset.decode
+        cut = self.pil if self.backend == "pil" else self.crop
         try:
-            images = [self.dataset.instead(i, broken) if getattr(self.dataset, "skip", False) else self.dataset.decode(i) for i in index.tolist()]       # b of PIL's
+            for rows in torch.arange(len(index)).split(HELD):
+                u = pick(drawn, (torch.arange(self.views)[:, None] * len(index) + rows).flatten())             # views outermost
+                views.append(cut([decode(i) for i in index[rows].tolist()], u).unflatten(0, (self.views, -1)))
         except ValueError as error:                        # a message: an exception would arrive wrapped in the worker's traceback
             return torch.empty(0), index, {}, str(error), {}
-        views = (self.pil if self.backend == "pil" else self.crop)(images, drawn)      # (V b, 3, S, S) uint8
+        views = torch.cat(views, 1).flatten(0, 1)          # (V b, 3, S, S) uint8
         colours = {} if self.backend == "pil" else {k: v for k, v in drawn.items() if k != "crop"}
         return finish(self.augment, self.backend, views, colours) if self.whole else views, index, colours, None, broken
 
     def crop(self, images, u):
-        S, sizes = self.augment.size, torch.tensor([image.size for image in images]).repeat(self.views, 1)                   # (V b, 2) width, height
+        S, sizes = self.augment.size, torch.tensor([image.size for image in images]).repeat(self.views, 1)                   # (V n, 2) width, height
         box = self.augment.box(u, sizes[:, 1], sizes[:, 0])
         if "crop" in u:
             return one_by_one([pixels(image) for image in images] * self.views, box, S)

@@ -268,14 +268,19 @@ def readable(folder, name):
 
 @pytest.mark.parametrize("pair", SOME)
 def test_killed_at_random_moments_ends_as_if_undisturbed(pair, undisturbed, images, tmp_path):
+    """Whenever it comes to an end in spite of it, another run begins."""
     whole, seconds = undisturbed(*PAIRS[pair])
-    chance = random.Random(pair)
-    for _ in range(int(os.environ.get("KILLS", 1))):
+    chance, kills = random.Random(pair), 0
+    while kills < int(os.environ.get("KILLS", 1)):
         process = start(tmp_path, "cut", images, *PAIRS[pair])
         process.join(chance.uniform(0.1, 1) * seconds)     # a moment, not a synchronisation: any will do
         process.kill()
         process.join()
         readable(tmp_path, "cut")
+        kills += process.exitcode == -signal.SIGKILL
+        if process.exitcode == 0:
+            assert_equal(tmp_path, "cut", whole)
+            shutil.rmtree(tmp_path / "runs")
     run(tmp_path, "cut", images, *PAIRS[pair])
     assert_equal(tmp_path, "cut", whole)
 

@@ -3,6 +3,7 @@ import inspect
 import os
 import shutil
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torchvision
 from PIL import Image
 
+import data.loader as data_loader
 from data.datasets import NAMES, TORCHVISION, ArraySet, balanced, load
 from data.loader import Loader, ahead, in_order
 from data.shapes import CLASSES, distance, shapes
@@ -95,6 +97,28 @@ def test_folder_with_classes_and_parts(jpegs):
     some = [load(part, 0, name="folder", root=jpegs, limit=6).files for part in ("pretrain", "train")]
     assert some[0] == some[1] and len(some[0]) == 6
     assert train.decode(1).mode == "RGB"                   # the grey one
+
+
+def test_a_worker_holds_few_decoded_images_at_once(jpegs, monkeypatch):
+    """Of a batch of 45, whose views are those of a worker that held them all."""
+    data = load("pretrain", 0, name="folder", root=jpegs)
+    data.files, held, most, decode = data.files * 3, [], [], data.decode
+
+    def counted(i):
+        image = decode(i)
+        held.append(weakref.ref(image))
+        most.append(sum(one() is not None for one in held))
+        return image
+    monkeypatch.setattr(data, "decode", counted)
+    seen = []
+    for n in (100, 7):
+        monkeypatch.setattr(data_loader, "HELD", n)
+        for settings in ({"augment": "moco_v2"}, {"augment_backend": "pil"}):
+            views, index = next(loader(data, batch_size=45, n_views=3, **settings).epoch(1))
+            seen.append((torch.stack(views), index))
+        assert max(most) == min(n, 45)
+        held.clear(), most.clear()
+    assert all(torch.equal(a, b) for whole, parts in zip(seen[:2], seen[2:]) for a, b in zip(whole, parts))
 
 
 def test_labels_do_not_say_which_images_a_limit_takes(jpegs, tmp_path):
