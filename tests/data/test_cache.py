@@ -205,7 +205,7 @@ def test_building_leaves_the_random_state_alone(jpegs, monkeypatch, workers):
 
 
 def test_two_processes_build_once_and_read_the_same(jpegs, tmp_path):
-    """The first builds slowly; the second, as if on another node, waits for it, not for the stale index that lies there. A set that comes pickled, as to a worker
+    """The first begins when the second, as if on another node, waits for it, not for the stale index that lies there. A set that comes pickled, as to a worker
     that was not forked, opens a map of its own."""
     load("train", 0, name="folder", root=jpegs, cache=24)
     Image.new("RGB", (41, 45), (200, 0, 0)).save(os.path.join(jpegs, "train", "b", "3.jpg"))
@@ -213,18 +213,20 @@ def test_two_processes_build_once_and_read_the_same(jpegs, tmp_path):
     assert len(pickled := pickle.dumps(test)) < 3000       # no pixels
     (tmp_path / "test.pkl").write_bytes(pickled)
     (tmp_path / "job.py").write_text(textwrap.dedent(f"""
-        import pickle, time, numpy as np, torch
+        import pickle, numpy as np, torch
         from data import cache
         from data.datasets import load
         from engine import distributed
         distributed.start()
-        builds, write = [], cache.write
-        cache.write = lambda *a: builds.append(1) or time.sleep(0.5) or write(*a)
+        builds, told, write, sleep = [], [], cache.write, cache.time.sleep
+        cache.write = lambda *a: open("fifo").close() or builds.append(1) or write(*a)
+        cache.time.sleep = lambda s: sleep(s) if told else told.append(open("fifo", "w").close())      # how the second waits
         images = lambda data: [torch.from_numpy(np.array(data.decode(i))) for i in range(len(data))]
         data = load("train", 0, name="folder", root={jpegs!r}, cache=24)
         torch.save((len(builds), images(data), images(pickle.load(open("test.pkl", "rb")))), f"saw{{distributed.rank()}}.pt")
         distributed.stop()
     """))
+    os.mkfifo(tmp_path / "fifo")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
