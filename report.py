@@ -3,6 +3,7 @@
     python report.py                                           all of runs/
     python report.py runs /data/runs runs/one                  folders of runs, or single runs
     python report.py --markdown report.md --png curves.png     the tables and the curves as files, too
+    python report.py --own own.png                             what the methods log of themselves: thresholds, hardness, false negatives
 
 The files in yaml/ lay out the tables: each with a `paper` is one cell, (table, row, column), with the reported figure and that figure's source. A run is of
 the cell that its own config.yaml names, and `paper.figure` says which of its figures counts: `linear top-1` unless set, `linear knn`, `finetune top-1`,
@@ -24,6 +25,10 @@ FREE = ("name", "seed", "paper", "data.root", "data.workers", "knn.every", "line
 EVALUATIONS = ("linear", "finetune", "detect", "svm")      # <this>.jsonl in a run's folder; svm is the `linear` section's
 EARLY = "; before the end, "                               # what a protocol is followed by if something was not finished
 ELSEWHERE = "evaluated on "                                # what a protocol begins with if that is another data set than the encoder's own
+OWN = {                                                    # what of the log belongs in one panel, by the words before a comma
+    "similarity to the query": ("inner threshold", "outer threshold", "hardest", "nearest N", "mixed", "query mixed"),
+    "of the query's own class, %": ("false negatives used %", "false negatives left out %", "false mixed %", "false query mixed %"),
+    "pairs of one cluster, %": ("accepted %", "precision %", "recall %"), "Var(q k)": ("Var(q k)",)}
 HOSTS = ("ir", "cmc", "moco", "simclr")                    # the papers' order of rows
 
 
@@ -49,6 +54,7 @@ def main():
     parser.add_argument("--yaml", metavar="FOLDER", default="yaml", help="the files that lay out the tables")
     parser.add_argument("--markdown", metavar="FILE", help="write the tables there as well")
     parser.add_argument("--png", metavar="FILE", help="draw the curves there")
+    parser.add_argument("--own", metavar="FILE", help="draw there what each method logs of itself")
     args = parser.parse_args()
     for folder in args.folders:
         if not os.path.isdir(folder):
@@ -73,6 +79,8 @@ def main():
             f.write("\n\n".join([as_markdown(table) for table in tables] + left_out) + "\n")
     if args.png:
         draw(runs, args.png)
+    if args.own:
+        draw_own(runs, args.own)
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -323,17 +331,18 @@ def ours_of(runs, what, file, cfg, notes):
 def other_runs(runs):
     """Runs of no paper's cell, a row for those that differ by their seed alone."""
     notes, rows, first = [], [], {}
-    for group in alike([(run, None) for run in runs], FREE):
-        group = [run for run, _ in group]
+    groups = [[run for run, _ in group] for group in alike([(run, None) for run in runs], FREE)]
+    for group in groups:
         cfg, epochs = group[0].cfg, ", ".join(unfinished(group[0])).removesuffix(" epochs done") or str(group[0].done)
         shown = [cfg["model"]["host"], losses(cfg), data(cfg), epochs]
         names = ", ".join(run.label for run in group)
         twin = first.setdefault(tuple(shown), group[0])
         if twin is not group[0]:                           # the columns do not tell the two apart: say what does
             names += " " + mark(notes, f"beside {twin.label}: {'; '.join(differences(twin.cfg, cfg))}")
-        rows.append([names, *shown, *(figure(group, what, notes, untrained) for what in ("knn", "linear top-1") for untrained in (True, False)), str(len(group))])
+        rows.append([names, *shown, *(figure(group, what, notes, untrained) for what in ("knn", "linear top-1") for untrained in (True, False)),
+                     gain(group, groups, "linear top-1", notes), str(len(group))])
     return Table("Other runs", [*(("", word) for word in ("run", "host", "loss", "data", "epochs")), ("kNN", "untrained"), ("kNN", "trained"),
-                                ("linear top-1", "untrained"), ("linear top-1", "trained"), ("", "n")], rows, notes)
+                                ("linear top-1", "untrained"), ("linear top-1", "trained"), ("linear top-1", "- nce"), ("", "n")], rows, notes)
 
 
 def figure(runs, what, notes, untrained):
@@ -345,6 +354,21 @@ def figure(runs, what, notes, untrained):
         note = "" if untrained else " " + mark(notes, group[0][1])                     # the baseline's is its neighbour's
         words.append(spread([value for *_, value in group]) + fewer + note)
     return " / ".join(words)
+
+
+def gain(runs, groups, what, notes):
+    """By how much a group is above plain InfoNCE on the same host, data and optimizer: the mean ± deviation of the differences of equal seeds. Seeds have
+    their own images and weights, so that these spread less than the figures. A baseline of as many epochs goes before one of others."""
+    cfg, last = runs[0].cfg, lambda run: list(measured(run, what).values())[-1:]
+    base = [other for other in groups if other is not runs and losses(other[0].cfg) == "nce" and losses(cfg) != "nce"
+            and other[0].cfg["model"]["host"] == cfg["model"]["host"] and not config.difference(
+                {k: other[0].cfg[k] for k in ("data", "optim")}, {k: cfg[k] for k in ("data", "optim")}, [*FREE, "optim.epochs"])]
+    base = min(base, key=lambda other: abs(other[0].done - runs[0].done), default=[])
+    pairs = [a - b for run in runs for other in base if run.cfg["seed"] == other.cfg["seed"] for a in last(run) for b in last(other)]
+    if not pairs:
+        return ""
+    beside = f" {mark(notes, f'beside {base[0].done} epochs')}" if base[0].done != runs[0].done else ""
+    return f"{mean(pairs):+.1f}" + (f" ± {stdev(pairs):.1f}" if len(pairs) > 1 else "") + beside
 
 
 def other_evaluations(runs, strangers):
@@ -476,6 +500,37 @@ def draw(runs, path):
         legend.axis("off")
         legend.legend(*loss_axis.get_legend_handles_labels(), loc="center left", fontsize=9, frameon=False, borderaxespad=0)
     page.savefig(path, dpi=100, metadata={"Software": None})                         # None: the same runs give the same bytes
+
+
+def draw_own(runs, path):
+    """A panel for each method and family of OWN: mean over the seeds, and a band of one standard deviation."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SystemExit("--own wants matplotlib; pip install -r requirements-dev.txt")
+    panels = []                                            # (title, family, {key: curve})
+    for group in alike([(run, None) for run in runs if not run.weights and any("loss" in line for line in run.log)], FREE):
+        group = [run for run, _ in group]
+        for family, names in OWN.items():
+            keys = dict.fromkeys(key for line in group[0].log for key in line if key.split(",")[0] in names)
+            curves = {key: found for key in keys if any((found := curve(group, key))[1])}
+            if len(curves) > (family.startswith("of the query's")):                      # a lone share of false negatives is the classes' own
+                panels.append((method(group[0].cfg) + (f", {group[0].done} epochs" if unfinished(group[0]) else ""), family, curves))
+    if not panels:
+        raise SystemExit(f"no run logs anything of its own to draw in {path}; train one with ring, mochi, jcl or ifnd")
+    page = Figure(figsize=(12, 3.2 * -(-len(panels) // 3)), layout="constrained")
+    axes = page.subplots(-(-len(panels) // 3), 3, squeeze=False).flatten()
+    for axis, (title, family, curves) in zip(axes, panels):
+        for key, (x, middle, low, high) in curves.items():
+            axis.plot(x, middle, label=key.removesuffix(" %"), linewidth=1.4)
+            axis.fill_between(x, low, high, alpha=0.2, linewidth=0)
+        axis.set(title=title, xlabel="epoch", ylabel=family)
+        axis.legend(fontsize=7, frameon=False)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[len(panels):]:
+        axis.axis("off")
+    page.savefig(path, dpi=100, metadata={"Software": None})
 
 
 def curve(runs, key):

@@ -301,6 +301,44 @@ def test_single_runs_several_folders_and_order(out):
     assert "10.0 (n 1)" in out("runs/a10") and "9.5 ± 0.7 (n 2)" in out("runs/a10", "runs/a9")
 
 
+def own_file():
+    with open("yaml/own.yaml", "w") as f:
+        yaml.safe_dump(ROW, f)
+
+
+def test_a_gain_is_of_equal_seeds(out):
+    """Differences of seeds that both have: 1 and 3, not the difference of the means, which would be of other images. Other lr: no baseline."""
+    own_file()
+    for name, seed, loss, figure in (("a0", 0, "nce", 50.0), ("a1", 1, "nce", 40.0), ("a2", 2, "nce", 10.0), ("b0", 0, "ring", 51.0), ("b1", 1, "ring", 43.0)):
+        train("own", name, f"seed={seed}", f"loss.name={loss}", linear=figure)
+    train("own", "long", "optim.epochs=6", "loss.name=jcl", linear=49.0)
+    train("own", "other", "optim.lr=0.2", "loss.name=ring", linear=70.0)
+    train("own", "moco", "model.host=moco", "loss.name=ring", linear=70.0)
+    text = out()
+    assert "+2.0 ± 1.4  2" in next(line for line in text.splitlines() if line.startswith("b0, b1 "))
+    line, = (line for line in text.splitlines() if line.startswith("long "))
+    note = line.split("-1.0 ")[1].split()[0]
+    assert f"{note} beside 4 epochs" in text
+    assert [line.count("+") for line in text.splitlines() if line.startswith(("a0", "other", "moco"))] == [0, 0, 0]
+
+
+def test_what_methods_log_of_themselves(out, capsys):
+    pytest.importorskip("matplotlib")
+    own_file()
+    train("own", "a")
+    with pytest.raises(SystemExit, match="no run logs anything of its own to draw in own.png"):
+        out("--own", "own.png")
+    for seed in (0, 1):
+        train("own", f"r{seed}", f"seed={seed}", "loss.name=ring", done=0)
+        write(f"r{seed}", "log", *({"epoch": e, "loss": 1.0, "inner threshold": 0.5 + seed, "outer threshold": 0.2, "false negatives used %": 10.0 + e,
+                                    "false negatives left out %": 9.0} for e in range(1, 5)))
+    out("--own", "own.png"), out("--own", "again.png")
+    with open("own.png", "rb") as a, open("again.png", "rb") as b:
+        assert a.read() == b.read()
+    with Image.open("own.png") as image:
+        assert image.size == (1200, 320) and len(image.convert("RGB").getcolors(10 ** 6)) > 50
+
+
 def test_markdown(out):
     row_file("ir", "ir", "IR | bank", "CIFAR-10", reported=80.5, source="somebody")
     train("ir", "a", linear=50.0)
