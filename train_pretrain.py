@@ -25,6 +25,7 @@ from engine import checkpoint, config, distributed, signals
 from engine.distributed import say
 from engine.features import KNN, embeddings
 from engine.log import Log, lines
+from engine.place import Place
 from engine.schedule import Schedule, sgd
 from losses.together import Together
 from models.resnet import Encoder
@@ -87,7 +88,7 @@ def main():
     torch.manual_seed(cfg["seed"] + 2 ** 20 * distributed.rank())
 
     # ------------------------------------------------------------------------------------------------ where it stands
-    last, place = os.path.join(folder, "last.pt"), checkpoint.Place(len(pretrain), pretrain.fingerprint(), encoder, host)
+    last, place = os.path.join(folder, "last.pt"), Place(len(pretrain), pretrain.fingerprint(), encoder, host)
     state = dict(place=place, encoder=encoder, host=host, loss=loss_fn, optimizer=optimizer, scaler=scaler)
     again = any(os.environ.get(f"{who}_RESTART_COUNT", "0") != "0" for who in ("TORCHELASTIC", "SLURM"))             # they use the same line, --fresh and all
     resumed = (again or not args.fresh) and checkpoint.exists(last)
@@ -117,10 +118,11 @@ def main():
             log.write(0, figures)
 
     def diverged(epoch, first, step, total, fine):
-        good, value = min(distributed.gather_objects((int(fine), total["loss"].item())))
-        what, step = (f"the loss is {value}", first + good) if first + good <= step else ("a weight is not finite", step)
-        distributed.agree(f"{what} at epoch {epoch + 1}, step {step + 1} of {steps}; " + (f"{last} holds the state after {there(*saved)}" if saved else
-                          "nothing was saved yet") + "; try a lower optim.lr, with --fresh or another name=...")
+        good, value = min(distributed.gather_objects((int(fine), total["loss"].item())))       # of the process that lost it first
+        lost = first + good
+        what = f"the loss is {value}" if lost <= step else "a weight is not finite"
+        kept = f"{last} holds the state after {there(*saved)}" if saved else "nothing was saved yet"
+        distributed.agree(f"{what} at epoch {epoch + 1}, step {min(lost, step) + 1} of {steps}; {kept}; try a lower optim.lr, with --fresh or another name=...")
 
     def leave(epoch, step):
         say(f"told to stop: {last} holds the state after {there(epoch, step)}, and the same line goes on from there")

@@ -13,6 +13,7 @@ from data.shapes import shapes
 from engine import checkpoint
 from engine.features import KNN, extract, knn
 from engine.log import Log, lines
+from engine.place import Place
 from engine.schedule import Schedule, sgd
 from models.resnet import Encoder
 
@@ -118,7 +119,7 @@ def test_a_file_with_a_checksum_is_a_zip_like_others(tmp_path):
 def test_a_place_of_other_processes_becomes_their_mean(tmp_path):
     """Two processes were stopped, and one goes on."""
     net = nn.BatchNorm1d(2)
-    place = checkpoint.Place(10, "a", net)
+    place = Place(10, "a", net)
     assert place.take() == (0, 0.0, 0.0, {})               # as at every epoch's start
     place.load_state_dict({"images": 10, "step": 3, "seconds": 2.0, "wait": 1.0, "own": [
         {"total": {"loss": torch.tensor(1.0 + r), "K": 5.0}, "running": {0: torch.full((2,), float(r)), 1: torch.ones(2)}} for r in (0, 1)]})
