@@ -29,9 +29,9 @@ class Contrast(NamedTuple):
 
 
 def serves(contrast, queries=None):
-    """(N, K) bool: which candidates may serve; of the first so many queries."""
+    """(N, K) bool: which candidates may serve; of the first so many queries. (In a list of losses, after IFND: (L, N, K).)"""
     if contrast.mask is not None:
-        return contrast.mask[:queries]
+        return contrast.mask[..., :queries, :]
     every = torch.ones(len(contrast.query[:queries]), len(contrast.negative), dtype=torch.bool, device=contrast.query.device)
     return every if contrast.own is None else every.scatter_(1, contrast.own[:queries, None], False)
 

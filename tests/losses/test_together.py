@@ -56,6 +56,24 @@ def test_ifnd_then_ring_then_mochi(masked):
     assert {"K", "ifnd: removed %", "ring: outer threshold", "mochi: mixed"} <= set(figures)
 
 
+@pytest.mark.parametrize("masked", [False, True, "own"])
+@pytest.mark.parametrize("names", ["nce", "ring", "mochi", "jcl", "ifnd", "attract", "ifnd+ring", "ifnd+ring+mochi", "ifnd+jcl", "ring+attract", "ring+jcl",
+                                   "ifnd+ring+jcl"])
+def test_a_batch_is_its_parts(names, masked):
+    """Of more queries than the log's figures look at (32): the mean of the halves, value and gradient. MoCHi, which draws, may differ by as much."""
+    c = contrast(N=40, M=3, masked=masked, n_data=N_DATA)
+    parts = {"nce": NCE(temperature=T), "ring": make_ring(), "jcl": JCL(epochs=10, temperature=T, lam=1.0), "ifnd": clustered(temperature=T),
+             "attract": clustered(temperature=T, mode="attract"), "mochi": MoCHi(temperature=T, hardest=9, mixed=700, query_mixed=400, warmup_epochs=0)}
+    loss_fn = Together([parts[name] for name in names.split("+")]) if "+" in names else parts[names]
+    of_queries = ("query", "positive", "index", "mask", "own")
+    halves = [loss_fn(c._replace(**{k: getattr(c, k)[i:i + 20] for k in of_queries if getattr(c, k) is not None}), 3.0) for i in (0, 20)]
+    loss, figures = loss_fn(c, 3.0)
+    expected, close = (halves[0][0] + halves[1][0]) / 2, 0.02 if "mochi" in names else 1e-6
+    assert loss.item() == pytest.approx(expected.item(), rel=close) and figures.keys() == halves[0][1].keys()
+    a, b = (torch.autograd.grad(x, c.query)[0] for x in (loss, expected))
+    assert (a - b).norm() < 10 * close * b.norm()
+
+
 def test_order_matters_among_those_that_choose():
     """The ring of what IFND leaves is another than what IFND leaves of the ring."""
     c = contrast(n_data=N_DATA)
