@@ -59,9 +59,9 @@ def test_no_row_is_missing_and_no_two_are_one_cell():
 
 
 def tiny(path):
-    """The row's own settings, on 16 images of 16 pixels and a network of width 4."""
+    """The row's own settings, on 40 images of 16 pixels, a network of width 4, and more queries than the log looks at."""
     cfg = config.load(path)
-    overrides = ["data.name=shapes", "data.split=train", "data.limit=16", "data.image_size=16", "model.width=4", "model.precision=fp32", "optim.batch_size=8", "model.bn_splits=1"]
+    overrides = ["data.name=shapes", "data.split=train", "data.limit=40", "data.image_size=16", "model.width=4", "model.precision=fp32", "optim.batch_size=36", "model.bn_splits=1"]
     if cfg["model"]["host"] == "moco":
         overrides.append("model.queue_size=32")
     several = cfg["loss"] if isinstance(cfg["loss"], list) else [cfg["loss"]]
@@ -93,11 +93,11 @@ def test_it_takes_a_step(path):
     several = cfg["loss"] if isinstance(cfg["loss"], list) else [cfg["loss"]]
     losses = [config.build(config.chosen(one, "loss"), one, path, epochs=schedule.epochs, n_data=len(data), n_keys=host.n_keys, labels=data.labels) for one in several]
     loss_fn = losses[0] if len(losses) == 1 else Together(losses)
-    loader = config.build(Loader, cfg["data"], path, dataset=data, batch_size=8, n_views=host.n_views, seed=0, device=device)
+    loader = config.build(Loader, cfg["data"], path, dataset=data, batch_size=36, n_views=host.n_views, seed=0, device=device)
     now = schedule.epochs // 2
     if hasattr(loss_fn, "before_epoch"):
         one = next(l for l in losses if hasattr(l, "reassign_every"))
-        loss_fn.before_epoch(now // one.reassign_every * one.reassign_every, lambda: torch.nn.functional.normalize(torch.randn(16, encoder.dim), dim=1))
+        loss_fn.before_epoch(now // one.reassign_every * one.reassign_every, lambda: torch.nn.functional.normalize(torch.randn(40, encoder.dim), dim=1))
     before = [p.clone() for p in encoder.parameters()]
     optimizer = config.build(sgd, cfg["optim"], path, parameters=encoder.parameters(), lr=schedule(now))
     views, index = next(iter(loader.epoch(0)))
