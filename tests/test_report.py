@@ -257,8 +257,8 @@ def test_other_runs(out):
     text = out()
     other = text[text.index("Other runs"):]
     assert line_of(other, "x_0, x_1") == ["x_0, x_1", "moco", "ifnd + ring", "cifar10, 500 images, 32 px", "4", "10.0 ± 0.0", "45.0 ± 1.4 [1]", "30.0 ± 0.0",
-                                          "50.5 ± 0.7 [2]", "2"]
-    assert line_of(other, "y") == ["y", "moco", "ifnd + ring", "cifar10, 500 images, 32 px", "3 of 4", "1"]
+                                          "50.5 ± 0.7 [2]", "2", "2 min on a toy"]
+    assert line_of(other, "y") == ["y", "moco", "ifnd + ring", "cifar10, 500 images, 32 px", "3 of 4", "1", "2 min on a toy"]
     assert line_of(text, "IR") == ["IR"]                   # not touched
 
 
