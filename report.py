@@ -339,10 +339,10 @@ def other_runs(runs):
         twin = first.setdefault(tuple(shown), group[0])
         if twin is not group[0]:                           # the columns do not tell the two apart: say what does
             names += " " + mark(notes, f"beside {twin.label}: {'; '.join(differences(twin.cfg, cfg))}")
-        rows.append([names, *shown, *(figure(group, what, notes, untrained) for what in ("knn", "linear top-1") for untrained in (True, False)),
-                     gain(group, groups, "linear top-1", notes), str(len(group)), effort(group).split(", ", 1)[1] if group[0].done else ""])
-    return Table("Other runs", [*(("", word) for word in ("run", "host", "loss", "data", "epochs")), ("kNN", "untrained"), ("kNN", "trained"),
-                                ("linear top-1", "untrained"), ("linear top-1", "trained"), ("linear top-1", "- nce"), ("", "n"), ("", "time a run")], rows, notes)
+        rows.append([names, *shown, *(word for what in ("knn", "linear top-1") for word in (
+                         figure(group, what, notes, True), figure(group, what, notes, False), gain(group, groups, what, notes))), str(len(group)), effort(group).split(", ", 1)[1] if group[0].done else ""])
+    return Table("Other runs", [*(("", word) for word in ("run", "host", "loss", "data", "epochs")),
+                                *((what, word) for what in ("kNN", "linear top-1") for word in ("untrained", "trained", "- nce")), ("", "n"), ("", "time a run")], rows, notes)
 
 
 def figure(runs, what, notes, untrained):
