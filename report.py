@@ -509,13 +509,13 @@ def draw_own(runs, path):
     except ImportError:
         raise SystemExit("--own wants matplotlib; pip install -r requirements-dev.txt")
     panels = []                                            # (title, family, {key: curve})
-    for group in alike([(run, None) for run in runs if not run.weights and any("loss" in line for line in run.log)], FREE):
+    for group in alike([(run, None) for run in runs if not run.weights and any("loss" in line for line in run.log) and losses(run.cfg) != "nce"], FREE):
         group = [run for run, _ in group]
         for family, names in OWN.items():
             keys = dict.fromkeys(key for line in group[0].log for key in line if key.split(",")[0] in names)
             curves = {key: found for key in keys if any((found := curve(group, key))[1])}
-            if len(curves) > (family.startswith("of the query's")):                      # a lone share of false negatives is the classes' own
-                panels.append((method(group[0].cfg) + (f", {group[0].done} epochs" if unfinished(group[0]) else ""), family, curves))
+            if len(curves) > family.startswith("of the query's"):                        # a lone share of false negatives is the classes' own
+                panels.append((f"{method(group[0].cfg)}, {group[0].done} epochs", family, curves))
     if not panels:
         raise SystemExit(f"no run logs anything of its own to draw in {path}; train one with ring, mochi, jcl or ifnd")
     page = Figure(figsize=(12, 3.2 * -(-len(panels) // 3)), layout="constrained")
