@@ -236,6 +236,11 @@ def alike(items, ignore):
     return groups
 
 
+def by_seed(runs):
+    """Groups of runs that differ by their seed alone."""
+    return [[run for run, _ in group] for group in alike([(run, None) for run in runs], FREE)]
+
+
 def differences(old, new, ignore=FREE):
     """All settings that differ, as words: ["optim.epochs was 300 and is 10"]"""
     found, ignore = [], [*ignore]
@@ -323,7 +328,8 @@ def ours_of(runs, what, file, cfg, notes):
         differs += [f"evaluated before the end, {protocol.split(EARLY)[1]}"] if EARLY in protocol else []
         seeds = {r.cfg["seed"]: (r, value) for r, _, value in group}                   # a seed evaluated twice is one seed
         warning(notes, differs)                            # before the figure's own, as it stands to the left
-        note = f"{', '.join(r.label for r, _ in seeds.values())}: {what} after {effort([r for r, _ in seeds.values()])}; protocol {mark(notes, protocol)}{oracle(*several(run.cfg))}"
+        note = f"{', '.join(r.label for r, _ in seeds.values())}: {what} after {effort([r for r, _ in seeds.values()])}; protocol {mark(notes, protocol)}"
+        note += oracle(*config.several(run.cfg["loss"]))
         found.append((differs, f"{spread([value for _, value in seeds.values()])} (n {len(seeds)}) {mark(notes, note)}"))
     return found
 
@@ -331,7 +337,7 @@ def ours_of(runs, what, file, cfg, notes):
 def other_runs(runs):
     """Runs of no paper's cell, a row for those that differ by their seed alone."""
     notes, rows, first = [], [], {}
-    groups = [[run for run, _ in group] for group in alike([(run, None) for run in runs], FREE)]
+    groups = by_seed(runs)
     for group in groups:
         cfg, epochs = group[0].cfg, ", ".join(unfinished(group[0])).removesuffix(" epochs done") or str(group[0].done)
         shown = [cfg["model"]["host"], losses(cfg), data(cfg), epochs]
@@ -339,8 +345,10 @@ def other_runs(runs):
         twin = first.setdefault(tuple(shown), group[0])
         if twin is not group[0]:                           # the columns do not tell the two apart: say what does
             names += " " + mark(notes, f"beside {twin.label}: {'; '.join(differences(twin.cfg, cfg))}")
-        rows.append([names, *shown, *(word for what in ("knn", "linear top-1") for word in (
-                         figure(group, what, notes, True), figure(group, what, notes, False), gain(group, groups, what, notes))), str(len(group)), effort(group).split(", ", 1)[1] if group[0].done else ""])
+        row = [names, *shown]
+        for what in ("knn", "linear top-1"):
+            row += [figure(group, what, notes, True), figure(group, what, notes, False), gain(group, groups, what, notes)]
+        rows.append([*row, str(len(group)), effort(group).split(", ", 1)[1] if group[0].done else ""])
     return Table("Other runs", [*(("", word) for word in ("run", "host", "loss", "data", "epochs")),
                                 *((what, word) for what in ("kNN", "linear top-1") for word in ("untrained", "trained", "- nce")), ("", "n"), ("", "time a run")], rows, notes)
 
@@ -359,10 +367,12 @@ def figure(runs, what, notes, untrained):
 def gain(runs, groups, what, notes):
     """By how much a group is above plain InfoNCE on the same host, data and optimizer: the mean ± deviation of the differences of equal seeds. Seeds have
     their own images and weights, so that these spread less than the figures. A baseline of as many epochs goes before one of others."""
-    cfg, last = runs[0].cfg, lambda run: list(measured(run, what).values())[-1:]
-    base = [other for other in groups if other is not runs and losses(other[0].cfg) == "nce" and losses(cfg) != "nce"
-            and other[0].cfg["model"]["host"] == cfg["model"]["host"] and not config.difference(
-                {k: other[0].cfg[k] for k in ("data", "optim")}, {k: cfg[k] for k in ("data", "optim")}, [*FREE, "optim.epochs"])]
+    if losses(runs[0].cfg) == "nce":
+        return ""
+    last = lambda run: list(measured(run, what).values())[-1:]
+    shared = lambda cfg: {"host": cfg["model"]["host"], "data": cfg["data"], "optim": cfg["optim"]}
+    base = [other for other in groups if losses(other[0].cfg) == "nce"
+            and not config.difference(shared(other[0].cfg), shared(runs[0].cfg), [*FREE, "optim.epochs"])]
     base = min(base, key=lambda other: abs(other[0].done - runs[0].done), default=[])
     pairs = [a - b for run in runs for other in base if run.cfg["seed"] == other.cfg["seed"] for a in last(run) for b in last(other)]
     if not pairs:
@@ -374,8 +384,8 @@ def gain(runs, groups, what, notes):
 def other_evaluations(runs, strangers):
     """What no table above shows of linear.jsonl and its like: other protocols, transfer, weights from elsewhere."""
     notes, found = [], {}                                  # {(of whom, evaluation, protocol): {seed: (label, figures)}}
-    for group in alike([(run, None) for run in runs], FREE) + [[(run, None)] for run in strangers]:
-        for run, _ in group:
+    for group in by_seed(runs) + [[run] for run in strangers]:
+        for run in group:
             for stem in EVALUATIONS:
                 for (weights, protocol, seed), line in evaluations(run, stem).items():
                     if run.weights and weights != run.weights:
@@ -388,7 +398,7 @@ def other_evaluations(runs, strangers):
                         label = f"{run.label} of {weights}"
                         found.setdefault((label, stem, protocol), {})[seed] = label, figures_of(line, run.cfg["name"])
                     elif not shown:
-                        found.setdefault((group[0][0].label, stem, protocol), {})[run.cfg["seed"]] = run.label, figures_of(line, run.cfg["name"])
+                        found.setdefault((group[0].label, stem, protocol), {})[run.cfg["seed"]] = run.label, figures_of(line, run.cfg["name"])
     rows = []
     for (_, stem, protocol), seeds in found.items():
         labels, figures = dict.fromkeys(label for label, _ in seeds.values()), [figures for _, figures in seeds.values()]
@@ -424,11 +434,7 @@ def effort(runs):
 
 
 def losses(cfg):
-    return " + ".join(one["name"] + oracle(one) for one in several(cfg))
-
-
-def several(cfg):
-    return cfg["loss"] if isinstance(cfg["loss"], list) else [cfg["loss"]]
+    return " + ".join(one["name"] + oracle(one) for one in config.several(cfg["loss"]))
 
 
 def oracle(*losses):
@@ -462,15 +468,11 @@ def draw(runs, path):
 
     A row of panels for each data set and kNN setting: curves of different ones do not compare.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SystemExit("--png wants matplotlib; pip install -r requirements-dev.txt")
+    Figure, colormaps = matplotlib("--png")
     panels = {}                                            # {(data, kNN): [group of runs]}
-    for group in alike([(run, None) for run in runs if not run.weights and any("loss" in line for line in run.log)], FREE):
-        k = group[0][0].cfg["knn"]
-        panels.setdefault((data(group[0][0].cfg), f"k {k['k']}, T {k['temperature']:g}, {k['feature']}"), []).append([run for run, _ in group])
+    for group in trained(runs):
+        k = group[0].cfg["knn"]
+        panels.setdefault((data(group[0].cfg), f"k {k['k']}, T {k['temperature']:g}, {k['feature']}"), []).append(group)
     if not panels:
         raise SystemExit(f"no run has a log.jsonl with a loss to draw in {path}; train first, or leave --png out")
 
@@ -486,17 +488,15 @@ def draw(runs, path):
             label += f", n {len(group)}" if len(group) > 1 else ""
             label += "".join(f", {words.removesuffix(' done')}" for words in unfinished(group[0]))
             for axis, key in ((knn_axis, "knn"), (loss_axis, "loss")):
-                x, middle, low, high = curve(group, key)
-                axis.plot(x, middle, color=colour, label=label, linewidth=1.6, marker="o" if len(x) < 15 else "", markersize=3)
-                axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+                found = curve(group, key)
+                band(axis, found, color=colour, label=label, linewidth=1.6, marker="o" if len(found[0]) < 15 else "", markersize=3)
             x, chance, *_ = curve(group, "chance")
             loss_axis.plot(x, chance, color=colour, linewidth=1, linestyle=":")
         knn_axis.set(title=what, xlabel="epoch", ylabel=f"kNN top-1, %  ({knn})")
         loss_axis.set(title=what, xlabel="epoch", ylabel="loss  (dotted: chance)")
         for axis in (knn_axis, loss_axis):
-            axis.grid(alpha=0.3)
             axis.locator_params(axis="x", integer=True)
-            axis.spines[["top", "right"]].set_visible(False)
+            plain(axis)
         legend.axis("off")
         legend.legend(*loss_axis.get_legend_handles_labels(), loc="center left", fontsize=9, frameon=False, borderaxespad=0)
     page.savefig(path, dpi=100, metadata={"Software": None})                         # None: the same runs give the same bytes
@@ -504,13 +504,9 @@ def draw(runs, path):
 
 def draw_own(runs, path):
     """A panel for each method and family of OWN: mean over the seeds, and a band of one standard deviation."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SystemExit("--own wants matplotlib; pip install -r requirements-dev.txt")
+    Figure, _ = matplotlib("--own")
     panels = []                                            # (title, family, {key: curve})
-    for group in alike([(run, None) for run in runs if not run.weights and any("loss" in line for line in run.log) and losses(run.cfg) != "nce"], FREE):
-        group = [run for run, _ in group]
+    for group in trained(run for run in runs if losses(run.cfg) != "nce"):
         for family, names in OWN.items():
             keys = dict.fromkeys(key for line in group[0].log for key in line if key.split(",")[0] in names)
             curves = {key: found for key in keys if any((found := curve(group, key))[1])}
@@ -518,19 +514,44 @@ def draw_own(runs, path):
                 panels.append((f"{method(group[0].cfg)}, {group[0].done} epochs", family, curves))
     if not panels:
         raise SystemExit(f"no run logs anything of its own to draw in {path}; train one with ring, mochi, jcl or ifnd")
-    page = Figure(figsize=(12, 3.2 * -(-len(panels) // 3)), layout="constrained")
-    axes = page.subplots(-(-len(panels) // 3), 3, squeeze=False).flatten()
+    height = -(-len(panels) // 3)                          # rows of three
+    page = Figure(figsize=(12, 3.2 * height), layout="constrained")
+    axes = page.subplots(height, 3, squeeze=False).flatten()
     for axis, (title, family, curves) in zip(axes, panels):
-        for key, (x, middle, low, high) in curves.items():
-            axis.plot(x, middle, label=key.removesuffix(" %"), linewidth=1.4)
-            axis.fill_between(x, low, high, alpha=0.2, linewidth=0)
+        for key, found in curves.items():
+            band(axis, found, label=key.removesuffix(" %"), linewidth=1.4)
         axis.set(title=title, xlabel="epoch", ylabel=family)
         axis.legend(fontsize=7, frameon=False)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+        plain(axis)
     for axis in axes[len(panels):]:
         axis.axis("off")
     page.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def matplotlib(option):
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SystemExit(f"{option} wants matplotlib; pip install -r requirements-dev.txt")
+    return Figure, colormaps
+
+
+def trained(runs):
+    """by_seed, of those that have a loss to draw."""
+    return by_seed([run for run in runs if not run.weights and any("loss" in line for line in run.log)])
+
+
+def band(axis, found, **style):
+    """What `curve` found: a line, and one standard deviation about it."""
+    x, middle, low, high = found
+    line, = axis.plot(x, middle, **style)
+    axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def plain(axis):
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def curve(runs, key):
@@ -545,7 +566,7 @@ def curve(runs, key):
 
 
 def method(cfg):
-    return f"{cfg['paper']['row']}{oracle(*several(cfg))}" if "paper" in cfg else f"{cfg['model']['host']}, {losses(cfg)}"
+    return f"{cfg['paper']['row']}{oracle(*config.several(cfg['loss']))}" if "paper" in cfg else f"{cfg['model']['host']}, {losses(cfg)}"
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from data.augment import RECIPES
+from data.augment import named
 from data.datasets import balanced, load
-from data.loader import Loader
+from data.loader import Loader, sensible_size
 from engine import checkpoint, config, distributed
 from engine.distributed import say
 from engine.features import extract, percent
@@ -52,8 +52,7 @@ class Finetune:
         for name, value in dict(lr=lr, lr_classifier=lr_classifier).items():
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; it must be above 0, and finite")
-        if augment not in RECIPES:
-            raise ValueError(f"augment {augment!r} is not a recipe; there are {', '.join(RECIPES)}")
+        named(augment)                                     # or there is none
         self.schedule = Schedule(epochs=epochs, batch_size=batch_size, lr=1.0, schedule=schedule, milestones=milestones, gamma=gamma)
         sensible(momentum, weight_decay)
         self.labels, self.list, self.lrs, self.augment = labels, list, (lr, lr_classifier), augment
@@ -144,8 +143,7 @@ def main():
         raise SystemExit(f"{args.cfg}: the classes of the training images ({len(train.classes)}) are not those of the test images ({len(test.classes)}); "
                          "both parts need the same class folders")
     classes, size = len(train.classes), cfg["data"]["image_size"]
-    if not 8 <= size <= 4096:                              # the Loader would say so, but the encoder meets it first
-        raise SystemExit(f"{args.cfg}: data.image_size is {size}; it must be at least 8, and 4096 at most")
+    config.build(sensible_size, {}, args.cfg, image_size=size)                         # the Loader would say so, but the encoder meets it first
     rows = config.build(how.choose, {}, f"{args.cfg}: finetune", train=train, seed=cfg["seed"])
     if how.batch_size > len(rows):
         raise SystemExit(f"{args.cfg}: finetune.batch_size {how.batch_size} is larger than the {len(rows)} labelled images; lower it, or use more labels")

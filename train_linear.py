@@ -20,9 +20,9 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from data.augment import RECIPES
+from data.augment import named
 from data.datasets import load
-from data.loader import Loader
+from data.loader import Loader, sensible_size
 from engine import config, distributed
 from engine.distributed import say
 from engine.features import KNN, extract, knn, percent
@@ -63,8 +63,7 @@ class Probe:
             raise ValueError(f"lr {self.lrs} has one learning rate twice; keep one")
         if image_size is not None and not 8 <= image_size <= 4096:
             raise ValueError(f"image_size is {image_size}; it must be at least 8 and 4096 at most, or null for the encoder's own")
-        if augment not in RECIPES:
-            raise ValueError(f"augment {augment!r} is not a recipe; there are {', '.join(RECIPES)}")
+        named(augment)                                     # or there is none
         self.epochs, self.batch_size, self.momentum, self.weight_decay = epochs, batch_size, momentum, weight_decay
         self.features, self.augment, self.standardize = features, augment, standardize
 
@@ -100,8 +99,7 @@ def main():
         raise SystemExit(f"--export {args.export[0]}: there are torchvision and detectron2")
     source = cfg["data"] if probe.data is None else {**cfg["data"], "name": probe.data, "split": "train", "limit": None}
     source = {**source, **{k: v for k, v in dict(root=probe.root, image_size=probe.image_size).items() if v is not None}}
-    if not 8 <= source["image_size"] <= 4096:              # the Loader would say so, but cached features want none
-        raise SystemExit(f"{args.cfg}: data.image_size is {source['image_size']}; it must be at least 8, and 4096 at most")
+    config.build(sensible_size, {}, args.cfg, image_size=source["image_size"])         # the Loader would say so, but cached features want none
     train, test = (config.build(load, source, f"{args.cfg}: linear", part=part, seed=cfg["seed"]) for part in ("train", "test"))
     encoder = build(getattr(config.chosen(cfg["model"], "model"), "Encoder", Encoder), "model", device=device, mean=train.mean, std=train.std)
     encoder.eval().requires_grad_(False)

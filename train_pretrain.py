@@ -59,9 +59,8 @@ def main():
     encoder = build(getattr(Host, "Encoder", Encoder), "model", device=device, mean=pretrain.mean, std=pretrain.std)   # CMC brings one of its own
     host = build(Host, "model", encoder=encoder, n_data=len(pretrain))
     epochs = cfg["optim"]["epochs"]
-    several = cfg["loss"] if isinstance(cfg["loss"], list) else [cfg["loss"]]
     losses = [config.build(config.chosen(one, "loss"), one, f"{args.cfg}: loss", epochs=epochs, n_data=len(pretrain), n_keys=host.n_keys, labels=pretrain.labels)
-              for one in several]
+              for one in config.several(cfg["loss"])]
     loss_fn = losses[0] if len(losses) == 1 else config.build(Together, {}, f"{args.cfg}: loss", losses=losses)
     host, loss_fn = host.to(device), loss_fn.to(device)
     model = distributed.wrap(encoder, device)

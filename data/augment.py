@@ -41,6 +41,13 @@ RECIPES = {
 }
 
 
+def named(recipe):
+    """A recipe by its name. ValueError if there is none."""
+    if recipe not in RECIPES:
+        raise ValueError(f"augment {recipe!r} is not a recipe; there are {', '.join(RECIPES)}")
+    return RECIPES[recipe]
+
+
 class Augment:
     """A recipe bound to an output size S and a data set's normalisation.
 
@@ -49,9 +56,7 @@ class Augment:
 
     def __init__(self, recipe, size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)):
         if isinstance(recipe, str):
-            if recipe not in RECIPES:
-                raise ValueError(f"augment {recipe!r} is not a recipe; there are {', '.join(RECIPES)}")
-            recipe = RECIPES[recipe]
+            recipe = named(recipe)
         if recipe[0][0] not in ("crop", "centre"):
             raise ValueError(f"a recipe begins with 'crop' or 'centre', which give every image the same size; this one begins with {recipe[0][0]!r}")
         self.recipe, self.size, self.mean, self.std = recipe, size, mean, std

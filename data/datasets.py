@@ -136,17 +136,15 @@ def unreadable(file, error):
 
 def check(files):
     """Every file's status, not its contents: SystemExit names the first that is missing, empty, or may not be read. Of ImageNet it takes 4 seconds on a local disk."""
-    problem = None
-    for file in files if os.environ.get("LOCAL_RANK", "0") == "0" else ():             # one process of each node
-        try:
-            s = os.stat(file)
-            wrong = "it is not a file" if not stat.S_ISREG(s.st_mode) else "it is empty" if s.st_size == 0 else None if os.access(file, os.R_OK) else "Permission denied"
-        except OSError as error:
-            wrong = error.strerror
-        if wrong:
-            problem = str(unreadable(file, ValueError(wrong)))
-            break
-    distributed.agree(problem)
+    with distributed.agreeing():
+        for file in files if os.environ.get("LOCAL_RANK", "0") == "0" else ():         # one process of each node
+            try:
+                s = os.stat(file)
+                wrong = "it is not a file" if not stat.S_ISREG(s.st_mode) else "it is empty" if s.st_size == 0 else None if os.access(file, os.R_OK) else "Permission denied"
+            except OSError as error:
+                wrong = error.strerror
+            if wrong:
+                raise SystemExit(str(unreadable(file, ValueError(wrong))))
 
 
 def load(part, seed, *, name: str, root: str = "datasets", split: str = "train", limit: int | None = None, cache: int | None = None,
@@ -193,7 +191,7 @@ def load(part, seed, *, name: str, root: str = "datasets", split: str = "train",
     if limit is not None and (part == "pretrain" or part == "train" and split == "train"):
         if limit > len(dataset):
             raise SystemExit(f"data.limit is {limit}; {name} has {len(dataset)} images to choose from")
-        dataset = dataset.select(balanced(None, len(dataset), limit, seed))   # labels do not say what is trained on
+        dataset = dataset.select(balanced(None, len(dataset), limit, seed))            # labels do not say what is trained on
     if isinstance(dataset, FolderSet):
         dataset.skip = on_error == "skip" and part == "pretrain"
     return dataset

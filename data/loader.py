@@ -23,6 +23,11 @@ def generator(*key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
+def sensible_size(image_size):
+    if not 8 <= image_size <= 4096:
+        raise ValueError(f"data.image_size is {image_size}; it must be at least 8, and 4096 at most")
+
+
 class Loader:
     """for views, index in loader.epoch(7): views is a list of n_views (b, 3, S, S) normalised floats, index (b,) data-set indices.
 
@@ -39,8 +44,7 @@ class Loader:
             raise ValueError(f"batch_size {batch_size} does not divide by {world} processes")
         if batch_size > len(dataset):
             raise ValueError(f"batch_size {batch_size} is larger than the data set of {len(dataset)} images")
-        if not 8 <= image_size <= 4096:
-            raise ValueError(f"data.image_size is {image_size}; it must be at least 8, and 4096 at most")
+        sensible_size(image_size)
         if workers is not None and not 0 <= workers <= 1024:
             raise ValueError(f"data.workers is {workers}; it must be at least 0 and 1024 at most, or null for as many as there are cores")
         self.dataset, self.device, self.seed, self.n_views = dataset, device, seed, n_views

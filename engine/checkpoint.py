@@ -103,15 +103,12 @@ def read(path):
 
 def claim(folder):
     """Make a run's folder, and let no other process train there as long as what comes back lives. Every process calls it; the first one locks."""
-    held = problem = None
-    try:
+    held = None
+    with distributed.agreeing():
         if distributed.is_main():
             with writing(folder):
                 os.makedirs(folder, exist_ok=True)
                 held = lock(folder)
-    except SystemExit as refusal:
-        problem = refusal.code
-    distributed.agree(problem)
     return held
 
 
@@ -157,17 +154,14 @@ def exists(path):
 def save(path, settings, epoch, **parts):
     """Everything that training holds, after `epoch` epochs. parts: modules, optimizer, scaler. Every process must call it; none returns before
     the file is there. What is not finite is never saved."""
-    rng, problem = distributed.gather_objects(rng_state()), None
-    if distributed.is_main():
-        value = {k: v.state_dict() for k, v in parts.items()}
-        broken = not_finite({k: v for k, v in value.items() if k != "place"})          # whose figures may be
-        try:
+    rng = distributed.gather_objects(rng_state())
+    with distributed.agreeing():
+        if distributed.is_main():
+            value = {k: v.state_dict() for k, v in parts.items()}
+            broken = not_finite({k: v for k, v in value.items() if k != "place"})      # whose figures may be
             if broken:
                 raise SystemExit(f"{path} is not written, for {broken} is not finite; what was there before is as it was")
             write(path, {"epoch": epoch, "settings": settings, "rng": rng, **value}, keep=before(path))
-        except SystemExit as refusal:
-            problem = refusal.code
-    distributed.agree(problem)
 
 
 def not_finite(value, name=""):

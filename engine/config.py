@@ -127,6 +127,11 @@ def chosen(settings, section):
     return find(f"{PACKAGE[section]}.{name}:{name}")
 
 
+def several(loss):
+    """The settings of `loss`, one method or a list of them -> the list."""
+    return loss if isinstance(loss, list) else [loss]
+
+
 def find(home):
     """"module:name" -> the class or function. A method's class has its file's name, in any capitals: losses/ring.py, Ring."""
     module, name = home.split(":")

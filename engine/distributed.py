@@ -1,4 +1,5 @@
 """One process or many: every function here is a no-op in one process, so that `python` and `torchrun` run the same program."""
+import contextlib
 import inspect
 import os
 
@@ -160,6 +161,17 @@ def agree(problem):
     problems = [p for p in gather_objects(problem) if p]
     if problems:
         raise SystemExit(problems[0] if is_main() else 1)
+
+
+@contextlib.contextmanager
+def agreeing():
+    """Every process comes here. What refuses on one of them ends all of them, by `agree`."""
+    problem = None
+    try:
+        yield
+    except SystemExit as refusal:
+        problem = refusal.code
+    agree(problem)
 
 
 def gather_objects(x):

@@ -34,6 +34,12 @@ def row_file(name, host, row, column, loss="nce", also={}, **paper):
         yaml.safe_dump(row, f)
 
 
+def own_file():
+    """yaml/own.yaml, of no paper's table."""
+    with open("yaml/own.yaml", "w") as f:
+        yaml.safe_dump(ROW, f)
+
+
 def train(file, name, *overrides, done=None, linear=None, knn=None, losses=1.0, hardware="a toy"):
     """runs/<name>/ as the scripts leave it. linear: top-1 of the probe; knn: of the last epoch."""
     cfg = config.load(f"yaml/{file}.yaml", [f"name={name}", *overrides])
@@ -263,8 +269,7 @@ def test_other_runs(out):
 
 
 def test_other_runs_that_look_alike_say_what_differs(out):
-    with open("yaml/own.yaml", "w") as f:
-        yaml.safe_dump(ROW, f)
+    own_file()
     train("own", "a")
     train("own", "b", "optim.lr=0.5")
     assert "beside a: optim.lr was 0.1 and is 0.5" in out()
@@ -299,11 +304,6 @@ def test_single_runs_several_folders_and_order(out):
     text = out()
     assert "a9, a10: linear top-1" in text and "9.5 ± 0.7 (n 2)" in text and out() == text
     assert "10.0 (n 1)" in out("runs/a10") and "9.5 ± 0.7 (n 2)" in out("runs/a10", "runs/a9")
-
-
-def own_file():
-    with open("yaml/own.yaml", "w") as f:
-        yaml.safe_dump(ROW, f)
 
 
 def test_a_gain_is_of_equal_seeds(out):

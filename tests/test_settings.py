@@ -147,7 +147,7 @@ def build(cfg, file, touched):
     else:
         encoder = Tiny(cfg["model"]["dim"], 2 if cfg["model"]["host"] == "cmc" else 1)
     host = make(Host, "model", encoder=encoder, n_data=len(DATA))
-    several = cfg["loss"] if isinstance(cfg["loss"], list) else [cfg["loss"]]
+    several = config.several(cfg["loss"])
     losses = [config.build(config.chosen(one, "loss"), one, f"{file}: loss", epochs=cfg["optim"]["epochs"], n_data=len(DATA), n_keys=host.n_keys, labels=DATA.labels) for one in several]
     loss_fn = config.build(Together, {}, f"{file}: loss", losses=losses) if len(losses) > 1 else losses[0]
     schedule = make(Schedule, "optim")

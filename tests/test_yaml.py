@@ -64,7 +64,7 @@ def tiny(path):
     overrides = ["data.name=shapes", "data.split=train", "data.limit=40", "data.image_size=16", "model.width=4", "model.precision=fp32", "optim.batch_size=36", "model.bn_splits=1"]
     if cfg["model"]["host"] == "moco":
         overrides.append("model.queue_size=32")
-    several = cfg["loss"] if isinstance(cfg["loss"], list) else [cfg["loss"]]
+    several = config.several(cfg["loss"])
     for one in several:
         if one["name"] == "ifnd":
             overrides.append(f"loss.{'ifnd.' if len(several) > 1 else ''}clusters={[2, 3, 4][:len(one['clusters'])]}")
@@ -90,7 +90,7 @@ def test_it_takes_a_step(path):
     encoder = config.build(getattr(Host, "Encoder", Encoder), cfg["model"], path, device=device, mean=data.mean, std=data.std)
     host = config.build(Host, cfg["model"], path, encoder=encoder, n_data=len(data))
     schedule = config.build(Schedule, cfg["optim"], path)
-    several = cfg["loss"] if isinstance(cfg["loss"], list) else [cfg["loss"]]
+    several = config.several(cfg["loss"])
     losses = [config.build(config.chosen(one, "loss"), one, path, epochs=schedule.epochs, n_data=len(data), n_keys=host.n_keys, labels=data.labels) for one in several]
     loss_fn = losses[0] if len(losses) == 1 else Together(losses)
     loader = config.build(Loader, cfg["data"], path, dataset=data, batch_size=36, n_views=host.n_views, seed=0, device=device)
