@@ -262,7 +262,7 @@ def test_the_schedule():
 
 # ---------------------------------------------------------------------------------------------------- the script
 
-@pytest.mark.parametrize("task", ["mask", "keypoint"])
+@pytest.mark.parametrize("task", ["mask", pytest.param("keypoint", marks=pytest.mark.slow)])
 def test_fine_tuning_on_real_images(few, tmp_path, monkeypatch, capsys, task):
     cfg = settings(tmp_path, task=task, data=few, iterations=51, eval_every=50)
     os.makedirs(tmp_path / "runs" / "a")
@@ -285,6 +285,7 @@ def test_fine_tuning_on_real_images(few, tmp_path, monkeypatch, capsys, task):
     assert "nothing is left to do" in capsys.readouterr().out and len(lines(tmp_path / "runs" / "a" / "detect.jsonl")) == 2
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_ends_as_if_undisturbed(few, tmp_path, monkeypatch):
     """SIGKILL instead of the second checkpoint, inside an epoch; sizes and proposals are drawn by chance, order and flips by the epoch."""
     cfg = settings(tmp_path, task="keypoint", data=few, iterations=9, save_every=3, min_size=[64, 96], workers=1)
@@ -322,6 +323,7 @@ def test_voc_through_the_script(voc_devkit, tmp_path, monkeypatch):
     assert line["figures"]["box AP50"] > 20                # red or blue, always at one place
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_images_out(few, tmp_path):
     """Three training steps in two gloo processes; then which images each of them looked at, of nine validation images."""
     with open(os.path.join(few, "annotations", "instances_val2017.json")) as f:

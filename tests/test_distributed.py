@@ -124,7 +124,7 @@ ALONE = {"moco": ["model.host=moco", "model.queue_size=64", "loss.name=nce"], "i
          "moco-jcl": ["model.host=moco", "model.queue_size=64", "model.n_views=4", "loss.name=jcl", "loss.temperature=0.2"]}
 
 
-@pytest.mark.parametrize("name", ALONE if os.environ.get("FULL") else ["moco", "moco-jcl"])       # the others: tests/test_scaleout.py
+@pytest.mark.parametrize("name", ["moco", *(pytest.param(name, marks=pytest.mark.slow) for name in ALONE if name != "moco")])
 def test_two_processes_train_as_one(name, tmp_path):
     """Plain InfoNCE (and JCL) on all candidates draw nothing, so one process with split BN must equal two: weights, momentum net, queue and bank.
 
@@ -144,6 +144,7 @@ def test_two_processes_train_as_one(name, tmp_path):
     assert compared > 20 and len(two["rng"]) == 2
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_is_a_step(tmp_path):
     """One process that takes a batch in four parts, and one with split BN, take the same steps, running statistics aside; two processes with two parts
     each get through them."""
@@ -161,7 +162,7 @@ def test_a_batch_in_parts_is_a_step(tmp_path):
     assert four["epoch"] == 2 and line("four")["loss"] == pytest.approx(line("split")["loss"], abs=0.2)
 
 
-@pytest.mark.skipif("FULL" not in os.environ, reason="FULL=1: longer tests")
+@pytest.mark.slow
 def test_the_linear_probe_is_the_same_in_two_processes(tmp_path):
     """kNN and the cached probe, figure for figure; the augmented one averages gradients over the same global batches."""
     run = lambda script, *more: subprocess.run([sys.executable, os.path.join(ROOT, script), *TINY, "name=a", *more], cwd=tmp_path, check=True, capture_output=True,

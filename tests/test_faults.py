@@ -1,7 +1,7 @@
 """Faults, done to real runs: killed, told to stop, a worker lost, a disk full or damaged, numbers that are none. Nothing is lost and nothing is silent.
 
 Every run is a process of its own, forked by a server that has imported torch already (half a second each; most tests want several).
-KILLS=n: so many SIGKILLs at random moments, where every run of the tests has one; twelve pairs of host and loss instead of four; and torchrun itself.
+KILLS=n: so many SIGKILLs at random moments, where every run of the tests has one; twelve pairs of host and loss instead of four.
 """
 import contextlib
 import ctypes
@@ -34,8 +34,12 @@ from engine.log import Log
 from losses.nce import NCE
 
 SMALL = ["--cfg", QUICK, "data.name=folder", "data.image_size=16", "data.workers=0", "optim.batch_size=12", "optim.epochs=3", "model.width=8", "knn.every=0"]
-SOME = [f"{host}-{loss}" for host in ("ir", "cmc", "moco", "simclr") for loss in ("ring", "mochi", "ifnd")] if "KILLS" in os.environ else (
-    ["ir-ring", "cmc-mochi", "moco-ifnd", "simclr-ifnd"])
+TWELVE = [f"{host}-{loss}" for host in ("ir", "cmc", "moco", "simclr") for loss in ("ring", "mochi", "ifnd")]
+SOME = ["moco-ifnd"] + [
+    pytest.param(pair, marks=pytest.mark.slow)
+    for pair in (TWELVE if "KILLS" in os.environ else ["ir-ring", "cmc-mochi", "simclr-ifnd"])
+    if pair != "moco-ifnd"
+]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["train_pretrain", "train_linear", "train_finetune", "train_detect", "test_faults"])
 os.environ["OMP_NUM_THREADS"] = "1"                        # of the server, which is not yet there
@@ -285,6 +289,7 @@ def test_killed_at_random_moments_ends_as_if_undisturbed(pair, undisturbed, imag
     assert_equal(tmp_path, "cut", whole)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_file(undisturbed, images, tmp_path):
     whole, _ = undisturbed(*PAIRS["moco-ifnd"])
     for save in (1, 2, 1):                                 # the first epoch's; the second's; the second's again
@@ -387,6 +392,7 @@ def test_a_checkpoint_from_before_there_was_a_place_still_resumes(undisturbed, i
     assert_equal(tmp_path, "old", whole)
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_group_leaves_the_image_workers_at_work(undisturbed, images, tmp_path):
     """As torchrun and SLURM send it. The processes that decode images outlive it, so that the step can be finished. (A program of its own, for its exit.)"""
     whole, _ = undisturbed(*PAIRS["ir-ring"])
@@ -435,6 +441,7 @@ def worker(folder, arguments):
     child(folder, "cut", arguments, None if again == "1" or rank == "0" else gets(signal.SIGKILL, 1, 5), {}, f".{rank}{again}")
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_started_again(undisturbed, images, tmp_path):
     """One of two, in the second epoch. torchrun's agent ends the other one too, and both go on from the first epoch's checkpoint."""
     whole, _ = undisturbed(*MANY_STEPS, processes=2)
@@ -458,7 +465,7 @@ runpy.run_path({os.path.join(ROOT, 'train_pretrain.py')!r}, run_name="__main__")
     return folder / "job.py"
 
 
-@pytest.mark.skipif("KILLS" not in os.environ, reason="KILLS=n: longer tests")
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_started_again_by_torchrun(undisturbed, images, tmp_path):
     """The same with torchrun itself."""
     whole, _ = undisturbed(*MANY_STEPS, processes=2)
@@ -468,7 +475,7 @@ def test_a_worker_that_is_killed_is_started_again_by_torchrun(undisturbed, image
     assert_equal(tmp_path, "cut", whole)
 
 
-@pytest.mark.skipif("KILLS" not in os.environ, reason="KILLS=n: longer tests")
+@pytest.mark.slow
 def test_torchrun_is_told_to_stop(undisturbed, images, tmp_path):
     """It passes SIGTERM on to its workers' process groups, and waits."""
     whole, _ = undisturbed(*MANY_STEPS, processes=2)
@@ -547,7 +554,7 @@ def damage(path):
         f.write(bytes([byte ^ 4]))
 
 
-@pytest.mark.parametrize("how", ["flipped", "gone"])
+@pytest.mark.parametrize("how", [pytest.param("flipped", marks=pytest.mark.slow), "gone"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(how, undisturbed, images, tmp_path):
     whole, _ = undisturbed(*PAIRS["moco-ifnd"])
     run(tmp_path, "a", images, *PAIRS["moco-ifnd"], fault=gets(signal.SIGKILL, 2, 4), code=-signal.SIGKILL)
@@ -610,7 +617,7 @@ def test_a_disk_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------------- numbers
 
 @pytest.mark.parametrize("signalled", [False, True], ids=["", "and told to stop"])
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("what", ["loss", pytest.param("gradient", marks=pytest.mark.slow)])
 def test_what_is_not_finite_ends_the_run_and_is_not_saved(what, signalled, undisturbed, images, tmp_path):
     fault = functools.partial(wrong, what, 1, 3)
     sentence = refused(tmp_path, "nan", images, fault=functools.partial(both, fault, gets(signal.SIGTERM, 1, 3)) if signalled else fault)

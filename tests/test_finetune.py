@@ -143,6 +143,7 @@ def test_it_starts_from_the_weights_given_every_layer_moves_and_each_part_at_its
     assert config.load(str(tmp_path / "runs" / "none" / "config.yaml"))["finetune"]["lr"] == 1e-12       # report.py finds the row by it
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_is_bit_equal_to_undisturbed(finetune, tmp_path, monkeypatch):
     backbone(tmp_path / "given.pt", 7)
     whole = ["--weights", "given.pt", "name=whole"]
@@ -172,6 +173,7 @@ def test_cmc_is_fine_tuned_on_both_streams(finetune, tmp_path):
     assert {"encoder.backbone.L.conv1.weight", "encoder.backbone.ab.conv1.weight"} <= set(model) and model["fc.weight"].shape == (12, 64)
 
 
+@pytest.mark.slow
 def test_two_processes_fine_tune_as_one(tmp_path):
     backbone(tmp_path / "given.pt", 8)
     settings = [*SETTINGS, "--weights", "given.pt", "finetune.lr=0.001", "finetune.lr_classifier=0.01"]

@@ -1,7 +1,6 @@
 """Every method on every host, and methods together: two epochs on shapes, in one process and in two; ranks stay equal, resume is bit-exact, and labels
 do not reach the weights."""
 import json
-import os
 import subprocess
 import sys
 import textwrap
@@ -22,6 +21,17 @@ PAIRS = {f"{host}-{loss}": [f"model.host={host}", *of_host, f"loss.name={loss}",
          for host, of_host in HOSTS.items() for loss, of_loss in LOSSES.items()} | TOGETHER
 
 ORACLE = {"oracle": [*PAIRS["moco-mochi"], "loss.oracle=true"]}
+# Every host, every loss and the longest list once; the rest are slow.
+QUICK = ["ir-ring", "cmc-mochi", "moco-ifnd", "simclr-jcl", "moco-nce", "moco-ifnd+ring+mochi", "oracle"]
+GROUPS = {
+    "quick": {name: settings for name, settings in (PAIRS | ORACLE).items() if name in QUICK},
+    "rest": {name: settings for name, settings in PAIRS.items() if name not in QUICK},
+}
+JOBS = {
+    f"{processes}, {group}": pytest.param((processes, group), marks=[pytest.mark.slow] * (group == "rest"))
+    for processes in ("one process", "two processes")
+    for group in GROUPS
+}
 
 JOB = """
     import copy, functools, hashlib, json, os, shutil, sys
@@ -77,16 +87,17 @@ JOB = """
 """
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
+@pytest.fixture(scope="module")
 def found(request, tmp_path_factory):
-    """All pairs, whole and cut, in one job (two processes: every second, but with FULL=1). -> {pair: [(whole, resumed) of each rank]}, each a digest
-    a part of the state; and the folder. What resumes has its labels shuffled."""
-    folder = tmp_path_factory.mktemp(f"pairs{request.param}")
-    pairs = {pair: settings for i, (pair, settings) in enumerate((PAIRS | ORACLE).items())
-             if request.param == 1 or i % 2 == 0 or pair in TOGETHER or os.environ.get("FULL")}
-    (folder / "job.py").write_text(textwrap.dedent(JOB).format(root=ROOT, tiny=TINY, pairs=pairs))
-    if request.param == 1:
-        done = subprocess.run([sys.executable, "job.py"], cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    """All pairs of a group, whole and cut, in one job of one process or two.
+
+    Returns {pair: [(whole, resumed) of each rank]}, each a digest of every part of the state; and the folder. What resumes has its labels shuffled.
+    """
+    processes, group = request.param
+    folder = tmp_path_factory.mktemp("pairs")
+    (folder / "job.py").write_text(textwrap.dedent(JOB).format(root=ROOT, tiny=TINY, pairs=GROUPS[group]))
+    if processes == "one process":
+        done = subprocess.run([sys.executable, "job.py"], cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     else:
         torchrun(2, [folder / "job.py"], folder)
@@ -94,10 +105,16 @@ def found(request, tmp_path_factory):
         return json.load(f), folder
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+CASES = [
+    pytest.param(*job.values, pair, id=f"{name}-{pair}", marks=job.marks)
+    for name, job in JOBS.items()
+    for pair in GROUPS[job.values[0][1]]
+    if pair != "oracle"
+]
+
+
+@pytest.mark.parametrize("found, pair", CASES, indirect=["found"])
 def test_trains_stays_equal_and_resumes_exactly(found, pair):
-    if pair not in found[0]:
-        pytest.skip("in two processes with FULL=1")
     ranks, folder = found[0][pair], found[1]
     for whole, resumed in ranks:
         assert whole == resumed                            # weights, host, loss, optimizer, random numbers
@@ -111,6 +128,7 @@ def test_trains_stays_equal_and_resumes_exactly(found, pair):
     assert abs(log[-1]["loss"] - log[0]["loss"]) > 1e-6 and log[-1]["spread"] > 0.01
 
 
+@pytest.mark.parametrize("found", JOBS.values(), ids=JOBS, indirect=True)
 def test_labels_reach_the_weights_of_an_oracle_alone(found):
     """Those which resumed had other labels; all but the oracle ended as if they had not, by the test above. The log's figures differ: labels are for these."""
     found, folder = found

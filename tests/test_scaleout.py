@@ -1,6 +1,6 @@
 """One, two, three and four gloo processes, two torchruns and a SLURM job: the same figures everywhere. The same seed: the same bits.
 
-Processes are forked by the server of test_faults, which has imported torch already. FULL=1: longer curves, and the SLURM job with torchrun itself.
+Processes are forked by the server of test_faults, which has imported torch already. FULL=1: longer curves.
 """
 import contextlib
 import hashlib
@@ -118,6 +118,7 @@ def worlds(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CURVES)
 def test_the_loss_curve_of_one_is_that_of_two_and_of_four(name, worlds):
     """And weights, bank, queue and key encoder. (Rounding alone differs, and grows from step to step: see test_two_processes_train_as_one.)"""
@@ -130,6 +131,7 @@ def test_the_loss_curve_of_one_is_that_of_two_and_of_four(name, worlds):
             assert a.keys() == b.keys() and all(torch.allclose(a[k].float(), b[k].float(), atol=1e-2 if FULL else 1e-4) for k in a), world
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_process_holds_the_same_rows_after_every_epoch(world, worlds):
     """Bank, queue, key encoder, IFND's labels and ranks, the encoder itself: by hash."""
@@ -169,6 +171,7 @@ def some(data, n):
     return data.select(torch.arange(n))
 
 
+@pytest.mark.slow
 def test_three_processes_find_of_101_images_what_one_finds(tmp_path):
     """And of fewer than there are processes. Embeddings in the images' order, none lost and none twice; kNN and the linear probe figure for figure."""
     pictures(tmp_path / "train", 64), pictures(tmp_path / "val", 101)
@@ -184,7 +187,7 @@ def test_three_processes_find_of_101_images_what_one_finds(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- two nodes
 
-@pytest.mark.skipif(not FULL, reason="FULL=1: longer tests")
+@pytest.mark.slow
 def test_two_torchruns_are_one(worlds):
     """The README's line for two nodes, as two agents on this one: bit for bit what two processes of one node train."""
     port, folder = free_port(), worlds / "torchruns"
@@ -277,7 +280,7 @@ def test_the_slurm_script_passes_the_signal_on_and_requeues(ends, code, requeued
             + ends)
 
 
-@pytest.mark.skipif(not FULL, reason="FULL=1: longer tests")
+@pytest.mark.slow
 def test_a_slurm_job_at_its_time_limit_goes_on_in_the_next(cluster, tmp_path):
     """torchrun itself, on two nodes of one process: USR1 to the shell in the second epoch, all save and end, and the requeued job ends as an undisturbed one."""
     for folder in ("data", "datasets", "engine", "losses", "models"):
@@ -307,6 +310,7 @@ def test_a_slurm_job_at_its_time_limit_goes_on_in_the_next(cluster, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- the same bits
 
+@pytest.mark.slow
 def test_the_same_seed_is_the_same_run_whatever_the_number_of_workers(tmp_path):
     """Two processes, each with two runs on JPEGs: everything a checkpoint holds, and the log, bit for bit."""
     root = pictures(tmp_path / "jpegs", 64, "jpg", 40)
@@ -341,6 +345,7 @@ def views(data, recipe, size, workers=0, depth=None):
     return torch.stack([x for some, _ in steps for x in some])                         # (2 steps x 2 views, n / 2, 3, S, S)
 
 
+@pytest.mark.slow
 def test_neither_workers_nor_threads_nor_what_is_made_ahead_change_a_bit_of_a_view(folder_of_jpegs):
     """JPEGs, whose colours a worker with one thread does, and with none the process itself with all of its own."""
     for recipe, size in (("moco_v2", 32), ("moco_v1", 32), ("moco_v2", 96), ("moco_v1", 96)):
@@ -352,7 +357,7 @@ def test_neither_workers_nor_threads_nor_what_is_made_ahead_change_a_bit_of_a_vi
                 assert torch.equal(one, views(folder_of_jpegs, recipe, size, workers, depth)), (recipe, size, workers)
 
 
-@pytest.mark.parametrize("pixels,size", [(32, 32), (48, 32), (96, 96), (224, 224)])
+@pytest.mark.parametrize("pixels,size", [(32, 32), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((48, 32), (96, 96), (224, 224)))])
 def test_threads_change_no_bit_of_an_array_sets_views(pixels, size):
     """In all recipes (of larger images in two), where grains of 32,768 numbers are shared out."""
     data = ArraySet(F.interpolate(torch.from_numpy(shapes(24 if size < 224 else 4)[0]), (pixels, pixels)), None, None, (0.5,) * 3, (0.25,) * 3)

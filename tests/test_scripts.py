@@ -95,6 +95,7 @@ def test_linear_probe_with_augmentation_and_other_weights(finished):
     assert done.returncode == 1 and "holds no backbone.pt; first run: python train_pretrain.py" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_probe_finds_a_linear_rule_and_nothing_where_there_is_none(tmp_path):
     """Noisy images whose colour is their class: raw pixels tell it. The same images under labels drawn by lot: nobody can."""
     rng = np.random.default_rng(0)
@@ -133,6 +134,7 @@ def test_backbone_loads_into_torchvision(tmp_path):
     assert missing.missing_keys == ["fc.weight", "fc.bias"] and not missing.unexpected_keys
 
 
+@pytest.mark.slow
 def test_a_flat_folder_trains_as_one_with_classes(tmp_path):
     """The same images: identical weights. (Shuffled labels: tests/test_pairs.py.)"""
     images, labels = shapes(64)
