@@ -1,5 +1,6 @@
 """Every method on every host, and methods together: two epochs on shapes, in one process and in two; ranks stay equal, resume is bit-exact, and labels
 do not reach the weights."""
+import functools
 import json
 import subprocess
 import sys
@@ -27,11 +28,11 @@ GROUPS = {
     "quick": {name: settings for name, settings in (PAIRS | ORACLE).items() if name in QUICK},
     "rest": {name: settings for name, settings in PAIRS.items() if name not in QUICK},
 }
-JOBS = {
-    f"{processes}, {group}": pytest.param((processes, group), marks=[pytest.mark.slow] * (group == "rest"))
-    for processes in ("one process", "two processes")
+JOBS = [
+    pytest.param(processes, group, id=f"{processes} {'process' if processes == 1 else 'processes'}, {group}", marks=[pytest.mark.slow] * (group == "rest"))
+    for processes in (1, 2)
     for group in GROUPS
-}
+]
 
 JOB = """
     import copy, functools, hashlib, json, os, shutil, sys
@@ -88,34 +89,37 @@ JOB = """
 
 
 @pytest.fixture(scope="module")
-def found(request, tmp_path_factory):
-    """All pairs of a group, whole and cut, in one job of one process or two.
+def train(tmp_path_factory):
+    """train(processes, group) runs all pairs of a group, whole and cut, in one job; each job is run once.
 
-    Returns {pair: [(whole, resumed) of each rank]}, each a digest of every part of the state; and the folder. What resumes has its labels shuffled.
+    It returns {pair: [(whole, resumed) of each rank]}, each a digest of every part of the state; and the folder. What resumes has its labels shuffled.
     """
-    processes, group = request.param
-    folder = tmp_path_factory.mktemp("pairs")
-    (folder / "job.py").write_text(textwrap.dedent(JOB).format(root=ROOT, tiny=TINY, pairs=GROUPS[group]))
-    if processes == "one process":
-        done = subprocess.run([sys.executable, "job.py"], cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-    else:
-        torchrun(2, [folder / "job.py"], folder)
-    with open(folder / "found.json") as f:
-        return json.load(f), folder
+    @functools.cache
+    def run(processes, group):
+        folder = tmp_path_factory.mktemp("pairs")
+        (folder / "job.py").write_text(textwrap.dedent(JOB).format(root=ROOT, tiny=TINY, pairs=GROUPS[group]))
+        if processes == 1:
+            done = subprocess.run([sys.executable, "job.py"], cwd=folder, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+        else:
+            torchrun(processes, [folder / "job.py"], folder)
+        with open(folder / "found.json") as f:
+            return json.load(f), folder
+    return run
 
 
 CASES = [
-    pytest.param(*job.values, pair, id=f"{name}-{pair}", marks=job.marks)
-    for name, job in JOBS.items()
-    for pair in GROUPS[job.values[0][1]]
+    pytest.param(*job.values, pair, id=f"{job.id}-{pair}", marks=job.marks)
+    for job in JOBS
+    for pair in GROUPS[job.values[1]]
     if pair != "oracle"
 ]
 
 
-@pytest.mark.parametrize("found, pair", CASES, indirect=["found"])
-def test_trains_stays_equal_and_resumes_exactly(found, pair):
-    ranks, folder = found[0][pair], found[1]
+@pytest.mark.parametrize("processes, group, pair", CASES)
+def test_trains_stays_equal_and_resumes_exactly(train, processes, group, pair):
+    found, folder = train(processes, group)
+    ranks = found[pair]
     for whole, resumed in ranks:
         assert whole == resumed                            # weights, host, loss, optimizer, random numbers
     for part in ("encoder", "host", "loss", "optimizer"):
@@ -128,10 +132,10 @@ def test_trains_stays_equal_and_resumes_exactly(found, pair):
     assert abs(log[-1]["loss"] - log[0]["loss"]) > 1e-6 and log[-1]["spread"] > 0.01
 
 
-@pytest.mark.parametrize("found", JOBS.values(), ids=JOBS, indirect=True)
-def test_labels_reach_the_weights_of_an_oracle_alone(found):
+@pytest.mark.parametrize("processes, group", JOBS)
+def test_labels_reach_the_weights_of_an_oracle_alone(train, processes, group):
     """Those which resumed had other labels; all but the oracle ended as if they had not, by the test above. The log's figures differ: labels are for these."""
-    found, folder = found
+    found, folder = train(processes, group)
     assert {pair for pair, ranks in found.items() if any(whole != resumed for whole, resumed in ranks)} == {"oracle"} & found.keys()
     for pair in {"oracle", "moco-nce", "simclr-ring"} & found.keys():
         logs = [json.loads((folder / "runs" / name / "log.jsonl").read_text().splitlines()[-1]) for name in (pair, f"{pair}-cut")]
