@@ -1,4 +1,5 @@
 """Encoders: torchvision's ResNets with a choice of stem, width and projection head; unit-length fp32 outputs."""
+from collections import OrderedDict
 from typing import Literal
 
 import torch
@@ -9,6 +10,10 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 LAYERS = {"resnet10": (BasicBlock, [1, 1, 1, 1]), "resnet18": (BasicBlock, [2, 2, 2, 2]),
           "resnet34": (BasicBlock, [3, 4, 6, 3]), "resnet50": (Bottleneck, [3, 4, 6, 3])}
+
+# A convolution of 1 x 1 with a stride and fewer input channels than this is not computed as one:
+# see `subsample_first`. It is the number of fp32 values in an AVX-512 register.
+NARROW = 16
 
 
 class ResNet(torchvision.models.ResNet):
@@ -29,11 +34,43 @@ class ResNet(torchvision.models.ResNet):
             self.maxpool = nn.Identity()
         self.fc = nn.Identity()
         self.features = 8 * width * block.expansion        # F, of the pooled output
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            if stage[0].downsample is not None:
+                stage[0].downsample = subsample_first(stage[0].downsample)
 
     def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
         if planes == 64:                                   # the first stage follows the stem
             self.inplanes = self.width
         return super()._make_layer(block, planes * self.width // 64, blocks, stride, dilate)
+
+
+def subsample_first(shortcut):
+    """Take the stride out of a narrow shortcut's 1 x 1 convolution; the pixels are chosen before it.
+
+    shortcut: torchvision's Sequential of a convolution and a norm. It is returned as it is, or as a
+    Sequential with the same parameters under the same keys, which computes the same function.
+
+    Why: in channels_last, oneDNN 3.12 (torch 2.14) writes past the end of its workspace in the
+    gradient of the weights of a 1 x 1 convolution with a stride, where fp32 input channels do not
+    fill a vector: 2 to 7 of them with AVX2, 2 to 15 with AVX-512 (there for some sizes of batch and
+    image). The process then dies of "double free or corruption", or hangs, or goes on with
+    wrong numbers. github.com/uxlfoundation/oneDNN/issues/6035. On a processor with AVX2 this line
+    shows it; when it does not any more for the oldest torch allowed, this function can go:
+
+        python -c "import torch; x = torch.randn(16, 4, 16, 16).to(memory_format=torch.channels_last);
+        c = torch.nn.Conv2d(4, 8, 1, 2).to(memory_format=torch.channels_last);
+        [c(x).sum().backward() for _ in range(20)]"
+
+    The choice of the pixels, and not the contiguous layout, is the remedy because torch.compile
+    chooses channels_last on a CPU whatever the layout of its input, and because it leaves every bit
+    of a bf16 network as it was.
+    """
+    conv, norm = shortcut
+    if conv.stride == (1, 1) or conv.in_channels >= NARROW:
+        return shortcut
+    pixels = nn.AvgPool2d(1, conv.stride)                  # a mean over one pixel is that pixel
+    conv.stride = (1, 1)
+    return nn.Sequential(OrderedDict([("pixels", pixels), ("0", conv), ("1", norm)]))
 
 
 class SplitBatchNorm(nn.BatchNorm2d):
