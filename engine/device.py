@@ -49,8 +49,9 @@ def choose(asked=None, process=0, processes=1):
         return device
     if processes > 1:
         refuse_sharing(device, process, processes, count)
-    if device.type != "mps":  # there is one MPS device, which has no number
-        device = torch.device(device.type, process if device.index is None else device.index)
+    if device.type == "mps":  # there is one, which goes without a number
+        return torch.device("mps")
+    device = torch.device(device.type, process if device.index is None else device.index)
     if device.type == "cuda":
         refuse_unserved(device)
     return device
@@ -71,15 +72,16 @@ def named(asked, kind, count):
     there = ["cpu"]
     if kind:
         there += [kind] if kind == "mps" else [f"{kind}:{i}" for i in range(count)]
+    listed = ", ".join(there)
     try:
         device = torch.device(asked)
     except RuntimeError:
-        raise SystemExit(f"--device {asked} is no device of torch's; here are {', '.join(there)}")
+        raise SystemExit(f"--device {asked} is no device of torch's; here it sees {listed}")
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != kind or (device.index or 0) >= count:
         problem = device.type == "cuda" and cuda_problem()
-        why = f": {problem}" if problem else f"; here are {', '.join(there)}"
+        why = f": {problem}" if problem else f"; torch {torch.__version__} sees {listed} here"
         raise SystemExit(f"--device {asked} is not there{why}")
     return device
 

@@ -1,4 +1,5 @@
 """Two gloo processes against one: every collective, and the hosts' whole steps."""
+import contextlib
 import json
 import os
 import socket
@@ -8,6 +9,7 @@ import textwrap
 
 import pytest
 import torch
+import torch.distributed as dist
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -115,6 +117,148 @@ def test_two_processes_see_the_very_views_of_one(two):
     for step, (views, index) in enumerate(one.epoch(3)):
         assert torch.equal(index, torch.cat([saw["index"][step] for saw in two]))
         assert torch.allclose(torch.stack(views), torch.cat([saw["views"][step] for saw in two], dim=1), atol=1e-6)
+
+
+@contextlib.contextmanager
+def processes(world, job, folder, nodes=1):
+    """Start `world` processes of a script as torchrun does, without its own seconds: the store is
+    this process's. -> the list of them."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    (folder / "job.py").write_text(textwrap.dedent(job))
+    shared = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world),
+              "LOCAL_WORLD_SIZE": str(world // nodes), "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+              "TORCHELASTIC_RESTART_COUNT": "0"}
+    started = []
+    for rank in range(world):
+        node, local = divmod(rank, world // nodes)
+        own = {"RANK": str(rank), "LOCAL_RANK": str(local), "GROUP_RANK": str(node)}
+        started.append(subprocess.Popen(
+            [sys.executable, "job.py"], cwd=folder, env={**shared, **own}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ))
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+FIRST = """
+    import os, time
+    from datetime import timedelta
+    import torch
+    from engine import distributed, signals
+    distributed.start("cpu")
+    r, saw = distributed.rank(), {}
+    run = distributed.run_on_first
+
+    def ending(function, per_node=False):
+        try:
+            return "no end", run(function, per_node)
+        except BaseException as error:
+            return type(error).__name__, error.args[0]
+
+    def refuse():
+        raise SystemExit(f"process {r} refuses")
+
+    def fail():
+        raise ValueError(f"process {r} fails")
+
+    saw["value"] = run(lambda: {"by": r})
+    saw["node"] = run(lambda: {"by": r}, per_node=True)
+    saw["large"] = len(run(lambda: bytes(9 * 2 ** 20)))
+    saw["refusal"] = ending(refuse)
+    saw["error"] = ending(fail)
+    saw["one node"] = ending(lambda: refuse() if r == 2 else r, per_node=True)
+    saw["both nodes"] = ending(refuse, per_node=True)
+    saw["no pickle"] = ending(lambda: (lambda: 0))[0]
+    saw["still"] = run(lambda: r)
+    saw["objects"] = distributed.gather_objects(r)
+    saw["mixed"] = list(map(len, distributed.gather_objects(bytes(2 ** 21 if r == 1 else r))))
+    saw["agree"] = []
+    for problem in (None, f"{r} disagrees" if r in (1, 2) else None):
+        try:
+            saw["agree"].append(distributed.agree(problem))
+        except SystemExit as end:
+            saw["agree"].append(end.code)
+
+    def until_the_others_left():                           # each leaves word when it ends
+        while len([f for f in os.listdir() if f.startswith("left")]) < 3:
+            time.sleep(0.01)
+        return "done"
+
+    if r:
+        signals.caught.append(15)                          # these are told to stop, and do at once
+    saw["told"] = ending(until_the_others_left)
+    signals.caught.clear()
+    open(f"left{r}", "w").close()
+    saw["first told"] = ending(lambda: signals.caught.append(15))
+    signals.caught.clear()
+
+    # A limit of 1 s for collectives: the store waits longer, and what was used before would not.
+    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+    saw["longer than the limit"] = run(lambda: time.sleep(1.5) or "done")
+    try:
+        if r == 0:                                         # works until the others have given up
+            distributed.object_store.spread([1])
+        else:
+            distributed.barrier()
+        saw["barrier"] = "no end"
+    except RuntimeError as error:
+        saw["barrier"] = str(error)
+        distributed.object_store.spread([1], b"given up")
+    torch.save(saw, f"first{r}.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """Four processes of two nodes: what each saw of run_on_first, and what they printed."""
+    folder = tmp_path_factory.mktemp("four")
+    with processes(4, FIRST, folder, nodes=2) as started:
+        said = [process.communicate(timeout=120)[0] for process in started]
+    assert all(process.returncode == 0 for process in started), said
+    return [torch.load(folder / f"first{r}.pt") for r in range(4)], said
+
+
+def test_the_first_process_works_for_all(four):
+    for saw in four[0]:
+        assert saw["value"] == {"by": 0} and saw["large"] == 9 * 2 ** 20 and saw["still"] == 0
+    assert [saw["node"]["by"] for saw in four[0]] == [0, 0, 2, 2]
+
+
+def test_what_it_raises_ends_all_and_is_said_once(four):
+    saw = four[0]
+    ended = ("SystemExit", 1)                              # a code of 1 prints nothing
+    assert [one["refusal"] for one in saw] == [("SystemExit", "process 0 refuses"), *[ended] * 3]
+    assert [one["error"] for one in saw] == [("ValueError", "process 0 fails"), *[ended] * 3]
+    assert [one["one node"] for one in saw] == [
+        ended, ended, ("SystemExit", "process 2 refuses"), ended
+    ]
+    assert [one["both nodes"] for one in saw] == [("SystemExit", "process 0 refuses"), *[ended] * 3]
+    assert saw[0]["no pickle"] != "no end" and saw[1]["no pickle"] == "SystemExit"
+
+
+def test_a_run_that_is_told_to_stop_while_it_waits_ends(four):
+    saw, said = four
+    assert [one["told"] for one in saw] == [("no end", "done"), *[("SystemExit", 75)] * 3]
+    assert [one["first told"] for one in saw] == [("SystemExit", 75)] * 4
+    assert "".join(said).count("told to stop") == 1
+
+
+def test_objects_of_any_size_are_gathered_and_a_problem_ends_all(four):
+    for r, saw in enumerate(four[0]):
+        assert saw["objects"] == [0, 1, 2, 3] and saw["mixed"] == [0, 2 ** 21, 2, 3]
+        assert saw["agree"] == [None, "1 disagrees" if r == 0 else 1]
+
+
+def test_the_wait_for_the_first_outlasts_the_limit_of_collectives(four):
+    """The barrier, which did this before, does not."""
+    for r, saw in enumerate(four[0]):
+        assert saw["longer than the limit"] == "done"
+        assert saw["barrier"] == "no end" if r == 0 else "imed out" in saw["barrier"]
 
 
 TINY = ["--cfg", os.path.join(ROOT, "yaml", "quickstart.yaml"), "data.limit=128", "optim.batch_size=32", "optim.epochs=2", "model.width=8", "model.precision=fp32",
