@@ -1,15 +1,20 @@
 """Two gloo processes against one: every collective, and the hosts' whole steps."""
 import contextlib
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import textwrap
+import time
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+
+from engine import distributed, signals
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -119,40 +124,41 @@ def test_two_processes_see_the_very_views_of_one(two):
         assert torch.allclose(torch.stack(views), torch.cat([saw["views"][step] for saw in two], dim=1), atol=1e-6)
 
 
-@contextlib.contextmanager
-def processes(world, job, folder, nodes=1):
-    """Start `world` processes of a script as torchrun does, without its own seconds: the store is
-    this process's. -> the list of them."""
+def in_processes(world, job, folder, nodes=1):
+    """job() in `world` processes that torchrun might have started on so many nodes. They are forks
+    of this one, which saves them the seconds of an import; the store is this process's, as it is
+    torchrun's. -> what job returned in each, and what each printed."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    (folder / "job.py").write_text(textwrap.dedent(job))
-    shared = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world),
-              "LOCAL_WORLD_SIZE": str(world // nodes), "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-              "TORCHELASTIC_RESTART_COUNT": "0"}
-    started = []
-    for rank in range(world):
+    shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world // nodes, "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": "True",
+              "TORCHELASTIC_RESTART_COUNT": 0}
+
+    def work(rank):
         node, local = divmod(rank, world // nodes)
-        own = {"RANK": str(rank), "LOCAL_RANK": str(local), "GROUP_RANK": str(node)}
-        started.append(subprocess.Popen(
-            [sys.executable, "job.py"], cwd=folder, env={**shared, **own}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        ))
-    try:
-        yield started
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate()
+        own = {"RANK": rank, "LOCAL_RANK": local, "GROUP_RANK": node}
+        os.environ.update({key: str(value) for key, value in {**shared, **own}.items()})
+        torch.set_num_threads(1)
+        with open(folder / f"said{rank}", "w") as said, contextlib.redirect_stdout(said):
+            torch.save(job(), folder / f"saw{rank}.pt")
+
+    fork = multiprocessing.get_context("fork")
+    started = [fork.Process(target=work, args=(rank,)) for rank in range(world)]
+    for process in started:
+        process.start()
+    end = time.monotonic() + 60
+    for process in started:
+        process.join(max(0, end - time.monotonic()))
+        process.kill()
+        process.join()
+    assert [process.exitcode for process in started] == [0] * world
+    saw = [torch.load(folder / f"saw{rank}.pt") for rank in range(world)]
+    return saw, [(folder / f"said{rank}").read_text() for rank in range(world)]
 
 
-FIRST = """
-    import os, time
-    from datetime import timedelta
-    import torch
-    from engine import distributed, signals
+def first_and_others():
+    """Run every kind of function by the first process; -> what this one saw."""
     distributed.start("cpu")
-    r, saw = distributed.rank(), {}
-    run = distributed.run_on_first
+    r, saw, run = distributed.rank(), {}, distributed.run_on_first
 
     def ending(function, per_node=False):
         try:
@@ -176,51 +182,58 @@ FIRST = """
     saw["no pickle"] = ending(lambda: (lambda: 0))[0]
     saw["still"] = run(lambda: r)
     saw["objects"] = distributed.gather_objects(r)
-    saw["mixed"] = list(map(len, distributed.gather_objects(bytes(2 ** 21 if r == 1 else r))))
+    mixed = distributed.gather_objects(bytes(2 ** 21 if r == 1 else r))
+    saw["mixed"] = [len(part) for part in mixed]
     saw["agree"] = []
     for problem in (None, f"{r} disagrees" if r in (1, 2) else None):
         try:
             saw["agree"].append(distributed.agree(problem))
         except SystemExit as end:
             saw["agree"].append(end.code)
+    saw["told"], saw["first told"] = told_to_stop(ending)
+    saw["outlasts"], saw["barrier"] = outlast_the_limit(run)
+    distributed.stop()
+    return saw
 
-    def until_the_others_left():                           # each leaves word when it ends
-        while len([f for f in os.listdir() if f.startswith("left")]) < 3:
-            time.sleep(0.01)
+
+def told_to_stop(ending):
+    """How a call of run_on_first ends where the others, and then where the first is told to."""
+    store = distributed.object_store.store
+
+    def until_the_others_left():
+        store.wait(["left 1", "left 2", "left 3"])
         return "done"
 
-    if r:
-        signals.caught.append(15)                          # these are told to stop, and do at once
-    saw["told"] = ending(until_the_others_left)
+    others = distributed.rank() > 0
+    if others:
+        signals.caught.append(15)
+    told = ending(until_the_others_left)
+    store.set(f"left {distributed.rank()}", "")
     signals.caught.clear()
-    open(f"left{r}", "w").close()
-    saw["first told"] = ending(lambda: signals.caught.append(15))
+    first_told = ending(lambda: signals.caught.append(15))
     signals.caught.clear()
+    return told, first_told
 
-    # A limit of 1 s for collectives: the store waits longer, and what was used before would not.
-    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
-    saw["longer than the limit"] = run(lambda: time.sleep(1.5) or "done")
+
+def outlast_the_limit(run):
+    """A limit of 1 s for collectives: what run_on_first makes of it, and what a barrier does."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+    outlasts = run(lambda: time.sleep(1.5) or "done")
     try:
-        if r == 0:                                         # works until the others have given up
+        if distributed.rank() == 0:  # at work until another has given up
             distributed.object_store.spread([1])
         else:
             distributed.barrier()
-        saw["barrier"] = "no end"
+        return outlasts, "no end"
     except RuntimeError as error:
-        saw["barrier"] = str(error)
         distributed.object_store.spread([1], b"given up")
-    torch.save(saw, f"first{r}.pt")
-"""
+        return outlasts, str(error)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     """Four processes of two nodes: what each saw of run_on_first, and what they printed."""
-    folder = tmp_path_factory.mktemp("four")
-    with processes(4, FIRST, folder, nodes=2) as started:
-        said = [process.communicate(timeout=120)[0] for process in started]
-    assert all(process.returncode == 0 for process in started), said
-    return [torch.load(folder / f"first{r}.pt") for r in range(4)], said
+    return in_processes(4, first_and_others, tmp_path_factory.mktemp("four"), nodes=2)
 
 
 def test_the_first_process_works_for_all(four):
@@ -257,7 +270,7 @@ def test_objects_of_any_size_are_gathered_and_a_problem_ends_all(four):
 def test_the_wait_for_the_first_outlasts_the_limit_of_collectives(four):
     """The barrier, which did this before, does not."""
     for r, saw in enumerate(four[0]):
-        assert saw["longer than the limit"] == "done"
+        assert saw["outlasts"] == "done"
         assert saw["barrier"] == "no end" if r == 0 else "imed out" in saw["barrier"]
 
 
