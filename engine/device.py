@@ -38,6 +38,8 @@ def choose(asked=None, process=0, processes=1):
     Raises SystemExit, with one sentence, for a device that is not there and for a GPU that the
     installed torch has no kernels for.
     """
+    if asked in ("cpu", "cpu:0"):  # whatever else there is stays untouched
+        return torch.device("cpu")
     kind, count = accelerator()
     if asked is None:
         # Apple's MPS has no collectives, so that several processes compute on the CPU there.
@@ -77,8 +79,6 @@ def named(asked, kind, count):
         device = torch.device(asked)
     except RuntimeError:
         raise SystemExit(f"--device {asked} is no device of torch's; here it sees {listed}")
-    if device.type == "cpu":
-        return torch.device("cpu")
     if device.type != kind or (device.index or 0) >= count:
         problem = device.type == "cuda" and cuda_problem()
         why = f": {problem}" if problem else f"; torch {torch.__version__} sees {listed} here"

@@ -46,11 +46,15 @@ def start(asked=None, timeout=None):
         devices.use(device)
     else:
         device = join(asked, timeout)
-    if asked is None and device.type == "cpu":
-        problem = devices.cuda_problem()
-        if problem:
-            say(f"WARNING: {problem}; until then everything runs on the CPU")
+    problem = why_cpu(asked, device)
+    if problem:
+        say(f"WARNING: {problem}; until then everything runs on the CPU")
     return device
+
+
+def why_cpu(asked, device):
+    """What keeps a process on the CPU that was not asked to compute there, or None."""
+    return devices.cuda_problem() if asked is None and device.type == "cpu" else None
 
 
 def join(asked, timeout):
@@ -58,21 +62,22 @@ def join(asked, timeout):
     global object_store, node_firsts
     store, own, world = next(rendezvous("env://"))
     # torchrun keeps its store when it restarts, where the addresses of the lost processes stand.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt {attempt}", store)
     object_store = ObjectStore(dist.PrefixStore("objects", store), own, world)
 
-    device = problem = None
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = refusal = None
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     try:
         device = devices.choose(asked, local, processes)
-    except SystemExit as refusal:
-        problem = refusal.code
+    except SystemExit as end:
+        refusal = end.code
     node = os.environ.get("GROUP_RANK", socket.gethostname())
-    reports = object_store.gather((problem, device and device.type, node))
+    kind, why = (None, None) if refusal else (device.type, why_cpu(asked, device))
+    reports = object_store.gather((refusal, kind, why, node))
     refuse_unlike(reports, own)
-    nodes = [node for _, _, node in reports]
+    nodes = [node for *_, node in reports]
     node_firsts = [nodes.index(node) for node in nodes]
 
     devices.use(device)
@@ -85,15 +90,17 @@ def join(asked, timeout):
 def refuse_unlike(reports, own):
     """End all processes, with one sentence, unless each has a device and all are of one kind.
 
-    reports: of each rank (problem, kind of device, node). own: the rank of this process.
+    reports: of each rank (refusal, kind of device, why it is the CPU, node). own: this rank.
     """
-    sentence = next((problem for problem, _, _ in reports if problem), None)
-    kinds = [kind for _, kind, _ in reports]
+    sentence = next((refusal for refusal, *_ in reports if refusal), None)
+    kinds = [kind for _, kind, _, _ in reports]
     if sentence is None and len(set(kinds)) > 1:
         other = next(rank for rank, kind in enumerate(kinds) if kind != kinds[0])
+        reasons = [f" ({why})" for _, _, why, _ in reports if why] or [""]
         sentence = (
-            f"process 0 has a device of kind {kinds[0]} and process {other} one of kind "
-            f"{kinds[other]}: look at that machine's GPUs and driver, or give --device cpu"
+            f"process 0 is on a device of kind {kinds[0]} and process {other} on one of kind "
+            f"{kinds[other]}{reasons[0]}: they must be alike; mend that machine, or give "
+            "--device cpu"
         )
     if sentence:
         object_store.close()
@@ -220,7 +227,7 @@ def gather_with_gradient(x):
 
 
 class Gather(torch.autograd.Function):
-    """gather, whose gradient is the sum over the processes' losses, of which each keeps its part."""
+    """gather; its gradient is the sum over the processes' losses, of which each keeps its part."""
 
     @staticmethod
     def forward(ctx, x):
@@ -328,7 +335,8 @@ def run_on_first(function, per_node=False):
     for work on a disk that is not shared.
 
     It may take hours: no collective is involved. What comes out must be picklable, and goes through
-    the store, at some 100 MB/s. Whatever the function raises ends all processes, none of them
+    the store, at some 100 MB/s. (Within the function no other call may be made that every process
+    makes.) Whatever the function raises ends all processes, none of them
     before all nodes are done; a sentence (SystemExit) is said once. A run that is told to stop
     meanwhile (engine/signals.py) ends at once, with code EXIT.
     """

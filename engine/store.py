@@ -22,7 +22,9 @@ LONGEST_START = 1800  # seconds until the first one: a large job takes its time 
 
 
 class ObjectStore:
-    """What one process keeps of it. Every process makes the same calls in the same order, as with collectives.
+    """What one process keeps of it.
+
+    Every process makes the same calls in the same order, as with collectives.
 
     store: of the process group. rank, world: as the process group's.
     """

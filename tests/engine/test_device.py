@@ -88,6 +88,11 @@ def test_a_device_that_is_asked_for_is_taken(machine):
     assert devices.choose("mps") == torch.device("mps") == devices.choose("mps:0")
 
 
+def test_the_gpu_is_not_touched_where_the_cpu_is_asked_for(monkeypatch):
+    monkeypatch.setattr(devices, "accelerator", lambda: pytest.fail("it was asked for"))
+    assert devices.choose("cpu") == torch.device("cpu")
+
+
 def test_a_device_that_is_not_there_is_refused_by_naming_those_that_are(machine):
     machine("cuda", 2)
     assert "--device cuda:2 is not there" in refusal("cuda:2")
@@ -122,8 +127,9 @@ def test_the_backend_follows_the_device():
 
 
 @pytest.mark.parametrize("reports, sentence", [
-    ([("it is not there", None, "a"), ("it is not there", None, "a")], "it is not there"),
-    ([(None, "cuda", "a"), (None, "cuda", "a"), (None, "cpu", "b")], "process 2 one of kind cpu"),
+    ([("it is not there", None, None, "a")] * 2, "it is not there"),
+    ([(None, "cuda", None, "a")] * 2 + [(None, "cpu", "its driver", "b")],
+     "process 2 on one of kind cpu (its driver)"),
 ])
 def test_processes_without_a_device_or_of_two_kinds_end_with_one_sentence(
     monkeypatch, reports, sentence
@@ -135,7 +141,7 @@ def test_processes_without_a_device_or_of_two_kinds_end_with_one_sentence(
             distributed.refuse_unlike(reports, own)
         codes.append(end.value.code)
     assert sentence in codes[0] and set(codes[1:]) == {1}
-    distributed.refuse_unlike([(None, "cpu", "a"), (None, "cpu", "b")], 0)
+    distributed.refuse_unlike([(None, "cpu", None, "a"), (None, "cpu", None, "b")], 0)
 
 
 # ------------------------------------------------------------------------------------ the kernels
@@ -248,7 +254,7 @@ def test_images_stay_where_they_are_unless_half_of_the_free_memory_is_enough(mon
     moved = []
     data.images = types.SimpleNamespace(nbytes=96, to=lambda device: moved.append(device))
     for free in (0, 100, 192):  # 0: it cannot be known
-        monkeypatch.setattr(devices, "free_memory", lambda device: free)
+        monkeypatch.setattr(devices, "free_memory", lambda device, free=free: free)
         data.to(torch.device("mps"))
     assert moved == []
     monkeypatch.setattr(devices, "free_memory", lambda device: 200)

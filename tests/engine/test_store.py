@@ -43,8 +43,14 @@ def test_bytes_of_any_number_go_in_pieces(monkeypatch):
     monkeypatch.setattr(store, "PIECE", 7)
     for size in (0, 1, 6, 7, 8, 50):
         value = bytes(range(size))
-        assert together(2, lambda one: one.spread([1], value)) == [{1: value}] * 2
-        assert together(2, lambda one: one.gather_bytes(value)) == [[value, value]] * 2
+        spread, gathered = (
+            together(2, lambda one, value=value, call=call: call(one, value))
+            for call in (
+                lambda one, value: one.spread([1], value),
+                lambda one, value: one.gather_bytes(value),
+            )
+        )
+        assert spread == [{1: value}] * 2 and gathered == [[value, value]] * 2
 
 
 def test_only_the_senders_are_waited_for():
