@@ -17,11 +17,13 @@ import torch.distributed as dist
 # What the official builds of torch 2.11 to 2.14 for CUDA 12.6 hold: they are the last with
 # sm_50 to sm_70. Builds for CUDA 12.8 and later begin at sm_75.
 KERNELS_OF_CUDA_12_6 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86")
+# pip leaves a torch that is there already, whatever it is built for.
+UNINSTALL = "pip uninstall -y torch torchvision"
 INSTALL_CUDA_12_6 = (
-    "pip uninstall -y torch torchvision && "
+    f"{UNINSTALL} && "
     "pip install torch torchvision --index-url https://download.pytorch.org/whl/cu126"
 )
-TAKE_THE_CPU = "--device cpu trains without the GPU"
+INSTALL_NEWEST = f"{UNINSTALL} && pip install -r requirements.txt"
 
 current = torch.device("cpu")  # the device that use() was given; set once, by distributed.start()
 
@@ -196,18 +198,17 @@ def refuse_unserved(device):
         return
     if serves(KERNELS_OF_CUDA_12_6, capability):
         way_out = (
-            "the official builds of torch 2.11 to 2.14 for CUDA 12.6 have kernels for it: "
-            + INSTALL_CUDA_12_6
+            "the official builds of torch 2.11 to 2.14 for CUDA 12.6 have them: "
+            f"{INSTALL_CUDA_12_6}; or give --device cpu"
         )
     elif capability > (5, 0):
-        way_out = "install a newer torch"
+        way_out = f"install a newer build: {INSTALL_NEWEST}; or give --device cpu"
     else:
-        way_out = "no build of this torch has any"
+        way_out = "no official build has them; give --device cpu"
     raise SystemExit(
         f"{device} is {torch.cuda.get_device_name(device)} of compute capability "
         f"{capability[0]}.{capability[1]}, for which torch {torch.__version__} (CUDA "
-        f"{torch.version.cuda}: {', '.join(kernels)}) has no kernels; {way_out}, or "
-        f"{TAKE_THE_CPU}"
+        f"{torch.version.cuda}: {', '.join(kernels)}) has no kernels; {way_out}"
     )
 
 

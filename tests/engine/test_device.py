@@ -179,9 +179,9 @@ def test_a_v100_beside_a_build_for_cuda_13_is_refused_with_the_way_out(machine):
 
 def test_other_gpus_are_not_sent_to_old_builds(machine):
     machine("cuda", 1, (13, 0))
-    assert "a newer torch" in refusal() and "cu126" not in refusal()
+    assert "a newer build" in refusal() and "cu126" not in refusal()
     machine("cuda", 1, (3, 5))
-    assert "no build of this torch" in refusal()
+    assert "no official build" in refusal()
     for capability in ((7, 5), (8, 0), (9, 0), (12, 0)):
         machine("cuda", 1, capability)
         assert devices.choose() == torch.device("cuda", 0)
