@@ -64,7 +64,10 @@ def join(asked, timeout):
     # torchrun keeps its store when it restarts, where the addresses of the lost processes stand.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt {attempt}", store)
-    object_store = ObjectStore(dist.PrefixStore("objects", store), own, world)
+    object_store = ObjectStore(
+        dist.PrefixStore("objects", store), own, world,
+        in_first=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+    )
 
     device = refusal = None
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -292,6 +295,8 @@ def agree(problem):
     is said once."""
     problems = [p for p in gather_objects(problem) if p]
     if problems:
+        if object_store:
+            object_store.leave()
         raise SystemExit(problems[0] if is_main() else 1)
 
 
@@ -353,6 +358,7 @@ def run_on_first(function, per_node=False):
     outcomes = {r: pickle.loads(outcomes[r]) for r in senders}
     failed = [r for r in senders if outcomes[r][0]]
     if failed:
+        object_store.leave()
         raise error if rank() == failed[0] else SystemExit(outcomes[failed[0]][1])
     return value if rank() == runner else pickle.loads(outcomes[runner][1])
 

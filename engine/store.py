@@ -10,6 +10,7 @@ on which one died, but not those of the other machines. So every process leaves 
 the store every few seconds, and a process that waits ends if the other one left none for long, or
 if the store itself is gone.
 """
+import contextlib
 import pickle
 import threading
 import time
@@ -18,6 +19,7 @@ PIECE = 2 ** 22  # bytes: the store refuses a value of more than 8 MiB
 LONGEST_PAUSE = 0.1  # seconds between two looks, which begin at a millisecond
 BEAT = 10  # seconds from one sign of life to the next
 SILENCE = 180  # seconds without one, after which a process counts as gone
+LONGEST_GOODBYE = 5  # seconds that a first process with the store waits for the others to go
 LONGEST_START = 1800  # seconds until the first one: a large job takes its time to import torch
 
 
@@ -26,11 +28,12 @@ class ObjectStore:
 
     Every process makes the same calls in the same order, as with collectives.
 
-    store: of the process group. rank, world: as the process group's.
+    store: of the process group. rank, world: as the process group's. in_first: the store is in the
+    process of rank 0 itself; torchrun keeps it in its agent.
     """
 
-    def __init__(self, store, rank, world):
-        self.store, self.rank, self.world = store, rank, world
+    def __init__(self, store, rank, world, in_first=False):
+        self.store, self.rank, self.world, self.in_first = store, rank, world, in_first
         self.calls = 0
         self.mine = []  # (call, keys) of what this process has posted and not yet deleted
         self.closed = threading.Event()
@@ -39,7 +42,22 @@ class ObjectStore:
 
     def close(self):
         """Leave no more signs of life."""
+        self.leave()
         self.closed.set()
+
+    def leave(self):
+        """Before this process ends: a first process that has the store stays, for some seconds at
+        most, until the others have read what it last told them."""
+        if not self.in_first:
+            return
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"left {self.rank}", "")
+            others = [f"left {rank}" for rank in range(1, self.world)]
+            end = time.monotonic() + LONGEST_GOODBYE
+            while self.rank == 0 and others and time.monotonic() < end:
+                if self.store.check(others):
+                    return
+                time.sleep(0.01)
 
     def gather(self, x):
         """An object of each process -> the list of them, by rank, the same to all."""

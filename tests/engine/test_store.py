@@ -97,6 +97,27 @@ def test_who_leaves_no_sign_of_life_is_not_waited_for(monkeypatch):
     assert together(2, slow) == [{1: b"late"}] * 2
 
 
+def test_a_first_process_that_has_the_store_leaves_last(monkeypatch):
+    kept, order = dist.HashStore(), []
+
+    def end(rank):
+        ObjectStore(kept, rank, 3, in_first=True).leave()
+        order.append(rank)
+
+    first = threading.Thread(target=end, args=(0,))
+    first.start()
+    end(1)
+    assert order == [1] and first.is_alive()
+    end(2)
+    first.join(60)
+    assert sorted(order) == [0, 1, 2]  # at once, when the last one said so
+
+    monkeypatch.setattr(store, "LONGEST_GOODBYE", 0.05)
+    kept = dist.HashStore()
+    end(0)  # but not for ever
+    assert order[-1] == 0
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_store_that_is_gone_ends_who_waits_with_a_sentence():
     host = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
