@@ -33,7 +33,9 @@ from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmenta
 from tqdm import tqdm
 
 from data import detection
-from engine import checkpoint, config, distributed
+from engine import checkpoint, config
+from engine import device as devices
+from engine import distributed
 from engine.distributed import say
 from engine.log import Log
 from engine.schedule import reached, sensible, sgd
@@ -95,7 +97,7 @@ class Detect:
         self.warmup, self.milestones, self.gamma, self.norm = warmup_iterations, milestones, gamma, norm
         self.min_size, self.max_size, self.detections, self.proposals, self.channels = min_size, max_size, detections, proposals, channels
         self.eval_every, self.save_every, self.workers = eval_every, save_every, workers
-        self.synchronized = norm == "sync" and distributed.world_size() > 1 and torch.cuda.is_available()
+        self.synchronized = norm == "sync" and distributed.world_size() > 1 and devices.current.type == "cuda"
 
     def rate(self, iteration):
         """The learning rate of a step, counted from 0."""
@@ -122,7 +124,7 @@ def main():
         return print(config.text(cfg), end="")
 
     # ------------------------------------------------------------------------------------------------ who takes part
-    device = distributed.start()
+    device = distributed.start(args.device)
     torch.backends.cudnn.benchmark = False                 # every batch has another shape: it would measure kernels at each
     main_process = distributed.is_main()
     detect = config.build(Detect, cfg["detect"], f"{args.cfg}: detect")

@@ -127,7 +127,7 @@ def main():
         return print(config.text(cfg), end="")
 
     # ------------------------------------------------------------------------------------------------ who takes part
-    device = distributed.start()
+    device = distributed.start(args.device)
     main_process = distributed.is_main()
     build = lambda target, section, **given: config.build(target, cfg[section], f"{args.cfg}: {section}", **given)
     how = build(Finetune, "finetune")

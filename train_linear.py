@@ -87,7 +87,7 @@ def main():
     if args.print_config:
         return print(config.text(cfg), end="")
 
-    device = distributed.start()
+    device = distributed.start(args.device)
     main_process = distributed.is_main()
     build = lambda target, section, **given: config.build(target, cfg[section], f"{args.cfg}: {section}", **given)
     probe = build(Probe, "linear")

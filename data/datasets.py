@@ -15,6 +15,7 @@ import torch
 import torchvision
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from engine import device as devices
 from engine import distributed
 
 from . import shapes
@@ -54,7 +55,7 @@ class ArraySet:
 
     def to(self, device):
         """Move the images to a device, if they take less than half of what it has free."""
-        if device.type == "cuda" and self.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        if self.images.nbytes < devices.free_memory(device) / 2:
             self.images = self.images.to(device)
         return self
 

@@ -240,9 +240,10 @@ def plan(n, batch_size, seed, start, stop):
 
 def batches(images, plan, device, workers=None):
     """plan: lists of (row, flip). -> lists of (image (3, H, W) in [0, 1], target) on the device."""
+    pinned = device.type == "cuda"  # elsewhere a copy that is not waited for may read freed memory
     loader = DataLoader(images, batch_sampler=plan, num_workers=default_workers() if workers is None else workers, collate_fn=as_it_is,
-                        pin_memory=device.type == "cuda", generator=torch.Generator())  # a generator of its own: leave the global one alone
-    to = lambda x: x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
+                        pin_memory=pinned, generator=torch.Generator())  # a generator of its own: leave the global one alone
+    to = lambda x: x.to(device, non_blocking=pinned) if isinstance(x, torch.Tensor) else x
     for batch in loader:
         for _, _, problem in batch:
             if problem:

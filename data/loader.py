@@ -10,6 +10,7 @@ import torch
 from PIL.Image import Resampling
 from torch.utils.data import DataLoader
 
+from engine import device as devices
 from engine import distributed
 
 from .augment import Augment, one_by_one, pick, pil_transforms
@@ -109,6 +110,7 @@ def ahead(items, depth=2):
 
     def work():
         try:
+            devices.use_in_this_thread()
             for item in items:
                 put(item, None)
                 if stop.is_set():
@@ -144,16 +146,17 @@ def batches(dataset, augment, plan, device, workers, backend="batched", views=1,
         for index, u in plan:
             yield augment.apply(dataset.images[index.to(dataset.images.device)].repeat(views, 1, 1, 1).to(device), u), index.to(device)
         return
+    pinned = device.type == "cuda"  # elsewhere a copy that is not waited for may read freed memory
     loader = DataLoader(Reader(dataset, augment, backend, views, whole=device.type == "cpu"), batch_sampler=plan, num_workers=workers, collate_fn=as_it_is,
-                        pin_memory=device.type == "cuda", generator=torch.Generator(),  # a generator of its own: leave the global one alone
+                        pin_memory=pinned, generator=torch.Generator(),  # a generator of its own: leave the global one alone
                         multiprocessing_context="fork" if workers and hasattr(os, "fork") else None)         # Python 3.14's own would import torch anew in each
     for images, index, u, problem, replaced in loader:
         if problem:
             raise SystemExit(problem)
         if broken is not None:
             broken.update(replaced)
-        x = images.to(device, non_blocking=True)
-        yield x if device.type == "cpu" else finish(augment, backend, x, u), index.to(device, non_blocking=True)
+        x = images.to(device, non_blocking=pinned)
+        yield x if device.type == "cpu" else finish(augment, backend, x, u), index.to(device, non_blocking=pinned)
 
 
 def finish(augment, backend, views, colours):

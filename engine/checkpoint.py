@@ -8,6 +8,7 @@ import zlib
 import torch
 
 from . import config, distributed
+from . import device as devices
 from .distributed import say
 
 try:
@@ -128,19 +129,6 @@ def lock(folder):
     return file
 
 
-def rng_state():
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(state):
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
 def before(path):
     """Where the checkpoint before the last one is kept."""
     return os.path.join(os.path.dirname(path), "previous.pt")
@@ -154,7 +142,7 @@ def exists(path):
 def save(path, settings, epoch, **parts):
     """Everything that training holds, after `epoch` epochs. parts: modules, optimizer, scaler. Every process must call it; none returns before
     the file is there. What is not finite is never saved."""
-    rng = distributed.gather_objects(rng_state())
+    rng = distributed.gather_objects(devices.rng_state())
     with distributed.agreeing():
         if distributed.is_main():
             value = {k: v.state_dict() for k, v in parts.items()}
@@ -205,7 +193,7 @@ def resume(path, settings, **parts):
         except (RuntimeError, ValueError) as error:
             raise SystemExit(f"{candidate} does not fit: {' '.join(str(error).split())[:300]}; was the data set changed? start over with --fresh")
     if len(saved["rng"]) == distributed.world_size():
-        set_rng_state(saved["rng"][distributed.rank()])
+        devices.set_rng_state(saved["rng"][distributed.rank()])
     elif distributed.is_main():
         print(f"{path} is of {len(saved['rng'])} processes, now there are {distributed.world_size()}: it goes on with fresh random numbers")
     return saved["epoch"]

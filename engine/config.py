@@ -39,6 +39,10 @@ def command_line(description):
     parser.add_argument("--cfg", required=True, metavar="FILE", help="a file in yaml/")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's, e.g. optim.epochs=10")
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
+    parser.add_argument(
+        "--device", metavar="NAME",
+        help="cpu, cuda, cuda:1, mps, xpu ...; left out: the accelerator that there is, else the CPU"
+    )
     parser.parse_args = parser.parse_intermixed_args       # key=value may stand before and after the options
     return parser
 

@@ -60,5 +60,6 @@ def draw(contrast, n, s):
         draws = torch.randint(K - (contrast.own is not None), (*s.shape[:-1], n), device=s.device)
         return draws if contrast.own is None else draws + (draws >= contrast.own[:, None])           # step over the own one
     place = contrast.mask.cumsum(-1, dtype=torch.int32)                                # (..., N, K): candidate j is a query's place[j]-th
-    turn = (torch.rand(*s.shape[:-1], n, device=s.device, dtype=torch.float64) * place[..., -1:]).int() + 1
+    exact = torch.float32 if s.is_mps else torch.float64  # MPS has no float64
+    turn = (torch.rand(*s.shape[:-1], n, device=s.device, dtype=exact) * place[..., -1:]).int() + 1
     return torch.searchsorted(place, turn).clamp(max=K - 1)                            # none allowed: any, and all are NEVER

@@ -79,7 +79,8 @@ class Ring(nn.Module):
 def bounds(l, u, n):
     """The ranks where the ring of n candidates begins and where it has ended, floor(l n) and floor(u n); it is never empty."""
     if torch.is_tensor(n):
-        last = (u * n.double() + 1e-9).long().clamp(min=1)                             # 1e-9: 0.29 * 100 is 28.999...
-        return torch.minimum((l * n.double() + 1e-9).long(), last - 1), last
+        exact = n.cpu().double() if n.is_mps else n.double()  # MPS has no float64
+        last = (u * exact + 1e-9).long().clamp(min=1)  # 1e-9: 0.29 * 100 is 28.999...
+        return torch.minimum((l * exact + 1e-9).long(), last - 1).to(n.device), last.to(n.device)
     last = max(int(u * n + 1e-9), 1)
     return min(int(l * n + 1e-9), last - 1), last

@@ -47,7 +47,9 @@ class MemoryBank(nn.Module):
         n, m, device = len(self.rows), self.candidates, index.device
         edge = torch.arange(m + 1, device=device) * n // m                             # (m + 1,)
         start = torch.randint(n, (), device=device)
-        which = (start + edge[:-1] + (torch.rand(m, device=device, dtype=torch.float64) * edge.diff()).long()) % n        # (m,)
+        exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        within = (torch.rand(m, device=device, dtype=exact) * edge.diff()).long()  # (m,)
+        which = (start + edge[:-1] + within) % n  # (m,)
         return self.rows[which], which, (((index - start) % n + 1) * m - 1) // n
 
     @torch.no_grad()

@@ -112,9 +112,12 @@ def projection(head, features, dim):
 
 
 def fastest(device):
-    """The precision that `auto` means on a device: bf16 where the hardware has it, fp16 on older GPUs (V100), fp32 on older CPUs."""
+    """The precision that `auto` means on a device: bf16 where the hardware has it, fp16 on older GPUs (V100), fp32 on older CPUs,
+    and on MPS and XPU, where nothing was measured."""
     if device.type == "cuda":                              # is_bf16_supported() is true on V100 too, where bf16 is emulated
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    if device.type != "cpu":
+        return "fp32"
     capabilities = torch.cpu.get_capabilities()
     return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "fp32"
 

@@ -1,13 +1,20 @@
 """Two gloo processes against one: every collective, and the hosts' whole steps."""
+import contextlib
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import textwrap
+import time
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
+
+from engine import distributed, signals
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -115,6 +122,158 @@ def test_two_processes_see_the_very_views_of_one(two):
     for step, (views, index) in enumerate(one.epoch(3)):
         assert torch.equal(index, torch.cat([saw["index"][step] for saw in two]))
         assert torch.allclose(torch.stack(views), torch.cat([saw["views"][step] for saw in two], dim=1), atol=1e-6)
+
+
+def in_processes(world, job, folder, nodes=1):
+    """job() in `world` processes that torchrun might have started on so many nodes. They are forks
+    of this one, which saves them the seconds of an import; the store is this process's, as it is
+    torchrun's. -> what job returned in each, and what each printed."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world // nodes, "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": "True",
+              "TORCHELASTIC_RESTART_COUNT": 0}
+
+    def work(rank):
+        node, local = divmod(rank, world // nodes)
+        own = {"RANK": rank, "LOCAL_RANK": local, "GROUP_RANK": node}
+        os.environ.update({key: str(value) for key, value in {**shared, **own}.items()})
+        torch.set_num_threads(1)
+        with open(folder / f"said{rank}", "w") as said, contextlib.redirect_stdout(said):
+            torch.save(job(), folder / f"saw{rank}.pt")
+
+    fork = multiprocessing.get_context("fork")
+    started = [fork.Process(target=work, args=(rank,)) for rank in range(world)]
+    for process in started:
+        process.start()
+    end = time.monotonic() + 60
+    for process in started:
+        process.join(max(0, end - time.monotonic()))
+        process.kill()
+        process.join()
+    assert [process.exitcode for process in started] == [0] * world
+    saw = [torch.load(folder / f"saw{rank}.pt") for rank in range(world)]
+    return saw, [(folder / f"said{rank}").read_text() for rank in range(world)]
+
+
+def first_and_others():
+    """Run every kind of function by the first process; -> what this one saw."""
+    distributed.start("cpu")
+    r, saw, run = distributed.rank(), {}, distributed.run_on_first
+
+    def ending(function, per_node=False):
+        try:
+            return "no end", run(function, per_node)
+        except BaseException as error:
+            return type(error).__name__, error.args[0]
+
+    def refuse():
+        raise SystemExit(f"process {r} refuses")
+
+    def fail():
+        raise ValueError(f"process {r} fails")
+
+    saw["value"] = run(lambda: {"by": r})
+    saw["node"] = run(lambda: {"by": r}, per_node=True)
+    saw["large"] = len(run(lambda: bytes(9 * 2 ** 20)))
+    saw["refusal"] = ending(refuse)
+    saw["error"] = ending(fail)
+    saw["one node"] = ending(lambda: refuse() if r == 2 else r, per_node=True)
+    saw["both nodes"] = ending(refuse, per_node=True)
+    saw["no pickle"] = ending(lambda: (lambda: 0))[0]
+    saw["still"] = run(lambda: r)
+    saw["objects"] = distributed.gather_objects(r)
+    mixed = distributed.gather_objects(bytes(2 ** 21 if r == 1 else r))
+    saw["mixed"] = [len(part) for part in mixed]
+    saw["agree"] = []
+    for problem in (None, f"{r} disagrees" if r in (1, 2) else None):
+        try:
+            saw["agree"].append(distributed.agree(problem))
+        except SystemExit as end:
+            saw["agree"].append(end.code)
+    saw["told"], saw["first told"] = told_to_stop(ending)
+    saw["outlasts"], saw["barrier"] = outlast_the_limit(run)
+    distributed.stop()
+    return saw
+
+
+def told_to_stop(ending):
+    """How a call of run_on_first ends where the others, and then where the first is told to."""
+    store = distributed.object_store.store
+
+    def until_the_others_left():
+        store.wait(["left 1", "left 2", "left 3"])
+        return "done"
+
+    others = distributed.rank() > 0
+    if others:
+        signals.caught.append(15)
+    told = ending(until_the_others_left)
+    store.set(f"left {distributed.rank()}", "")
+    signals.caught.clear()
+    first_told = ending(lambda: signals.caught.append(15))
+    signals.caught.clear()
+    return told, first_told
+
+
+def outlast_the_limit(run):
+    """A limit of 1 s for collectives: what run_on_first makes of it, and what a barrier does."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+    outlasts = run(lambda: time.sleep(1.5) or "done")
+    try:
+        if distributed.rank() == 0:  # at work until another has given up
+            distributed.object_store.spread([1])
+        else:
+            distributed.barrier()
+        return outlasts, "no end"
+    except RuntimeError as error:
+        distributed.object_store.spread([1], b"given up")
+        return outlasts, str(error)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """Four processes of two nodes: what each saw of run_on_first, and what they printed."""
+    return in_processes(4, first_and_others, tmp_path_factory.mktemp("four"), nodes=2)
+
+
+def test_the_first_process_works_for_all(four):
+    for saw in four[0]:
+        assert saw["value"] == {"by": 0} and saw["large"] == 9 * 2 ** 20 and saw["still"] == 0
+    assert [saw["node"]["by"] for saw in four[0]] == [0, 0, 2, 2]
+
+
+def test_what_it_raises_ends_all_and_is_said_once(four):
+    saw = four[0]
+    ended = ("SystemExit", 1)                              # a code of 1 prints nothing
+    assert [one["refusal"] for one in saw] == [("SystemExit", "process 0 refuses"), *[ended] * 3]
+    assert [one["error"] for one in saw] == [("ValueError", "process 0 fails"), *[ended] * 3]
+    assert [one["one node"] for one in saw] == [
+        ended, ended, ("SystemExit", "process 2 refuses"), ended
+    ]
+    assert [one["both nodes"] for one in saw] == [("SystemExit", "process 0 refuses"), *[ended] * 3]
+    assert saw[0]["no pickle"] != "no end" and saw[1]["no pickle"] == "SystemExit"
+
+
+def test_a_run_that_is_told_to_stop_while_it_waits_ends(four):
+    saw, said = four
+    assert [one["told"] for one in saw] == [("no end", "done"), *[("SystemExit", 75)] * 3]
+    assert [one["first told"] for one in saw] == [("SystemExit", 75)] * 4
+    assert "".join(said).count("told to stop") == 1
+
+
+def test_objects_of_any_size_are_gathered_and_a_problem_ends_all(four):
+    for r, saw in enumerate(four[0]):
+        assert saw["objects"] == [0, 1, 2, 3] and saw["mixed"] == [0, 2 ** 21, 2, 3]
+        assert saw["agree"] == [None, "1 disagrees" if r == 0 else 1]
+
+
+def test_the_wait_for_the_first_outlasts_the_limit_of_collectives(four):
+    """The barrier, which did this before, does not."""
+    saw = four[0]
+    assert [one["outlasts"] for one in saw] == ["done"] * 4
+    ends = [one["barrier"] for one in saw]
+    assert ends[0] == "no end" and "no end" not in ends[1:]
+    assert any("imed out" in end for end in ends[1:])  # and the others lose a peer
 
 
 TINY = ["--cfg", os.path.join(ROOT, "yaml", "quickstart.yaml"), "data.limit=128", "optim.batch_size=32", "optim.epochs=2", "model.width=8", "model.precision=fp32",

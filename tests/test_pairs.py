@@ -42,7 +42,7 @@ JOB = """
     import train_pretrain
 
     device, saved = distributed.start(), None
-    distributed.start, distributed.stop = lambda: device, lambda: None
+    distributed.start, distributed.stop = lambda asked: device, lambda: None
     plain = checkpoint.save
 
     def save(path, settings, epoch, **parts):              # every rank keeps its own state; the first epoch's file is what a kill would leave

@@ -44,7 +44,7 @@ def child(work, argument, folder, environment):
     os.dup2(1, 2)
     multiprocessing.set_start_method("fork", force=True)   # image workers are forked, as in a program of its own; else each gets a server that imports torch anew
     device = distributed.start()
-    distributed.start, distributed.stop = lambda: device, lambda: None                 # one group for several runs of a script
+    distributed.start, distributed.stop = lambda asked: device, lambda: None                 # one group for several runs of a script
     work(argument)
 
 

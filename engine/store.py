@@ -1,0 +1,166 @@
+"""Small Python objects between processes, through the store of the process group.
+
+A collective has a time limit (NCCL's default: 10 minutes), and one process may well list files,
+build a cache or write a checkpoint for longer while the others wait. Here they look into the
+store, a table of keys and bytes that torchrun's agent keeps for all, as long as it takes. A look
+costs about 0.1 ms, and no memory of a GPU.
+
+What must not be is a wait for a process that is gone. torchrun ends the processes of the machine
+on which one died, but not those of the other machines. So every process leaves a sign of life in
+the store every few seconds, and a process that waits ends if the other one left none for long, or
+if the store itself is gone.
+"""
+import contextlib
+import pickle
+import threading
+import time
+
+PIECE = 2 ** 22  # bytes: the store refuses a value of more than 8 MiB
+LONGEST_PAUSE = 0.1  # seconds between two looks, which begin at a millisecond
+BEAT = 10  # seconds from one sign of life to the next
+SILENCE = 180  # seconds without one, after which a process counts as gone
+LONGEST_GOODBYE = 5  # seconds that a first process with the store waits for the others to go
+LONGEST_START = 1800  # seconds until the first one: a large job takes its time to import torch
+
+
+class ObjectStore:
+    """What one process keeps of it.
+
+    Every process makes the same calls in the same order, as with collectives.
+
+    store: of the process group. rank, world: as the process group's. in_first: the store is in the
+    process of rank 0 itself; torchrun keeps it in its agent.
+    """
+
+    def __init__(self, store, rank, world, in_first=False):
+        self.store, self.rank, self.world, self.in_first = store, rank, world, in_first
+        self.calls = 0
+        self.mine = []  # (call, keys) of what this process has posted and not yet deleted
+        self.closed = threading.Event()
+        if world > 1:
+            threading.Thread(target=self.beat, name="sign of life", daemon=True).start()
+
+    def close(self):
+        """Leave no more signs of life."""
+        self.leave()
+        self.closed.set()
+
+    def leave(self):
+        """Before this process ends: a first process that has the store stays, for some seconds at
+        most, until the others have read what it last told them."""
+        if not self.in_first:
+            return
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"left {self.rank}", "")
+            others = [f"left {rank}" for rank in range(1, self.world)]
+            end = time.monotonic() + LONGEST_GOODBYE
+            while self.rank == 0 and others and time.monotonic() < end:
+                if self.store.check(others):
+                    return
+                time.sleep(0.01)
+
+    def gather(self, x):
+        """An object of each process -> the list of them, by rank, the same to all."""
+        return [pickle.loads(one) for one in self.gather_bytes(pickle.dumps(x))]
+
+    def gather_bytes(self, x):
+        """As gather, of bytes. Rank 0 puts them together, so that each asks for one thing only."""
+        call = self.next_call()
+        self.post(call, f"{call}/{self.rank}", x)
+        if self.rank == 0:
+            whole = [self.take(f"{call}/{r}", r) for r in range(self.world)]
+            self.post(call, f"{call}/all", pickle.dumps(whole))
+        else:
+            whole = pickle.loads(self.take(f"{call}/all", 0))
+        self.tidy(call)
+        return whole
+
+    def spread(self, senders, x=None, look=None):
+        """The bytes x of each rank in `senders`, to all -> {rank: bytes}.
+
+        look: a function that is called again and again while this process waits.
+        """
+        call = self.next_call()
+        if self.rank in senders:
+            self.post(call, f"{call}/{self.rank}", x)
+        return {r: self.take(f"{call}/{r}", r, look) for r in senders}
+
+    # ---------------------------------------------------------------------------------- the store
+
+    def next_call(self):
+        self.calls += 1
+        return self.calls
+
+    def post(self, call, key, x):
+        """Set a key to bytes of any number; what is too long goes in pieces, the first one last."""
+        pieces = [x[i:i + PIECE] for i in range(0, len(x), PIECE)] or [b""]
+        keys = [f"{key}/{i}" for i in range(1, len(pieces))]
+        for name, piece in zip(keys, pieces[1:]):
+            self.ask(self.store.set, name, piece)
+        self.ask(self.store.set, key, b"%d\n" % len(pieces) + pieces[0])
+        self.mine.append((call, [key, *keys]))
+
+    def take(self, key, sender, look=None):
+        """The bytes that rank `sender` sets a key to, as soon as it does."""
+        self.wait(key, sender, look)
+        count, _, first = self.ask(self.store.get, key).partition(b"\n")
+        return first + b"".join(
+            self.ask(self.store.get, f"{key}/{i}") for i in range(1, int(count))
+        )
+
+    def wait(self, key, sender, look=None):
+        """Until a key is set. It may take hours, as long as the sender lives."""
+        pause, sign, next_check = 0.001, None, time.monotonic() + BEAT
+        heard = time.monotonic()
+        while not self.ask(self.store.check, [key]):
+            if look:
+                look()
+            time.sleep(pause)
+            pause = min(pause * 1.5, LONGEST_PAUSE)
+            if time.monotonic() < next_check:
+                continue
+            next_check = time.monotonic() + BEAT
+            last, sign = sign, self.last_sign(sender)
+            if sign != last:
+                heard = time.monotonic()
+            if time.monotonic() - heard > (SILENCE if sign else LONGEST_START):
+                raise SystemExit(
+                    f"process {self.rank} waits for process {sender}, of which nothing was heard "
+                    f"for {time.monotonic() - heard:.0f} s: it is gone; see what it said last"
+                )
+
+    def tidy(self, call):
+        """Delete what this process posted before a call that every process has entered."""
+        for _, keys in (entry for entry in self.mine if entry[0] < call):
+            for key in keys:
+                self.ask(self.store.delete_key, key)
+        self.mine = [entry for entry in self.mine if entry[0] >= call]
+
+    def ask(self, what, *arguments):
+        """Ask the store; where it is gone this process ends, with one sentence."""
+        try:
+            return what(*arguments)
+        except RuntimeError as error:  # torch's DistError is one
+            raise SystemExit(
+                f"process {self.rank} has lost the store of the process group "
+                f"({str(error).splitlines()[0]}): the process that keeps it has ended; see what "
+                "it said last"
+            )
+
+    # --------------------------------------------------------------------------------- life signs
+
+    def beat(self):
+        """What the thread does that leaves the signs of life."""
+        count = 0
+        while True:
+            count += 1
+            try:
+                self.store.set(f"sign {self.rank}", str(count))
+            except RuntimeError:  # the store is gone, which the main thread will see for itself
+                return
+            if self.closed.wait(BEAT):
+                return
+
+    def last_sign(self, rank):
+        key = f"sign {rank}"
+        return self.ask(self.store.get, key) if self.ask(self.store.check, [key]) else None
