@@ -159,7 +159,8 @@ def whole_part(part, name, root, split, limit):
     """
     if name == "shapes":
         drawn = 10000 if limit is None else min(limit, 10000)
-        images, labels = shapes.shapes(2400, 1) if part == "test" else shapes.shapes(drawn, 0)
+        count, seed = (2400, 1) if part == "test" else (drawn, 0)
+        images, labels = shapes.shapes(count, seed=seed)
         return ArraySet(torch.from_numpy(images), torch.from_numpy(labels), shapes.CLASSES,
                         *STATISTICS[name])
     if name in TORCHVISION:

@@ -73,12 +73,12 @@ def list_images(path, name, only=None):
     for folder, content in walk(path, name, only):
         below = os.path.join(folder.path, "")
         counts[folder.top] = counts.get(folder.top, 0) + len(content.images)
-        names += [f"{below[len(prefix):]}{image}\0" for image in content.images]
+        names.append("".join(f"{below[len(prefix):]}{image}\0" for image in content.images))
         others += [below + other for other in content.others]
     if others:
         say(f"{name}: {len(others)} files under {path} left out, not named {EXTENSIONS_IN_WORDS}; "
             f"the first: {printable(others[0])}")
-    if not names:
+    if not any(names):
         raise SystemExit(f"{name}: no images ({EXTENSIONS_IN_WORDS}) under {path}")
     paths = Paths(prefix, os.fsencode("".join(names)))
     return Listing(paths, *label(path, name, counts, only))

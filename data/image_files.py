@@ -56,9 +56,9 @@ class FolderSet:
         """
         file = self.files[i]
         try:
-            if not os.path.isfile(file):                   # a pipe would be waited for
-                there = os.path.exists(file)
-                raise ValueError("it is not a file" if there else "it is not there")
+            problem = problem_of(file)                     # a pipe would be waited for
+            if problem:
+                raise ValueError(problem)
             with Image.open(file, formats=FORMATS) as image:
                 return to_rgb(image)
         except Exception as error:                         # PIL raises many kinds
@@ -110,8 +110,12 @@ def check(files):
     """Look at the status of every file, not at its contents. Every process calls it; one of each
     node looks. SystemExit names the first that is missing, empty, or may not be read."""
 
+    def problem_or_permission(file):
+        problem = problem_of(file)
+        return problem or (None if os.access(file, os.R_OK) else "Permission denied")
+
     def look():
-        for file, problem in zip(files, for_each_file(problem_of, files)):
+        for file, problem in zip(files, for_each_file(problem_or_permission, files)):
             if problem:
                 raise SystemExit(str(unreadable(file, ValueError(problem))))
 
@@ -122,13 +126,13 @@ def problem_of(file):
     """What the status of a file says against it, or None."""
     try:
         status = os.stat(file)
+    except FileNotFoundError:
+        return "it is not there"
     except OSError as error:
         return error.strerror
     if not stat.S_ISREG(status.st_mode):
         return "it is not a file"
-    if status.st_size == 0:
-        return "it is empty"
-    return None if os.access(file, os.R_OK) else "Permission denied"
+    return "it is empty" if status.st_size == 0 else None
 
 
 def for_each_file(look, files):

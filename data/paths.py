@@ -45,7 +45,7 @@ class Paths(Sequence):
 
     def select(self, rows):
         """The paths of rows (m,), in that order."""
-        rows, names = np.asarray(rows), self.names.tobytes()
+        rows, names = np.asarray(rows, np.int64), self.names.tobytes()
         starts, stops = self.starts()[rows].tolist(), (self.ends[rows] + 1).tolist()
         return Paths(self.folder, b"".join(names[a:b] for a, b in zip(starts, stops)))
 
@@ -57,7 +57,7 @@ class Paths(Sequence):
         """The innermost folder that holds all of them, as bytes."""
         starts, same = self.starts(), 0
         shortest = (self.ends - starts).min(initial=len(self.names))
-        while same < shortest and len(np.unique(self.names[starts + same])) == 1:
+        while same < shortest and (self.names[starts + same] == self.names[same]).all():
             same += 1
         return os.path.dirname(os.fsencode(self.folder) + self.names[:same].tobytes())
 
