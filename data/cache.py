@@ -7,6 +7,7 @@ Beside the folder that holds the images lies <folder>.cache256/, with two files 
                       where it is, the cache is whole
 
 STATE is a hash of the files' names, sizes and times, so a changed folder has another one and is cached anew; a folder of caches may be deleted at any time.
+Nodes that share the folder share the cache; one with a copy of the images of its own builds its own.
 ImageNet at 256 takes about 330 GB (1.28 million images of 256 x 340 x 3 bytes), ImageNet-100 a tenth of that.
 
 We differ from the papers, which crop the image as it is: here a crop is the same share of the image at 256. One of 0.2 of a photo of 500 x 375 has as many pixels
@@ -64,10 +65,12 @@ class CachedSet(FolderSet):
 
 
 def cached(dataset, name, size, skip=False):
-    """A FolderSet -> the same set as a CachedSet, built if it is not there. Every process must call it.
+    """A FolderSet -> the same set as a CachedSet, built if it is not there. Every process calls it;
+    one of each node looks at the files.
 
-    name: of the set and its part, for the files. size: pixels, at most, of the shorter side. SystemExit names an image that cannot be read (skip: it has no place), and says where
-    the place cannot be written or is too small.
+    name: of the set and its part, for the files. size: pixels, at most, of the shorter side.
+    skip: an image that cannot be read has no place; else SystemExit names it. SystemExit also says
+    where the place cannot be written or is too small.
     """
     folder = os.path.abspath(os.fsdecode(dataset.files.common_folder()))
     place = f"{folder}.cache{size}"
@@ -90,7 +93,9 @@ def cached(dataset, name, size, skip=False):
         raise SystemExit(f"{base}.npy was written a moment ago and cannot be read now; start again")
     data = CachedSet(dataset.files, dataset.labels, dataset.classes, dataset.mean, dataset.std, base + ".u8", places)
     if not skip and not places[:, 1].all():                # a run with skip built it
-        raise SystemExit(str(unreadable(data.files[int(places[:, 1].argmin())], ValueError("it could not be when the images were cached"))))
+        file = data.files[int(places[:, 1].argmin())]
+        why = ValueError("it could not be when the images were cached")
+        raise SystemExit(str(unreadable(file, why)))
     data.open()                                            # before workers are forked, which then share it
     return data
 

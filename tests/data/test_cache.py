@@ -1,5 +1,6 @@
 """The cache of decoded images: what it holds, when it is built, and that nobody but the clock can tell it from the folder."""
 import glob
+import hashlib
 import os
 import pickle
 import shutil
@@ -135,6 +136,20 @@ def test_a_changed_folder_is_cached_anew(jpegs, builds, capsys):
         pickle.loads(pickle.dumps(before)).decode(8)
 
 
+@pytest.mark.parametrize("root", ["jpegs", "./jpegs/", "jpegs/train/a"])
+def test_caches_of_earlier_versions_are_found(jpegs, monkeypatch, root):
+    """Their names hold a hash, made as here, of a list of str."""
+    monkeypatch.chdir(os.path.dirname(jpegs))
+    files = list(load("train", 0, name="folder", root=root).files)
+    folder = os.path.commonpath([os.path.abspath(os.path.dirname(file)) for file in files])
+    h = hashlib.sha256()
+    for file in files:
+        status, name = os.stat(file), os.path.abspath(file)[len(folder):]
+        h.update(b"%s %d %d\n" % (os.fsencode(name), status.st_size, status.st_mtime_ns))
+    path = load("train", 0, name="folder", root=root, cache=24).path
+    assert path == f"{folder}.cache24/folder-train-{h.hexdigest()[:16]}.u8"
+
+
 def test_a_build_that_was_killed_is_built_again(jpegs, builds, capsys):
     read = lambda: load("train", 0, name="folder", root=jpegs, cache=24)
     whole = read()
@@ -208,6 +223,7 @@ def test_building_leaves_the_random_state_alone(jpegs, monkeypatch, workers):
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_two_processes_build_once_and_read_the_same(jpegs, tmp_path):
     """As two nodes that share a folder; as two with a copy each, of which each builds its own; and
     as two processes of one node, of which one looks at the files. A set that comes pickled, as to
