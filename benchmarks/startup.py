@@ -104,15 +104,13 @@ def memory():
     return sizes["Rss"], sizes["Private_Clean"] + sizes["Private_Dirty"]
 
 
-def read_share(files, labels, worker, meet, results):
+def read_share(files, labels, order, worker, meet, results):
     """A worker's part of an epoch. All of them measure while all are there."""
     meet.wait()
     before = memory()
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
-    for rows in order.split(BATCH)[worker::WORKERS]:
-        for i in rows.tolist():
+    for first in range(worker * BATCH, len(files), WORKERS * BATCH):
+        for i in order[first:first + BATCH].tolist():
             files[i], labels[i]
-    del order, rows
     meet.wait()
     results.put((before, memory()))
     meet.wait()
@@ -122,8 +120,9 @@ def measure_workers(files, labels):
     """A row a worker: resident and private before, resident and private after the epoch, in MB."""
     fork = multiprocessing.get_context("fork")
     meet, results = fork.Barrier(WORKERS), fork.Queue()
-    workers = [fork.Process(target=read_share, args=(files, labels, worker, meet, results))
-               for worker in range(WORKERS)]
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
+    workers = [fork.Process(target=read_share, args=(files, labels, order, w, meet, results))
+               for w in range(WORKERS)]
     for worker in workers:
         worker.start()
     rows = [results.get() for _ in workers]

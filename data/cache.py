@@ -104,7 +104,7 @@ def state(files, skip):
     """A hash of the files' names below the folder that holds them all, their sizes and times."""
     h = hashlib.sha256()
     names = files.names_below().split(b"\0")
-    for file, name, found in zip(files, names, for_each_file(size_and_time, files)):
+    for name, (file, found) in zip(names, for_each_file(size_and_time, files)):
         if isinstance(found, tuple):
             h.update(b"%s %d %d\n" % (name, *found))
         elif skip:

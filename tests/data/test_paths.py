@@ -48,6 +48,13 @@ def test_paths_are_the_list_they_come_from(name):
     assert FolderSet(files, None, None, None, None).fingerprint() == fingerprint_of(files)
 
 
+def test_many_paths_are_iterated_in_parts():
+    for n in (0, 1, 999, 1000, 1001, 2500):
+        files = [f"x/{i}.jpg" for i in range(n)]
+        paths = Paths.of(files)
+        assert list(paths) == [paths[i] for i in range(n)] == files
+
+
 @pytest.mark.parametrize("rows", [[], [3], [-1, 0], [4, 4, 1, 0, 2]])
 def test_rows_are_taken_in_their_order(rows):
     files = LISTS["one folder"]
