@@ -85,10 +85,12 @@ def listed(path, dataset):
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"list {path} cannot be read: {error}")
     names = [name.strip() for name in names if name.strip()]
-    rows = {}
+    rows = {name: [] for name in names}
     for row, file in enumerate(dataset.files):
-        rows.setdefault(os.path.basename(file), []).append(row)
-    missing = [name for name in names if name not in rows]
+        name = os.path.basename(file)
+        if name in rows:
+            rows[name].append(row)
+    missing = [name for name in names if not rows[name]]
     if not names:
         raise ValueError(f"list {path} is empty; it must hold one image file name a line")
     if missing:

@@ -7,6 +7,7 @@ Beside the folder that holds the images lies <folder>.cache256/, with two files 
                       where it is, the cache is whole
 
 STATE is a hash of the files' names, sizes and times, so a changed folder has another one and is cached anew; a folder of caches may be deleted at any time.
+Nodes that share the folder share the cache; one with a copy of the images of its own builds its own.
 ImageNet at 256 takes about 330 GB (1.28 million images of 256 x 340 x 3 bytes), ImageNet-100 a tenth of that.
 
 We differ from the papers, which crop the image as it is: here a crop is the same share of the image at 256. One of 0.2 of a photo of 500 x 375 has as many pixels
@@ -16,7 +17,6 @@ import contextlib
 import hashlib
 import os
 import shutil
-import time
 
 import numpy as np
 import torch
@@ -26,9 +26,8 @@ from torchvision.transforms.functional import resize
 from tqdm import tqdm
 
 from engine import distributed
-from engine.distributed import say
 
-from .datasets import FolderSet, printable, unreadable
+from .image_files import FolderSet, for_each_file, printable, unreadable
 from .loader import as_it_is, default_workers
 
 
@@ -44,7 +43,9 @@ class CachedSet(FolderSet):
 
     def select(self, rows):
         some = super().select(rows)
-        return CachedSet(some.files, some.labels, some.classes, some.mean, some.std, self.path, self.places[np.asarray(rows)], self.pixels)
+        places = self.places[np.asarray(rows)]
+        return CachedSet(some.files, some.labels, some.classes, some.mean, some.std, self.path,
+                         places, self.pixels)
 
     def decode(self, i):
         """Image i as PIL's, RGB, at most as large as was asked for."""
@@ -64,41 +65,62 @@ class CachedSet(FolderSet):
 
 
 def cached(dataset, name, size, skip=False):
-    """A FolderSet -> the same set as a CachedSet, built if it is not there. Every process must call it.
+    """A FolderSet -> the same set as a CachedSet, built if it is not there. Every process calls it;
+    one of each node looks at the files.
 
-    name: of the set and its part, for the files. size: pixels, at most, of the shorter side. SystemExit names an image that cannot be read (skip: it has no place), and says where
-    the place cannot be written or is too small.
+    name: of the set and its part, for the files. size: pixels, at most, of the shorter side.
+    skip: an image that cannot be read has no place; else SystemExit names it. SystemExit also says
+    where the place cannot be written or is too small.
     """
-    folder = os.path.commonpath([os.path.abspath(f) for f in {os.path.dirname(f) for f in dataset.files}])
-    base = os.path.join(f"{folder}.cache{size}", f"{name}-{state(dataset.files, folder, skip)}")
+    folder = os.path.abspath(os.fsdecode(dataset.files.common_folder()))
+    place = f"{folder}.cache{size}"
+
+    def find_base():
+        return os.path.join(place, f"{name}-{state(dataset.files, skip)}")
+
+    def build_if_missing():
+        if read(base) is None:
+            build(dataset, name, base, size, skip)
+
+    base = distributed.run_on_first(find_base, per_node=True)
+    # Where nodes share the folder, the second round finds what process 0 has built in the first;
+    # a node with a copy of the images of its own builds a cache of its own. The nodes do not build
+    # at once, for not every network disk has locks.
+    distributed.run_on_first(build_if_missing, per_node=False)
+    distributed.run_on_first(build_if_missing, per_node=True)
     places = read(base)
-    if places is None and distributed.is_main():
-        places = build(dataset, name, base, size, skip)
-    elif places is None and os.environ.get("LOCAL_RANK") == "0":
-        print(f"process {distributed.rank()} waits for {base}.npy, which process 0 writes: the nodes must share this folder", flush=True)
-    while places is None:                                  # the file is looked for: a barrier of NCCL's ends the run after 10 minutes, and ImageNet takes longer
-        time.sleep(0.5)
-        places = read(base)
-    distributed.barrier()
+    if places is None:
+        raise SystemExit(f"{base}.npy was written a moment ago and cannot be read now; start again")
     data = CachedSet(dataset.files, dataset.labels, dataset.classes, dataset.mean, dataset.std, base + ".u8", places)
     if not skip and not places[:, 1].all():                # a run with skip built it
-        raise SystemExit(str(unreadable(data.files[int(places[:, 1].argmin())], ValueError("it could not be when the images were cached"))))
+        file = data.files[int(places[:, 1].argmin())]
+        why = ValueError("it could not be when the images were cached")
+        raise SystemExit(str(unreadable(file, why)))
     data.open()                                            # before workers are forked, which then share it
     return data
 
 
-def state(files, folder, skip):
-    """A hash of the files' names below `folder`, sizes and times."""
+def state(files, skip):
+    """A hash of the files' names below the folder that holds them all, their sizes and times."""
     h = hashlib.sha256()
-    for file in files:
-        try:
-            s = os.stat(file)
-            h.update(b"%s %d %d\n" % (os.fsencode(os.path.abspath(file)[len(folder):]), s.st_size, s.st_mtime_ns))
-        except OSError as error:
-            if not skip:
-                raise SystemExit(str(unreadable(file, error)))
-            h.update(b"%s\n" % os.fsencode(os.path.abspath(file)[len(folder):]))
+    names = files.names_below().split(b"\0")
+    for name, (file, found) in zip(names, for_each_file(size_and_time, files)):
+        if isinstance(found, tuple):
+            h.update(b"%s %d %d\n" % (name, *found))
+        elif skip:
+            h.update(b"%s\n" % name)
+        else:
+            raise SystemExit(str(unreadable(file, ValueError(found))))
     return h.hexdigest()[:16]
+
+
+def size_and_time(file):
+    """(bytes, nanoseconds) of a file, or in words why they are not known."""
+    try:
+        status = os.stat(file)
+        return status.st_size, status.st_mtime_ns
+    except OSError as error:
+        return error.strerror
 
 
 def read(base):
@@ -124,7 +146,9 @@ def build(dataset, name, base, size, skip):
             old = sorted(f for f in os.listdir(place) if f.startswith(name + "-"))     # .npy before .u8
             for stale in old:
                 os.remove(os.path.join(place, stale))
-            say(f"{place}: {'the images have changed, or their cache is not whole; ' if old else ''}caching {len(dataset)} images {'anew' if old else 'once'}")
+            why = "the images have changed, or their cache is not whole; " if old else ""
+            print(f"{place}: {why}caching {len(dataset)} images {'anew' if old else 'once'}",
+                  flush=True)
             try:
                 places = write(dataset, size, aside, skip)
                 os.replace(aside, base + ".u8")
@@ -146,7 +170,7 @@ def alone(lock, place):
         import fcntl
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        say(f"{place}: another run is writing it; waiting")
+        print(f"{place}: another run is writing it; waiting", flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
     except (ImportError, OSError):                         # Windows, some network file systems: do without
         pass

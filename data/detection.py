@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from engine import distributed
 
-from .datasets import FORMATS, inside
+from .datasets import inside
+from .image_files import FORMATS
 from .loader import as_it_is, default_workers, generator
 
 JSON = {"box": "instances", "mask": "instances", "keypoint": "person_keypoints"}

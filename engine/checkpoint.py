@@ -16,7 +16,7 @@ try:
 except ImportError:                                        # not on Windows
     fcntl = None
 
-MAY_CHANGE = ("name", "paper", "knn", "linear", "finetune", "detect", "data.workers", "data.root", "data.on_error")     # on resuming; nothing else of the settings may
+MAY_CHANGE = ("name", "paper", "knn", "linear", "finetune", "detect", "data.workers", "data.root", "data.on_error", "data.check_files")     # on resuming; nothing else of the settings may
 
 
 # ---------------------------------------------------------------------------------------------------- one file

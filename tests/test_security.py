@@ -126,7 +126,8 @@ def test_a_cached_index_that_is_a_pickle_is_written_anew(capsys):
 
 def test_torchvisions_own_files(monkeypatch):
     """CIFAR comes as pickles, whose checksums are looked at first; MNIST once was kept as .pt files."""
-    monkeypatch.setattr(datasets.distributed, "is_main", lambda: False)                # another process would download them
+    # another process would download them
+    monkeypatch.setattr(datasets.distributed, "run_on_first", lambda function, per_node=False: None)
     whole = [name for name, _ in torchvision.datasets.CIFAR10.train_list + torchvision.datasets.CIFAR10.test_list]
     for name in (*whole, "batches.meta"):
         evil(f"d/cifar-10-batches-py/{name}", "pickle")
@@ -288,7 +289,8 @@ def test_lists_lead_nowhere_else(name, monkeypatch):
             f.write(f"one 1\n../{name} 1\n" if name[0] != "/" else f"one 1\n{name} 1\n")
     os.remove("d/VOCdevkit/VOC2007/ImageSets/Main/trainval.txt")
     refused(lambda: datasets.load("train", 0, name="voc2007", root="d"), "Main names", "which lies outside")
-    monkeypatch.setattr(datasets.distributed, "is_main", lambda: False)                # nothing is downloaded
+    # nothing is downloaded
+    monkeypatch.setattr(datasets.distributed, "run_on_first", lambda function, per_node=False: None)
     os.makedirs("d/fgvc-aircraft-2013b/data")
     for file, text in (("variants", "A380\n"), ("images_variant_trainval", f"{name if name[0] == '/' else '../../../' + name} A380\n")):
         with open(f"d/fgvc-aircraft-2013b/data/{file}.txt", "w") as f:

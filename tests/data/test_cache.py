@@ -1,7 +1,9 @@
 """The cache of decoded images: what it holds, when it is built, and that nobody but the clock can tell it from the folder."""
 import glob
+import hashlib
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -57,7 +59,8 @@ def same(a, b):
 def test_pixels_are_those_of_pil_and_small_images_stay_as_they_are(jpegs):
     plain, data = (load("pretrain", 0, name="folder", root=jpegs, cache=c) for c in (None, 38))
     assert isinstance(data, CachedSet) and len(data) == 15 and not hasattr(data, "images")
-    assert data.files == plain.files and torch.equal(data.labels, plain.labels) and (data.classes, data.mean, data.std) == (plain.classes, plain.mean, plain.std)
+    assert list(data.files) == list(plain.files) and torch.equal(data.labels, plain.labels)
+    assert (data.classes, data.mean, data.std) == (plain.classes, plain.mean, plain.std)
     shrunk = 0
     for i in range(15):
         image, got = plain.decode(i), data.decode(i)
@@ -81,7 +84,9 @@ def test_views_of_images_that_were_not_shrunk_are_the_very_same(jpegs, backend):
 def test_rows_and_limits_are_taken_of_one_whole_cache(jpegs, builds):
     plain, data = (load("pretrain", 0, name="folder", root=jpegs, cache=c) for c in (None, 64))
     rows = torch.tensor([11, 2, 7])
-    assert same(data.select(rows), plain.select(rows)) and data.select(rows).files == plain.select(rows).files and data.select(rows).labels.tolist() == [2, 0, 1]
+    few, plain_few = data.select(rows), plain.select(rows)
+    assert same(few, plain_few) and few.labels.tolist() == [2, 0, 1]
+    assert list(few.files) == list(plain_few.files)
     for part in ("pretrain", "train"):
         assert same(*(load(part, 1, name="folder", root=jpegs, limit=6, cache=c) for c in (None, 64)))
     assert len(builds) == 1
@@ -129,6 +134,20 @@ def test_a_changed_folder_is_cached_anew(jpegs, builds, capsys):
     assert np.array_equal(before.decode(8), old)           # ... but for who had it
     with pytest.raises(ValueError, match="cached them anew; start this one again"):
         pickle.loads(pickle.dumps(before)).decode(8)
+
+
+@pytest.mark.parametrize("root", ["jpegs", "./jpegs/", "jpegs/train/a"])
+def test_caches_of_earlier_versions_are_found(jpegs, monkeypatch, root):
+    """Their names hold a hash, made as here, of a list of str."""
+    monkeypatch.chdir(os.path.dirname(jpegs))
+    files = list(load("train", 0, name="folder", root=root).files)
+    folder = os.path.commonpath([os.path.abspath(os.path.dirname(file)) for file in files])
+    h = hashlib.sha256()
+    for file in files:
+        status, name = os.stat(file), os.path.abspath(file)[len(folder):]
+        h.update(b"%s %d %d\n" % (os.fsencode(name), status.st_size, status.st_mtime_ns))
+    path = load("train", 0, name="folder", root=root, cache=24).path
+    assert path == f"{folder}.cache24/folder-train-{h.hexdigest()[:16]}.u8"
 
 
 def test_a_build_that_was_killed_is_built_again(jpegs, builds, capsys):
@@ -204,43 +223,66 @@ def test_building_leaves_the_random_state_alone(jpegs, monkeypatch, workers):
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_two_processes_build_once_and_read_the_same(jpegs, tmp_path):
-    """The first begins when the second, as if on another node, waits for it, not for the stale index that lies there. A set that comes pickled, as to a worker
-    that was not forked, opens a map of its own."""
+    """As two nodes that share a folder; as two with a copy each, of which each builds its own; and
+    as two processes of one node, of which one looks at the files. A set that comes pickled, as to
+    a worker that was not forked, opens a map of its own."""
     load("train", 0, name="folder", root=jpegs, cache=24)
-    Image.new("RGB", (41, 45), (200, 0, 0)).save(os.path.join(jpegs, "train", "b", "3.jpg"))
+    changed = os.path.join(jpegs, "train", "b", "3.jpg")
+    Image.new("RGB", (41, 45), (200, 0, 0)).save(changed)
     test = load("test", 0, name="folder", root=jpegs, cache=24).select(torch.tensor([4, 1]))
     assert len(pickled := pickle.dumps(test)) < 3000       # no pixels
     (tmp_path / "test.pkl").write_bytes(pickled)
+    for node in (0, 1):
+        shutil.copytree(os.path.join(jpegs, "train"), tmp_path / f"own{node}")
     (tmp_path / "job.py").write_text(textwrap.dedent(f"""
-        import pickle, numpy as np, torch
+        import os, pickle, numpy as np, torch
         from data import cache
         from data.datasets import load
         from engine import distributed
         distributed.start()
-        builds, told, write, sleep = [], [], cache.write, cache.time.sleep
-        cache.write = lambda *a: open("fifo").close() or builds.append(1) or write(*a)
-        cache.time.sleep = lambda s: sleep(s) if told else told.append(open("fifo", "w").close())      # how the second waits
-        images = lambda data: [torch.from_numpy(np.array(data.decode(i))) for i in range(len(data))]
-        data = load("train", 0, name="folder", root={jpegs!r}, cache=24)
-        torch.save((len(builds), images(data), images(pickle.load(open("test.pkl", "rb")))), f"saw{{distributed.rank()}}.pt")
+        rank, did, write, state = distributed.rank(), [], cache.write, cache.state
+        cache.write = lambda *a: did.append("write") or write(*a)
+        cache.state = lambda *a: did.append("state") or state(*a)
+
+        def seen(root):
+            did.clear()
+            data = load("train", 0, name="folder", root=root, cache=24)
+            return list(did), [torch.from_numpy(np.array(data.decode(i))) for i in range(15)]
+
+        shared, own = seen({jpegs!r}), seen(f"own{{rank}}")
+        os.environ["LOCAL_RANK"] = str(rank)               # from here on, two of one node
+        node = seen({jpegs!r})
+        few = pickle.load(open("test.pkl", "rb"))
+        few = [torch.from_numpy(np.array(few.decode(i))) for i in range(2)]
+        torch.save((shared, own, node, few), f"saw{{rank}}.pt")
         distributed.stop()
     """))
-    os.mkfifo(tmp_path / "fifo")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-           "MASTER_PORT": str(port)}                       # what torchrun sets, without its own seconds
-    jobs = [subprocess.Popen([sys.executable, "job.py"], cwd=tmp_path, env={**env, "RANK": str(r)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # what torchrun sets, without its own seconds
+    env = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+           "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+           "MASTER_PORT": str(port)}
+    jobs = [subprocess.Popen([sys.executable, "job.py"], cwd=tmp_path, env={**env, "RANK": str(r)},
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             for r in range(2)]
     said = [job.communicate(timeout=120)[0] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], said
-    assert "caching 15 images anew" in said[0] and "process 1 waits for" in said[1] and "caching" not in said[1]
-    (one, first, other), (none, second, _) = (torch.load(tmp_path / f"saw{r}.pt") for r in (0, 1))
-    assert (one, none, len(first)) == (1, 0, 15) and all(torch.equal(a, b) for a, b in zip(first, second))
-    assert (first[8].float().mean((0, 1)) - torch.tensor([200.0, 0, 0])).abs().max() < 3
-    assert len(other) == 2 and all(np.array_equal(x, test.decode(i)) for i, x in enumerate(other))
+    assert "caching 15 images anew" in said[0] and f"{jpegs}/train" not in said[1]
+    assert "own0.cache24: caching 15" in said[0] and "own1.cache24: caching 15" in said[1]
+    saw = [torch.load(tmp_path / f"saw{r}.pt") for r in (0, 1)]
+    assert [did for (did, _), *_ in saw] == [["state", "write"], ["state"]]
+    assert [did for _, (did, _), *_ in saw] == [["state", "write"]] * 2
+    assert [did for _, _, (did, _), _ in saw] == [["state"], []]
+    plain = load("train", 0, name="folder", root=jpegs, cache=24)
+    for *sets, few in saw:
+        for _, images in sets:
+            assert all(np.array_equal(x, plain.decode(i)) for i, x in enumerate(images))
+        assert all(np.array_equal(x, test.decode(i)) for i, x in enumerate(few))
+    assert (np.asarray(plain.decode(8)).mean((0, 1)) - [200, 0, 0]).max() < 3
 
 
 # ---------------------------------------------------------------------------------------------------- the key

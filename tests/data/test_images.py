@@ -1,6 +1,6 @@
 """Image files as they come: odd, broken, missing. What can be read is read right; what cannot is named, or with data.on_error=skip replaced and counted."""
+import contextlib
 import os
-import stat
 import struct
 import zlib
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import datasets
+from data import image_files
 from data.datasets import ArraySet, load
 from data.loader import Loader, in_order
 from data.shapes import shapes
@@ -71,7 +71,7 @@ GOOD = {
     "one pixel.png": (Image.new("RGB", (1, 1), (9, 9, 9)).save, 9), "thin.png": (Image.new("RGB", (1, 900), (9, 9, 9)).save, 9), "flat.png": (Image.new("RGB", (900, 1), (9, 9, 9)).save, 9),
     "a\nline.png": (RGB.save, None),
 }
-# name -> (how it is made, what is said of it; whether its status tells)
+# name -> (how it is made, what is said of it; whether its status tells, as data.check_files asks)
 BAD = {
     "empty.jpg": (lambda p: put(p, b""), "it is empty", True), "no image.jpg": (lambda p: put(p, b"not a picture"), "cannot identify image file", False),
     "random.png": (lambda p: put(p, np.random.default_rng(0).bytes(3000)), "cannot identify image file", False), "zeros.jpg": (lambda p: put(p, bytes(3000)), "cannot identify", False),
@@ -157,11 +157,13 @@ def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path, name):
     folder, (make, said, at_once) = good(tmp_path / "all"), BAD[name]
     make(os.path.join(folder, name))
     sentence = rf"^{os.path.join(folder, name)} cannot be read as an image \([^\n]*({said})[^\n]*\); remove or replace it$"
+    data = load("pretrain", 0, name="folder", root=folder)
+    assert len(data) == 8
     for workers in (0, 2):
-        with pytest.raises(SystemExit, match=sentence):
-            data = load("pretrain", 0, name="folder", root=folder)
-            assert not at_once                             # else before anything else
+        with pytest.raises(SystemExit, match=sentence):    # when it is met
             list(loader(data, workers).epoch(0))
+    with pytest.raises(SystemExit, match=sentence) if at_once else contextlib.nullcontext():
+        assert len(load("pretrain", 0, name="folder", root=folder, check_files=True)) == 8
     with pytest.raises(SystemExit, match=sentence):
         load("pretrain", 0, name="folder", root=folder, cache=16)
     for cache in (None, 16):
@@ -176,7 +178,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     folder = good(tmp_path / "all", 8)
     monkeypatch.setattr(os, "access", lambda path, how: not path.endswith("m3.png"))   # root may read all
     with pytest.raises(SystemExit, match=r"m3.png cannot be read as an image \(Permission denied\)"):
-        load("pretrain", 0, name="folder", root=folder)
+        load("pretrain", 0, name="folder", root=folder, check_files=True)
     monkeypatch.undo()
     data, plain = load("pretrain", 0, name="folder", root=folder), Image.open
 
@@ -311,15 +313,26 @@ def test_fingerprints_know_files_added_removed_renamed_and_not_where_they_lie(cl
     assert prints[0] == prints[1] and len(set(prints)) == 3                            # labels are no part of it
 
 
-def test_looking_at_every_file_is_cheap(tmp_path, monkeypatch):
-    """One stat and one access each, no open; one process of a node."""
-    files, seen = [str(tmp_path / f"{i}.jpg") for i in range(50)], []
+def test_data_check_files_looks_once_at_each_file_and_opens_none(tmp_path, monkeypatch):
+    """One stat and one access each, in one process of each node; the first in order is named."""
+    files = [str(tmp_path / f"{i:04d}.jpg") for i in range(1200)]
     for file in files:
         put(file, b"x")
-    plain = os.stat
-    monkeypatch.setattr(datasets.os, "stat", lambda path, **how: seen.append(path) or plain(path, **how))
-    datasets.check(files)
-    assert len(seen) == 50
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    datasets.check(["nowhere"])
-    assert len(seen) == 50 and stat.S_ISREG(plain(files[0]).st_mode)
+    plain, stats, accesses, nodes = os.stat, [], [], []
+
+    def run_on_first(function, per_node):
+        nodes.append(per_node)
+        return function()
+    monkeypatch.setattr(image_files.distributed, "run_on_first", run_on_first)
+    monkeypatch.setattr(os, "stat", lambda path, **how: stats.append(path) or plain(path, **how))
+    monkeypatch.setattr(os, "access", lambda path, how: accesses.append(path) or True)
+    load("pretrain", 0, name="folder", root=str(tmp_path), check_files=True)
+    assert sorted(file for file in stats if file.endswith(".jpg")) == sorted(accesses) == files
+    assert nodes == [True]
+    monkeypatch.undo()
+    os.remove(files[700])
+    put(files[1100], b"")
+    with pytest.raises(SystemExit, match="0700.jpg cannot be read as an image .it is not there"):
+        image_files.check(files)
+    with pytest.raises(SystemExit, match="1100.jpg cannot be read as an image .it is empty"):
+        load("pretrain", 0, name="folder", root=str(tmp_path), check_files=True)

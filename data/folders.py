@@ -1,0 +1,161 @@
+"""Which images lie in a folder: every script's first look at the disk.
+
+A folder is asked for what it holds, and the system says with each name whether it is a file, a
+folder or a link: no file is looked at by itself. A million system calls, one a file, would take ten
+minutes and more on a network disk. Only links need one each, to see where they lead.
+"""
+import os
+from typing import NamedTuple
+
+import torch
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from engine.distributed import say
+
+from .image_files import printable
+from .paths import Paths
+
+# These are images, too, but none of torchvision's IMG_EXTENSIONS: they are not left out in silence.
+OTHER_EXTENSIONS = (".gif", ".jfif", ".jpe", ".heic", ".heif", ".avif", ".jp2", ".jxl")
+EXTENSIONS_IN_WORDS = ", ".join(IMG_EXTENSIONS)
+
+
+class Listing(NamedTuple):
+    """The images below a folder.
+
+    paths: (n,) in order: the folder's own files by name, then those of each folder in it by name.
+    labels: (n,) int64, or None where the images are not sorted into classes.
+    classes: the names of the classes, sorted, or None.
+    """
+    paths: Paths
+    labels: torch.Tensor | None
+    classes: list[str] | None
+
+
+class Folder(NamedTuple):
+    """A folder on the way.
+
+    path: its path.
+    top: the class it belongs to, which is the outermost folder below the one that is listed; None
+        for that one itself.
+    holders: the folders that hold it, itself included, with links resolved.
+    """
+    path: str
+    top: str | None
+    holders: tuple[str, ...]
+
+
+class Content(NamedTuple):
+    """What one folder holds, by name, sorted. A link counts as what it leads to.
+
+    folders: names, and whether each is a link.
+    images: everything else that is named as an image. Pipes and broken links may be among them;
+        they are refused when they are read.
+    others: images of the kinds that we leave out.
+    dangling: links that lead nowhere, perhaps to a folder of images that was moved.
+    """
+    folders: list[tuple[str, bool]]
+    images: list[str]
+    others: list[str]
+    dangling: list[str]
+
+
+def list_images(path, name, only=None):
+    """The images below the folder `path` -> a Listing. Every process calls it, each for itself.
+
+    name: of the data set, for what is said. only: the classes wanted; None takes all.
+
+    SystemExit names a folder that cannot be listed, a link that leads nowhere or to a folder that
+    holds it, or a class without images; and says where there are no images at all.
+    """
+    prefix = os.path.join(path, "")[:-1]                   # the rest of each path begins with a /
+    names, others, counts = [], [], {}
+    for folder, content in walk(path, name, only):
+        below = os.path.join(folder.path, "")
+        counts[folder.top] = counts.get(folder.top, 0) + len(content.images)
+        names.append("".join(f"{below[len(prefix):]}{image}\0" for image in content.images))
+        others += [below + other for other in content.others]
+    if others:
+        say(f"{name}: {len(others)} files under {path} left out, not named {EXTENSIONS_IN_WORDS}; "
+            f"the first: {printable(others[0])}")
+    if not any(names):
+        raise SystemExit(f"{name}: no images ({EXTENSIONS_IN_WORDS}) under {path}")
+    paths = Paths(prefix, os.fsencode("".join(names)))
+    return Listing(paths, *label(path, name, counts, only))
+
+
+def label(path, name, counts, only):
+    """(labels, classes) of a Listing.
+
+    counts: class -> its number of images, in the order of the images; None -> those in no class.
+    """
+    loose = counts.pop(None)
+    classes = [top for top, count in counts.items() if count]
+    missing = sorted(set(only or ()) - set(classes))
+    if missing:
+        raise SystemExit(f"{name}: {len(missing)} of its {len(only)} classes are not under {path}; "
+                         f"the first is {missing[0]}")
+    if loose or len(classes) < 2:
+        return None, None
+    empty = [top for top, count in counts.items() if not count]
+    if empty:
+        raise SystemExit(f"{name}: {printable(os.path.join(path, empty[0]))} holds no images "
+                         f"({EXTENSIONS_IN_WORDS}), and a folder here is a class; fill it or "
+                         "remove it")
+    sizes = torch.tensor([counts[top] for top in classes])
+    return torch.arange(len(classes)).repeat_interleave(sizes), classes
+
+
+def walk(path, name, only):
+    """Yield each folder below `path`, that one first, as (Folder, Content), sorted by name."""
+    ahead = [Folder(path, None, (os.path.realpath(path),))]
+    while ahead:
+        folder = ahead.pop()
+        content = list_folder(folder.path, name)
+        inner = [inner_folder(folder, name, *item) for item in content.folders
+                 if only is None or folder.top is not None or item[0] in only]
+        if content.dangling:
+            link = printable(os.path.join(folder.path, content.dangling[0]))
+            raise SystemExit(f"{name}: {link} is a link to what is not there; remove or mend it")
+        yield folder, content
+        ahead += reversed(inner)
+
+
+def list_folder(path, name):
+    """What the folder `path` holds -> its Content."""
+    folders, images, others, dangling = [], [], [], []
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                ending = entry.name.lower()
+                if is_folder(entry):
+                    folders.append((entry.name, entry.is_symlink()))
+                elif ending.endswith(IMG_EXTENSIONS):
+                    images.append(entry.name)
+                elif ending.endswith(OTHER_EXTENSIONS):
+                    others.append(entry.name)
+                elif entry.is_symlink() and not os.path.exists(entry.path):
+                    dangling.append(entry.name)
+    except OSError as error:
+        where = printable(error.filename or path)
+        raise SystemExit(f"{name}: {where} cannot be listed ({error.strerror})")
+    return Content(sorted(folders), sorted(images), sorted(others), sorted(dangling))
+
+
+def is_folder(entry):
+    """Whether a DirEntry is a folder or a link to one. Only a link costs a system call."""
+    try:
+        return entry.is_dir()
+    except OSError:                                        # a link to itself, for one
+        return False
+
+
+def inner_folder(folder, name, inner, is_link):
+    """The Folder of the name `inner` in a Folder. SystemExit where it is a link without end."""
+    path = os.path.join(folder.path, inner)
+    real = os.path.realpath(path) if is_link else os.path.join(folder.holders[-1], inner)
+    if real in folder.holders:
+        raise SystemExit(f"{name}: {printable(path)} is a link to {printable(real)}, which holds "
+                         "it, and so on without end; remove the link")
+    top = inner if folder.top is None else folder.top
+    return Folder(path, top, (*folder.holders, real))

@@ -1,0 +1,130 @@
+"""Listing a folder of images: the order and labels of torchvision's ImageFolder, and no system call
+a file."""
+import os
+
+import pytest
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from data.datasets import load
+from data.folders import list_images
+
+
+def make_files(root, *names):
+    """Files that no one reads here; folders where a name ends in /."""
+    for name in names:
+        path = os.path.join(root, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if not name.endswith("/"):
+            with open(path, "wb") as f:
+                f.write(b"no image")
+
+
+def read(root, **settings):
+    return load("pretrain", 0, name="folder", root=str(root), **settings)
+
+
+def listed_as_before(path):
+    """(paths, classes' indices) by os.walk, as the first versions of this repository had it."""
+    files, tops = [], []
+    for place, folders, names in os.walk(path, followlinks=True):
+        folders.sort()
+        for name in sorted(names):
+            if name.lower().endswith(IMG_EXTENSIONS):
+                files.append(os.path.join(place, name))
+                tops.append(os.path.relpath(place, path).split(os.sep)[0])
+    classes = sorted(set(tops))
+    return files, None if "." in classes else [classes.index(top) for top in tops]
+
+
+@pytest.fixture
+def nested(tmp_path):
+    """Three classes, with folders in them, links, capitals, and what is no image."""
+    make_files(tmp_path / "set", "b/10.JPG", "b/9.jpeg", "b/é.png", "b/sub/1.jpg", "b/a.webp",
+               "b/sub/deeper/x.bmp", "B/z.ppm", "B/notes.txt", "a/0.tif", "a/sub/",
+               "a/other/0.pgm")
+    make_files(tmp_path / "elsewhere", "in a folder/7.png", "8.png")
+    os.symlink(tmp_path / "elsewhere" / "in a folder", tmp_path / "set" / "a" / "linked")
+    os.symlink(tmp_path / "elsewhere" / "8.png", tmp_path / "set" / "a" / "linked.png")
+    return tmp_path / "set"
+
+
+def test_order_and_labels_are_those_of_image_folder_and_of_before(nested):
+    data, other = read(nested), ImageFolder(nested)
+    assert list(data.files) == [file for file, _ in other.samples] and len(data) == 11
+    assert data.classes == other.classes == ["B", "a", "b"]
+    assert data.labels.tolist() == other.targets
+    assert (list(data.files), data.labels.tolist()) == listed_as_before(str(nested))
+    # ImageFolder sorts whole paths, and a space comes before a separator; we stay with each folder
+    make_files(nested, "b/sub/y.jpg", "b/sub /y.jpg", "b/sub-1/y.jpg")
+    data = read(nested)
+    assert (list(data.files), data.labels.tolist()) == listed_as_before(str(nested))
+
+
+@pytest.mark.parametrize("root", ["set", "set/", "set//", "./set", "../{}/set"])
+def test_paths_are_written_as_the_root_is(nested, monkeypatch, root):
+    monkeypatch.chdir(nested.parent)
+    root = root.format(nested.parent.name)
+    assert list(read(root).files) == listed_as_before(root)[0]
+    assert read(root).fingerprint() == read(nested).fingerprint() or root == "set//"
+
+
+def test_flat_folders_and_images_beside_the_classes_have_no_labels(nested):
+    make_files(nested, "0.jpg")
+    data = read(nested)
+    assert data.labels is None and data.classes is None
+    assert list(data.files) == listed_as_before(str(nested))[0] and data.files[0].endswith("/0.jpg")
+    assert read(nested / "a" / "other").labels is None
+    assert read(nested / "B").labels is None
+
+
+def test_names_that_are_no_text_or_hold_line_feeds(tmp_path):
+    make_files(tmp_path, "a/two\nlines.png", "b/x.png")
+    try:
+        make_files(tmp_path, os.fsdecode(b"b/caf\xe9.png"), os.fsdecode(b"\xff/\xfe.png"))
+    except OSError:
+        pytest.skip("this disk has text only")
+    data = read(tmp_path)
+    assert (list(data.files), data.labels.tolist()) == listed_as_before(str(tmp_path))
+    assert all(os.path.exists(file) for file in data.files) and len(data) == 4
+
+
+def test_no_system_call_looks_at_a_regular_file(nested, monkeypatch):
+    """Only at links; each folder is listed once."""
+    calls, listed, scandir = [], [], os.scandir
+
+    def counted(function):
+        def call(path, *args, **settings):
+            calls.append(os.fspath(path))
+            return function(path, *args, **settings)
+        return call
+    for name in ("stat", "lstat", "access", "open", "readlink"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
+    data = read(nested)
+    monkeypatch.undo()
+    assert len(calls) > 0 and len(listed) == len(set(listed)) == 9 and len(data) == 11
+    files = [os.path.join(place, name) for place, _, names in os.walk(nested) for name in names]
+    assert not {file for file in files if not os.path.islink(file)} & set(calls)
+
+
+def test_pipes_are_not_opened_and_not_waited_for(tmp_path):
+    """One that is named as an image is refused when it is met, or by data.check_files."""
+    make_files(tmp_path, "a/1.png", "b/1.png")
+    os.mkfifo(tmp_path / "a" / "pipe")
+    assert len(read(tmp_path)) == 2
+    os.mkfifo(tmp_path / "a" / "2.png")
+    with pytest.raises(ValueError, match="2.png cannot be read as an image .it is not a file"):
+        read(tmp_path).decode(1)
+    with pytest.raises(SystemExit, match="2.png cannot be read as an image .it is not a file"):
+        read(tmp_path, check_files=True)
+
+
+def test_a_selection_of_classes_looks_into_no_other(tmp_path):
+    make_files(tmp_path, "a/1.png", "b/a/1.png", "c/1.png", "d/")
+    os.symlink(tmp_path, tmp_path / "d" / "up")            # a loop, in a class that is not wanted
+    listing = list_images(str(tmp_path), "some", ["b", "c"])
+    assert listing.classes == ["b", "c"] and listing.labels.tolist() == [0, 1]
+    assert list(listing.paths) == [f"{tmp_path}/b/a/1.png", f"{tmp_path}/c/1.png"]
+    with pytest.raises(SystemExit, match="some: 1 of its 2 classes are not under .*is x"):
+        list_images(str(tmp_path), "some", ["b", "x"])
