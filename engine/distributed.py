@@ -314,16 +314,6 @@ def agreeing():
     agree(problem)
 
 
-def run_on_first(function, per_node=False):
-    """function() on the first process (of each node, if per_node); the others wait for its value,
-    which all processes (of the node) get. A SystemExit in it ends all of them, by `agree`."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0" if per_node else is_main()
-    with agreeing():
-        value = function() if first else None
-    values = gather_objects((first, value))                # in the order of the ranks
-    return next((value for first, value in values[rank()::-1] if first), None)
-
-
 def gather_objects(x):
     """A Python object of each process -> the list of them.
 
