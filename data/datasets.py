@@ -89,7 +89,8 @@ class ArraySet:
 
 def load(part, seed, *, name: str, root: str = "datasets", split: str = "train",
          limit: int | None = None, cache: int | None = None,
-         on_error: Literal["stop", "skip"] = "stop", check_files: bool = False):
+         on_error: Literal["stop", "skip"] = "stop", check_files: bool = False,
+         mean: list[float] | None = None, std: list[float] | None = None):
     """One part of a data set: "pretrain", "train" or "test".
 
     name: one of NAMES.
@@ -106,7 +107,10 @@ def load(part, seed, *, name: str, root: str = "datasets", split: str = "train",
         after each epoch. Labelled parts, which evaluation goes over, always stop.
     check_files: look before training whether every image file is there, may be read and is not
         empty. Of ImageNet that takes seconds on a local disk, on a network disk minutes.
+    mean, std: the normalisation, one number a channel, for images in [0, 1]; null: the set's own
+        (STATISTICS; ImageNet's for a set that has none there).
     """
+    refuse_statistics(mean, std)
     refuse_settings(part, name, split, limit, cache, on_error, check_files)
     dataset = whole_part(part, name, root, split, limit)
     if dataset is None:
@@ -128,6 +132,8 @@ def load(part, seed, *, name: str, root: str = "datasets", split: str = "train",
         dataset = dataset.select(balanced(None, len(dataset), limit, seed))
     if in_files:
         dataset.skip = on_error == "skip" and part == "pretrain"
+    dataset.mean = dataset.mean if mean is None else tuple(mean)
+    dataset.std = dataset.std if std is None else tuple(std)
     return dataset
 
 
@@ -151,6 +157,15 @@ def refuse_settings(part, name, split, limit, cache, on_error, check_files):
     if check_files and on_error == "skip":
         raise SystemExit("data.check_files stops at the first image file that cannot be read, and "
                          "data.on_error=skip goes on without it; leave one of the two out")
+
+
+def refuse_statistics(mean, std):
+    """SystemExit where data.mean or data.std is no normalisation of three channels."""
+    for key, values in (("mean", mean), ("std", std)):
+        if values is not None and (len(values) != 3 or key == "std" and min(values) <= 0):
+            above = ", each above 0" if key == "std" else ""
+            raise SystemExit(f"data.{key} is {values}; it must be three numbers{above}, one for "
+                             "each of red, green and blue, or null for the set's own")
 
 
 def whole_part(part, name, root, split, limit):
@@ -240,7 +255,7 @@ def voc2007(part, root):
     """Classification on VOC2007, trainval and test, at root/VOCdevkit/VOC2007.
 
     labels: (n, 20), 1 where a class is there, -1 where not, 0 where only hard to see
-    ("difficult"), which counts neither way.
+    ("difficult"): linear.difficult says what these count as.
     """
     path = os.path.join(root, "VOCdevkit", "VOC2007")
     lists = os.path.join(path, "ImageSets", "Main")

@@ -26,7 +26,8 @@ def file(tmp_path):
 def test_defaults_are_the_signatures_and_1e_2_is_a_number(file):
     cfg = config.load(file)
     assert cfg["name"] == "a" and cfg["seed"] == 0 and cfg["optim"]["lr"] == 0.03 and cfg["model"]["dim"] == 128
-    assert cfg["loss"] == {"name": "nce", "temperature": 0.2, "n_negatives": None}
+    expected = {"name": "nce", "temperature": 0.2, "n_negatives": None, "base_temperature": None}
+    assert cfg["loss"] == expected
     assert yaml.safe_load(config.text(cfg)) == cfg         # what is printed is what is saved, and it loads
 
 
@@ -134,6 +135,25 @@ def test_what_chooses_other_keys_comes_first_on_the_command_line(file):
         assert config.load(file, overrides)["model"]["momentum"] == 0.7
     assert config.load(file, ["loss.ring.inner=0.05", "loss=[{name: ifnd}, {name: ring}]"])["loss"][1]["inner"] == 0.05
     assert config.load(file, ["optim.lr=1", "optim.lr=2"])["optim"]["lr"] == 2.0                          # else the last counts
+
+
+def test_a_host_may_bring_keys_of_its_own_encoder(file):
+    """CMC's: they come with the host, reach its encoder, and go with it."""
+    cfg = config.load(file, ["model.host=cmc", "model.colour_space=ycbcr"])
+    assert cfg["model"]["colour_space"] == "ycbcr" and config.load(file, ["model.host=cmc"])["model"]["colour_space"] == "lab"
+    encoder = config.build(config.chosen(cfg["model"], "model").Encoder, cfg["model"] | {"width": 4}, "a",
+                           device=torch.device("cpu"), mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert encoder.colour_space == "ycbcr"
+    with pytest.raises(SystemExit, match="colour_space is not a setting"):
+        config.load(file, ["model.colour_space=ycbcr"])
+    with pytest.raises(SystemExit, match="colour_space is 'luv'.*must be one of lab, ycbcr"):
+        config.load(file, ["model.host=cmc", "model.colour_space=luv"])
+    with open(file) as f:
+        text = f.read()
+    with open(file, "w") as f:                             # a host on the command line takes the old one's keys away
+        f.write(text.replace("host: moco, momentum: 0.9, queue_size: 64", "host: cmc, colour_space: ycbcr"))
+    assert config.load(file)["model"]["colour_space"] == "ycbcr"
+    assert "colour_space" not in config.load(file, ["model.host=ir"])["model"]
 
 
 def test_defaults_are_not_shared(file):
