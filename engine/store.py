@@ -13,7 +13,7 @@ if the store itself is gone.
 import contextlib
 import pickle
 import threading
-import time
+from time import monotonic, sleep
 
 PIECE = 2 ** 22  # bytes: the store refuses a value of more than 8 MiB
 LONGEST_PAUSE = 0.1  # seconds between two looks, which begin at a millisecond
@@ -53,11 +53,11 @@ class ObjectStore:
         with contextlib.suppress(RuntimeError):
             self.store.set(f"left {self.rank}", "")
             others = [f"left {rank}" for rank in range(1, self.world)]
-            end = time.monotonic() + LONGEST_GOODBYE
-            while self.rank == 0 and others and time.monotonic() < end:
+            end = monotonic() + LONGEST_GOODBYE
+            while self.rank == 0 and others and monotonic() < end:
                 if self.store.check(others):
                     return
-                time.sleep(0.01)
+                sleep(0.01)
 
     def gather(self, x):
         """An object of each process -> the list of them, by rank, the same to all."""
@@ -110,23 +110,23 @@ class ObjectStore:
 
     def wait(self, key, sender, look=None):
         """Until a key is set. It may take hours, as long as the sender lives."""
-        pause, sign, next_check = 0.001, None, time.monotonic() + BEAT
-        heard = time.monotonic()
+        pause, sign, next_check = 0.001, None, monotonic() + BEAT
+        heard = monotonic()
         while not self.ask(self.store.check, [key]):
             if look:
                 look()
-            time.sleep(pause)
+            sleep(pause)
             pause = min(pause * 1.5, LONGEST_PAUSE)
-            if time.monotonic() < next_check:
+            if monotonic() < next_check:
                 continue
-            next_check = time.monotonic() + BEAT
+            next_check = monotonic() + BEAT
             last, sign = sign, self.last_sign(sender)
             if sign != last:
-                heard = time.monotonic()
-            if time.monotonic() - heard > (SILENCE if sign else LONGEST_START):
+                heard = monotonic()
+            if monotonic() - heard > (SILENCE if sign else LONGEST_START):
                 raise SystemExit(
                     f"process {self.rank} waits for process {sender}, of which nothing was heard "
-                    f"for {time.monotonic() - heard:.0f} s: it is gone; see what it said last"
+                    f"for {monotonic() - heard:.0f} s: it is gone; see what it said last"
                 )
 
     def tidy(self, call):
