@@ -6,9 +6,10 @@ paths costs in each worker.
     python benchmarks/startup.py --images 100000           fewer
 
 The names are hard links of a few small JPEGs. Listing: torchvision's ImageFolder and ours take
-turns, medians; system calls are counted by strace, where it is installed. Memory: four forked
-workers read each path and label once, in shuffled batches, as in an epoch; no image is decoded.
-Private is what a worker does not share with its parent, of the Linux kernel's own account.
+turns, medians; system calls are counted by strace, where it is installed (those of check_files are
+two looks at each file, and its threads' waiting for each other). Memory: four forked workers read
+each path and label once, in shuffled batches, as in an epoch; no image is decoded. Private is what
+a worker does not share with its parent, of the Linux kernel's own account.
 """
 import argparse
 import multiprocessing
