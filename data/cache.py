@@ -21,7 +21,6 @@ import time
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import resize
 from tqdm import tqdm
 
@@ -29,7 +28,8 @@ from engine import distributed
 from engine.distributed import say
 
 from .datasets import FolderSet, printable, unreadable
-from .loader import as_it_is, default_workers
+from .loader import default_workers
+from .workers import InputLost, in_workers, shortage
 
 
 class CachedSet(FolderSet):
@@ -155,17 +155,18 @@ def alone(lock, place):
 def write(dataset, size, path, skip):
     """All images, decoded by workers, into one file. -> (n, 3)"""
     n, shapes, done, written = len(dataset), [], 0, 0
-    loader = DataLoader(Shrunk(dataset, size, skip), batch_sampler=torch.arange(n).split(8), num_workers=min(default_workers(), -(-n // 8)), collate_fn=as_it_is,
-                        generator=torch.Generator())       # of its own: a run must not depend on whether it was the one to build
-    with open(path, "wb") as f, tqdm(total=n, desc="caching", unit=" images", leave=False, disable=None) as bar:
-        for pixels, shape, problem in loader:
-            if problem:
-                raise SystemExit(problem)
+    jobs = [rows.tolist() for rows in torch.arange(n).split(8)]
+    parts = in_workers(Shrunk(dataset, size, skip), jobs, min(default_workers(), len(jobs)))
+    bar = tqdm(total=n, desc="caching", unit=" images", leave=False, disable=None)
+    with open(path, "wb") as f, bar, contextlib.closing(parts):
+        for pixels, shape in parts:
             shapes.append(shape)
-            done, need, free = done + len(shape), (written + len(pixels)) * n / (done + len(shape)), shutil.disk_usage(path).free
-            if done >= min(n, 128) and need - written > 1.25 * free:                   # need: as far as these images tell, surer and surer
-                raise SystemExit(f"data.cache is {size}: the {n} images take about {need / 1e9:.3g} GB in {os.path.dirname(path)}, {(free + written) / 1e9:.3g} GB "
-                                 "are free there; make room, lower data.cache or leave it out")
+            done += len(shape)
+            need = (written + len(pixels)) * n / done      # as far as these images tell, surer and surer
+            free = shutil.disk_usage(path).free
+            if done >= min(n, 128) and need - written > 1.25 * free:
+                raise SystemExit(f"data.cache is {size}: the {n} images take about {need / 1e9:.3g} GB in {os.path.dirname(path)}, "
+                                 f"{(free + written) / 1e9:.3g} GB are free there; make room, lower data.cache or leave it out")
             f.write(pixels.numpy())
             written += len(pixels)
             bar.update(len(shape))
@@ -177,23 +178,27 @@ def write(dataset, size, path, skip):
     return np.stack([np.cumsum(3 * h * w) - 3 * h * w, h, w], 1)
 
 
-class Shrunk(Dataset):
-    """What a worker does for rows (b,): the bytes of b images one after the other, (b, 2) heights and widths, and what is wrong, or None."""
+class Shrunk:
+    """What a worker does for the images `rows` (a list): -> their bytes one after the other, and (b, 2) heights and widths."""
 
     def __init__(self, dataset, size, skip):
         self.dataset, self.size, self.skip = dataset, size, skip
 
-    def __len__(self):
-        return len(self.dataset)
+    def __call__(self, rows):
+        images = [self.decode(row) for row in rows]
+        shapes = torch.tensor([image.shape[:2] for image in images])
+        return torch.from_numpy(np.concatenate([image.ravel() for image in images])), shapes
 
-    def __getitems__(self, rows):
-        images = []
-        for i in rows.tolist():
-            try:
-                image = self.dataset.decode(i)
-                images.append(np.asarray(resize(image, self.size) if min(image.size) > self.size else image))            # PIL's bilinear, which antialiases
-            except ValueError as error:                    # a message: an exception would arrive wrapped in the worker's traceback
-                if not self.skip:
-                    return torch.empty(0), None, str(error)
-                images.append(np.empty((0, 0, 3), np.uint8))
-        return torch.from_numpy(np.concatenate([x.ravel() for x in images])), torch.tensor([x.shape[:2] for x in images]), None
+    def decode(self, row):
+        """(h, w, 3) uint8, no larger than asked for; h and w 0 where the image cannot be read and may be skipped."""
+        try:
+            image = self.dataset.decode(row)
+        except ValueError as error:
+            if shortage(error):                            # the image may be whole
+                raise
+            if not self.skip:
+                raise InputLost(str(error))
+            return np.empty((0, 0, 3), np.uint8)
+        if min(image.size) > self.size:
+            image = resize(image, self.size)               # PIL's bilinear, which antialiases
+        return np.array(image)
