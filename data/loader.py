@@ -273,8 +273,8 @@ class Reader:
         for first in range(0, b, HELD):
             rows = torch.arange(first, min(first + HELD, b))
             u = pick(drawn, (torch.arange(V)[:, None] * b + rows).flatten())           # views outermost
-            images = [self.decode(row, broken) for row in index[rows].tolist()]
-            views.view(V, b, 3, S, S)[:, first:first + HELD] = cut(images, u).unflatten(0, (V, -1))
+            part = cut([self.decode(row, broken) for row in index[rows].tolist()], u)
+            views.view(V, b, 3, S, S)[:, first:first + HELD] = part.unflatten(0, (V, -1))
         colours = {} if self.backend == "pil" else {k: v for k, v in drawn.items() if k != "crop"}
         if self.whole:
             views = finish(self.augment, self.backend, views, colours, out)
