@@ -1,5 +1,10 @@
-"""Batches of augmented views on the device. Every random number depends on (seed, epoch, step) alone, and is drawn for the batch
-of all processes at once: another number of workers, or of processes, changes no view, and a resumed epoch is the same epoch."""
+"""Batches of augmented views on the device.
+
+Every random number depends on (seed, epoch, step) alone, and is drawn for the batch of all
+processes at once: another number of workers, or of processes, changes no view, and a resumed epoch
+is the same epoch.
+"""
+
 import os
 import queue
 import threading
@@ -15,8 +20,10 @@ from .augment import Augment, one_by_one, pick, pil_transforms
 from .memory import workers_that_fit
 from .workers import InputLost, Slots, in_workers, shortage
 
-BILINEAR = Resampling.BILINEAR                             # PIL's, which antialiases
-HELD = 32                                                  # decoded images that a worker holds at once: of 12 million pixels a gigabyte
+# PIL's, which antialiases.
+BILINEAR = Resampling.BILINEAR
+# Decoded images that a worker holds at once: of 12 million pixels they take a gigabyte.
+HELD = 32
 
 
 def generator(*key):
@@ -27,32 +34,54 @@ def generator(*key):
 
 def sensible_size(image_size):
     if not 8 <= image_size <= 4096:
-        raise ValueError(f"data.image_size is {image_size}; it must be at least 8, and 4096 at most")
+        raise ValueError(
+            f"data.image_size is {image_size}; it must be at least 8, and 4096 at most"
+        )
 
 
 class Loader:
-    """for views, index in loader.epoch(7): views is a list of n_views (b, 3, S, S) normalised floats, index (b,) data-set indices.
+    """for views, index in loader.epoch(7): ...
 
-    batch_size: global; each process gets its consecutive part. The last, smaller batch of an epoch is left out.
+    views is a list of n_views (b, 3, S, S) normalised floats, index (b,) data-set indices.
+
+    batch_size: global; each process gets its consecutive part. The last, smaller batch of an
+        epoch is left out.
     augment: a recipe of data/augment.py.
     image_size: S.
-    augment_backend: `batched`, or `pil`, the reference: torchvision.transforms, one image at a time.
-    workers: processes that decode JPEGs (and run PIL); null: the cores there are, 8 at most. Fewer are started where memory has
-        no room for their batches.
-    broken: row -> what is wrong with its image, which another replaced in this epoch; see FolderSet.instead.
+    augment_backend: `batched`, or `pil`, the reference: torchvision.transforms, one image at a
+        time.
+    workers: processes that decode JPEGs (and run PIL); null: the cores there are, 8 at most.
+        Fewer are started where memory has no room for their batches.
+    broken: row -> what is wrong with its image, which another replaced in this epoch; see
+        FolderSet.instead.
     """
 
-    def __init__(self, dataset, batch_size, n_views, seed, device, *, augment: str, image_size: int,
-                 augment_backend: Literal["batched", "pil"] = "batched", workers: int | None = None):
+    def __init__(
+        self,
+        dataset,
+        batch_size,
+        n_views,
+        seed,
+        device,
+        *,
+        augment: str,
+        image_size: int,
+        augment_backend: Literal["batched", "pil"] = "batched",
+        workers: int | None = None,
+    ):
         world = distributed.world_size()
         if batch_size % world:
             raise ValueError(f"batch_size {batch_size} does not divide by {world} processes")
         if batch_size > len(dataset):
-            raise ValueError(f"batch_size {batch_size} is larger than the data set of {len(dataset)} images")
+            raise ValueError(
+                f"batch_size {batch_size} is larger than the data set of {len(dataset)} images"
+            )
         sensible_size(image_size)
         if workers is not None and not 0 <= workers <= 1024:
-            raise ValueError(f"data.workers is {workers}; it must be at least 0 and 1024 at most, "
-                             "or null for as many as there are cores")
+            raise ValueError(
+                f"data.workers is {workers}; it must be at least 0 and 1024 at most, "
+                "or null for as many as there are cores"
+            )
         self.dataset, self.device, self.seed, self.n_views = dataset, device, seed, n_views
         self.batch, self.local = batch_size, batch_size // world
         self.augment = Augment(augment, image_size, dataset.mean, dataset.std)
@@ -64,8 +93,10 @@ class Loader:
             reader = Reader(dataset, self.augment, augment_backend, n_views, device)
             self.running, self.in_flight = reader.workers_that_fit(self.workers, self.local)
         if self.running < self.workers:
-            distributed.say(f"memory has room for {self.running} image workers, not {self.workers}; lower data.workers or "
-                            "optim.batch_size")
+            distributed.say(
+                f"memory has room for {self.running} image workers, not {self.workers}; "
+                "lower data.workers or batch_size"
+            )
 
     def __len__(self):
         return len(self.dataset) // self.batch
@@ -75,43 +106,67 @@ class Loader:
 
     def draw(self, n, g):
         if self.backend == "pil":
-            return {"pil": {"seed": torch.randint(2 ** 31, (n,), generator=g)}}
+            return {"pil": {"seed": torch.randint(2**31, (n,), generator=g)}}
         return self.augment.draw(n, g)
 
     def epoch(self, epoch, first=0):
         self.broken = {}
-        steps = batches(self.dataset, self.augment, self.plan(epoch, first), self.device, self.running, self.backend,
-                        self.n_views, self.broken, self.in_flight)
-        if self.device.type != "cpu":                      # a CPU's cores have the convolutions to do
+        steps = batches(
+            self.dataset,
+            self.augment,
+            self.plan(epoch, first),
+            self.device,
+            self.running,
+            self.backend,
+            self.n_views,
+            self.broken,
+            self.in_flight,
+        )
+        # A CPU's cores have the convolutions to do.
+        if self.device.type != "cpu":
             steps = ahead(steps)
         for views, index in steps:
             yield list(views.chunk(self.n_views)), index
 
     def replaced(self):
-        """What data.on_error=skip replaced in the epoch, on all processes: a sentence, or None. Every process calls it."""
+        """What data.on_error=skip replaced in the epoch, on all processes: a sentence, or None.
+
+        Every process calls it."""
         if not getattr(self.dataset, "skip", False):
             return None
-        found = sorted(row for part in distributed.gather_objects(self.broken) for row in part.items())
+        found = sorted(
+            row for part in distributed.gather_objects(self.broken) for row in part.items()
+        )
         if not found:
             return None
-        return (f"{len(found)} of {len(self) * self.batch} images were replaced by those after them; the first: "
-                f"{found[0][1]}")
+        return (
+            f"{len(found)} of {len(self) * self.batch} images were replaced by those after them; "
+            f"the first: {found[0][1]}"
+        )
 
     def examples(self, n=8):
-        """The first n images, each beside n - 1 augmented views: (n * n, 3, S, S) in [0, 1], for a look."""
-        size, rows, g = self.augment.size, torch.arange(min(n, len(self.dataset))), generator(self.seed)
-        drawn = self.draw((n - 1) * len(rows), g)
+        """For a look: the first n images, each beside n - 1 augmented views.
+
+        -> (n * n, 3, S, S) in [0, 1]"""
+        size, rows = self.augment.size, torch.arange(min(n, len(self.dataset)))
+        drawn = self.draw((n - 1) * len(rows), generator(self.seed))
         plain = in_order(self.dataset, rows, "eval", size, self.device, workers=0)
-        views = batches(self.dataset, self.augment, [(rows, drawn)], self.device, 0, self.backend, n - 1)
-        x = torch.cat([x for part in (plain, views) for x, _ in part]).view(n, len(rows), 3, size, size)
-        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self.augment.mean, self.augment.std))
+        views = batches(
+            self.dataset, self.augment, [(rows, drawn)], self.device, 0, self.backend, n - 1
+        )
+        x = torch.cat([x for part in (plain, views) for x, _ in part])
+        x = x.view(n, len(rows), 3, size, size)
+        mean, std = (
+            torch.tensor(v, device=x.device).view(3, 1, 1)
+            for v in (self.augment.mean, self.augment.std)
+        )
         return (x.transpose(0, 1).flatten(0, 1) * std + mean).clamp(0, 1)
 
 
 class EpochPlan:
-    """plan[i]: this process's part of the i-th step from `first` on: (index (b,), what was drawn for its n_views * b views,
-    views outermost).
+    """plan[i]: this process's part of the i-th step from `first` on.
 
+    It is a pair: index (b,), and what was drawn for its n_views * b views, views outermost.
     A step can be asked for without those before it, so that the workers draw their own."""
 
     def __init__(self, loader, epoch, first=0):
@@ -125,8 +180,9 @@ class EpochPlan:
         if not 0 <= i < len(self):
             raise IndexError(i)
         loader, step = self.loader, self.first + i
-        local = torch.arange(loader.local) + distributed.rank() * loader.local         # (b,) places in the global batch
-        views = (torch.arange(loader.n_views)[:, None] * loader.batch + local).flatten()         # (n_views b,)
+        # (b,) places in the global batch, and (n_views b,) in that of all views.
+        local = torch.arange(loader.local) + distributed.rank() * loader.local
+        views = (torch.arange(loader.n_views)[:, None] * loader.batch + local).flatten()
         drawn = loader.draw(loader.n_views * loader.batch, generator(loader.seed, self.epoch, step))
         return self.order[step * loader.batch + local], pick(drawn, views)
 
@@ -144,7 +200,9 @@ def in_order(dataset, rows, recipe, image_size, device, batch_size=512, workers=
 
 
 def ahead(items, depth=2):
-    """The same items, made by a thread, up to `depth` of them before they are asked for. What the thread raises is raised here."""
+    """The same items, made by a thread, up to `depth` of them before they are asked for.
+
+    What the thread raises is raised here."""
     made, stop = queue.Queue(depth), threading.Event()
 
     def put(*item):
@@ -161,7 +219,8 @@ def ahead(items, depth=2):
                 if stop.is_set():
                     return
             put(None, StopIteration())
-        except BaseException as error:                     # SystemExit too: a broken image
+        # SystemExit too: a broken image.
+        except BaseException as error:
             put(None, error)
 
     thread = threading.Thread(target=work, name="ahead", daemon=True)
@@ -174,7 +233,8 @@ def ahead(items, depth=2):
                     return
                 raise error
             yield item
-    finally:                                               # the one who asked may stop early
+    # The one who asked may stop early.
+    finally:
         stop.set()
         thread.join()
 
@@ -191,12 +251,15 @@ def is_in_memory(dataset, backend="batched"):
     return hasattr(dataset, "images") and backend == "batched"
 
 
-def batches(dataset, augment, plan, device, workers, backend="batched", views=1, broken=None, in_flight=None):
+def batches(
+    dataset, augment, plan, device, workers, backend="batched", views=1, broken=None, in_flight=None
+):
     """-> pairs ((views * b, 3, S, S), index (b,)) on the device.
 
-    plan: a sequence of pairs (index (b,), what was drawn for views * b images), the first b the largest.
+    plan: a sequence of pairs (index (b,), what was drawn for views * b images), the first b the
+        largest.
     broken: a dict that gets row -> what is wrong with its image, for each that was replaced.
-    in_flight: how many batches the workers are asked for at once, at most; null: two each."""
+    in_flight: how many batches the workers are asked for at once, at most; None: two each."""
     if is_in_memory(dataset, backend):
         for index, u in plan:
             images = dataset.images[index.to(dataset.images.device)]
@@ -205,9 +268,11 @@ def batches(dataset, augment, plan, device, workers, backend="batched", views=1,
     workers = min(workers, len(plan))
     in_flight = min(in_flight or 2 * workers, len(plan))
     reader = Reader(dataset, augment, backend, views, device, plan)
-    # A batch is handed out only when an earlier one was asked for. Whoever asks still has the one before in hand; all others
-    # are in flight: one place more than these, and none is missing. (Slots says what happens if one were.)
-    slots = reader.slots = Slots(in_flight + 1 if workers else 0, *reader.batch_of(len(plan[0][0]) if len(plan) else 0))
+    largest = len(plan[0][0]) if len(plan) else 0
+    # A batch is handed out only when an earlier one is asked for. Whoever asks still has the one
+    # before in hand, and all others are in flight: one place more than these is enough. (Slots says
+    # what happens to someone who keeps more.)
+    slots = reader.slots = Slots(in_flight + 1 if workers else 0, *reader.batch_of(largest))
     jobs = ((i, slots.take()) for i in range(len(plan)))
     for slot, images, index, colours, replaced in in_workers(reader, jobs, workers, in_flight):
         if broken is not None:
@@ -222,33 +287,36 @@ def batches(dataset, augment, plan, device, workers, backend="batched", views=1,
 
 def pinned(x, device):
     """A copy from which the GPU can copy by itself. torch keeps its memory until the GPU has."""
-    with torch.cuda.device(device):                        # a thread begins on GPU 0, which is not every process's
+    # A thread begins on GPU 0, which is not every process's.
+    with torch.cuda.device(device):
         return x.pin_memory()
 
 
 def finish(augment, backend, views, colours, out=None):
-    """(n, 3, S, S) uint8, cropped -> floats, the rest of the recipe done; in `out` where it is given."""
+    """(n, 3, S, S) uint8, cropped -> floats, the rest of the recipe done. out: where to."""
     if backend == "batched":
         return augment.apply(views, colours, out)
-    out = torch.empty(views.shape) if out is None and views.device.type == "cpu" else out
     floats = views.float() if out is None else out.copy_(views)
     return augment.normalise(floats.div_(255))
 
 
 class Reader:
-    """What a worker does for a whole batch: decode each image once, then crop and resize each of its views (or, for `pil`,
-    everything).
+    """What a worker does for a whole batch: decode each image once, then crop and resize each of
+    its views (or, for `pil`, everything).
 
-    reader(i, slot): step i of the plan, written into that place of `slots`, or for None returned.
-    -> slot, images (V b, 3, S, S) or None, index (b,), colours: what was drawn and is still to be done, {row: what is wrong}.
+    reader((i, slot)): step i of the plan, written into that place of `slots`, or for None returned.
+    -> slot, images (V b, 3, S, S) or None, index (b,), colours: what was drawn and is still to be
+    done, {row: what is wrong with an image that was replaced}.
 
-    whole: the colours too, which otherwise are the device's to do: two workers with a thread each beat one process with two.
-    A recipe that only crops is left to the device even so: what travels is uint8 then, a quarter."""
+    whole: the colours too, which otherwise are the device's to do: two workers with a thread each
+    beat one process with two. A recipe that only crops is left to the device even so: what travels
+    is uint8 then, a quarter."""
 
     slots = None
 
     def __init__(self, dataset, augment, backend, views, device, plan=()):
-        self.dataset, self.augment, self.backend, self.views, self.plan = dataset, augment, backend, views, plan
+        self.dataset, self.plan, self.views = dataset, plan, views
+        self.augment, self.backend = augment, backend
         self.whole = device.type == "cpu" and (backend == "pil" or len(augment.recipe) > 1)
         self.transform = pil_transforms(augment.recipe, augment.size) if backend == "pil" else None
 
@@ -272,9 +340,9 @@ class Reader:
         broken, cut = {}, self.pil if self.backend == "pil" else self.crop
         for first in range(0, b, HELD):
             rows = torch.arange(first, min(first + HELD, b))
-            u = pick(drawn, (torch.arange(V)[:, None] * b + rows).flatten())           # views outermost
+            u = pick(drawn, (torch.arange(V)[:, None] * b + rows).flatten())
             part = cut([self.decode(row, broken) for row in index[rows].tolist()], u)
-            views.view(V, b, 3, S, S)[:, first:first + HELD] = part.unflatten(0, (V, -1))
+            views.view(V, b, 3, S, S)[:, first : first + HELD] = part.unflatten(0, (V, -1))
         colours = {} if self.backend == "pil" else {k: v for k, v in drawn.items() if k != "crop"}
         if self.whole:
             views = finish(self.augment, self.backend, views, colours, out)
@@ -286,24 +354,31 @@ class Reader:
             if getattr(self.dataset, "skip", False):
                 return self.dataset.instead(row, broken)
             return self.dataset.decode(row)
-        except ValueError as error:                        # the sentence names the file, which is whole if something else is short
+        except (
+            ValueError
+        ) as error:  # the sentence names the file, which is whole if something else is short
             raise error if shortage(error) else InputLost(str(error))
 
     def crop(self, images, u):
         S = self.augment.size
-        sizes = torch.tensor([image.size for image in images]).repeat(self.views, 1)   # (V n, 2) width, height
+        # (V n, 2) width, height
+        sizes = torch.tensor([image.size for image in images]).repeat(self.views, 1)
         box = self.augment.box(u, sizes[:, 1], sizes[:, 0])
         if "crop" in u:
             return one_by_one([pixels(image) for image in images] * self.views, box, S)
         if box is not None:
-            images = [image.resize((S, S), BILINEAR, box=(left, top, left + w, top + h))
-                      for image, (top, left, h, w) in zip(images, box.tolist())]
-        return torch.stack([pixels(image) for image in images])                        # without randomness there is one view
+            images = [
+                image.resize((S, S), BILINEAR, box=(left, top, left + w, top + h))
+                for image, (top, left, h, w) in zip(images, box.tolist())
+            ]
+        # Without randomness there is one view.
+        return torch.stack([pixels(image) for image in images])
 
     def pil(self, images, u):
         views = []
         for image, seed in zip(images * self.views, u["pil"]["seed"].tolist()):
-            with torch.random.fork_rng(devices=[]):        # torchvision's transforms draw from the global generator
+            # torchvision's transforms draw from the global generator.
+            with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 views.append(pixels(self.transform(image)))
         return torch.stack(views)

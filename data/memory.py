@@ -1,15 +1,21 @@
-"""How much memory there is for image workers: the machine's, or what its control group (a container, a SLURM job) still allows."""
+"""How much memory there is for image workers: the machine's, or what a control group still allows.
+
+A container has a control group, and so has a SLURM job."""
+
 import os
 
+from .workers import InputLost
+
 GROUPS = "/sys/fs/cgroup"
-# A worker's own memory: 30 to 60 MB of its interpreter that it does not share with the process it was forked from, and up to HELD
-# decoded images (data/loader.py), of ImageNet's size another 20 MB.
+# A worker's own memory: 30 to 60 MB of its interpreter that it does not share with the process it
+# was forked from, and up to HELD decoded images (data/loader.py), of ImageNet's size 20 MB more.
 WORKER_BYTES = 100_000_000
 
 
 def available_bytes():
-    """-> (bytes that this process may still use, whose limit that is), or (None, "") where the system does not say.
+    """-> (bytes that this process may still use, whose limit that is).
 
+    (None, "") where the system does not say.
     The processes of one node (torchrun's) share it equally."""
     limits = [(free, "on this machine") for free in [machine_bytes()] if free is not None]
     limits += [(free, "in this container or control group") for free in group_bytes()]
@@ -21,7 +27,7 @@ def available_bytes():
 
 
 def machine_bytes(path="/proc/meminfo"):
-    """What Linux takes for free: it counts the page cache as free, which it can drop. None on other systems."""
+    """What Linux takes for free, its page cache with it, which it can drop. None elsewhere."""
     for line in read_lines(path):
         if line.startswith("MemAvailable:"):
             return 1024 * int(line.split()[1])
@@ -29,10 +35,11 @@ def machine_bytes(path="/proc/meminfo"):
 
 
 def group_bytes(membership="/proc/self/cgroup", groups=GROUPS):
-    """What each control group of this process that has a limit leaves, the innermost first, for both versions of control groups.
+    """What each control group of this process that has a limit leaves, the innermost first.
 
-    A group's own group limits it as well. In a container the names of the outer groups are often not there to be read: what is
-    mounted at the top is the container's own group then, which the walk reaches at its end."""
+    For both versions of control groups. A group's own group limits it as well. In a container the
+    names of the outer groups are often not there to be read: what is mounted at the top is the
+    container's own group then, which the walk reaches at its end."""
     free = []
     for line in read_lines(membership):
         controllers, path = line.split(":", 2)[1:]
@@ -53,12 +60,14 @@ def group_bytes(membership="/proc/self/cgroup", groups=GROUPS):
 
 
 def left_in_group(folder, limit, usage, prefix):
-    """-> [bytes that a control group has left], or [] without a limit. Its page cache counts as free."""
+    """-> [bytes that a control group has left], its page cache too, or [] without a limit."""
     try:
         most, used = (int(read_lines(os.path.join(folder, name))[0]) for name in (limit, usage))
-    except (IndexError, ValueError):                       # no such group, or its limit is "max"
+    # No such group, or its limit is "max".
+    except (IndexError, ValueError):
         return []
-    if most >= 2 ** 60:                                    # how version 1 says that there is none
+    # How version 1 says that there is none.
+    if most >= 2**60:
         return []
     cache = {f"{prefix}inactive_file", f"{prefix}active_file"}
     pairs = (line.split() for line in read_lines(os.path.join(folder, "memory.stat")))
@@ -77,19 +86,24 @@ def read_lines(path):
 def workers_that_fit(workers, batch_bytes, scratch_bytes=0):
     """-> (workers, batches in flight): as many as memory has room for, 2 batches a worker at best.
 
-    batch_bytes: of a batch in shared memory, where there is one more than are in flight, the one being trained on. scratch_bytes:
-    what a worker needs beside it. First each worker gets one batch, not two, then there are fewer workers. SystemExit with the
-    numbers where not even one worker fits."""
+    Where there is too little, first each worker gets one batch, not two, then there are fewer
+    workers. InputLost with the numbers where not even one fits.
+    batch_bytes: of a batch in shared memory, where there is one more than are in flight, the one
+        being trained on.
+    scratch_bytes: what a worker needs beside it."""
     free, whose = available_bytes()
 
     def need(count, in_flight):
         return (in_flight + 1) * batch_bytes + count * (scratch_bytes + WORKER_BYTES)
+
     if free is None or need(workers, 2 * workers) <= free:
         return workers, 2 * workers
     for count in range(workers, 0, -1):
         for in_flight in range(2 * count, count - 1, -1):
             if need(count, in_flight) <= free:
                 return count, in_flight
-    raise SystemExit(
-        f"one image worker with one batch ahead of the step needs {need(1, 1) / 1e9:.2g} GB (a batch is {batch_bytes / 1e9:.2g} GB), "
-        f"and {free / 1e9:.2g} GB are free {whose}; take a smaller batch_size or image_size, or allow more memory")
+    raise InputLost(
+        f"one image worker with one batch ahead of the step needs {need(1, 1) / 1e9:.2g} GB "
+        f"(a batch is {batch_bytes / 1e9:.2g} GB), and {free / 1e9:.2g} GB are free {whose}; "
+        "take a smaller batch_size or image_size, or allow more memory"
+    )

@@ -1,16 +1,20 @@
 """Image workers: processes that read and decode images while this one trains.
 
-torch's DataLoader is not used, because it can wait for ever. It sends each batch through a file in /dev/shm (in a container
-64 MB, unless told otherwise: less than one batch of 256 images of 224 pixels) from a second thread of the worker, whose errors
-only print a traceback. Here:
+torch's DataLoader is not used, because it can wait for ever. It sends each batch through a file in
+/dev/shm (in a container 64 MB, unless told otherwise: less than one batch of 256 images of 224
+pixels) from a second thread of the worker, whose errors only print a traceback. Here:
 
-* A batch of known shape is written straight into memory that the worker shares with this process, `Slots`: anonymous memory,
-  which no file system limits. What has no fixed shape goes through the worker's pipe.
-* A worker has one thread and one pipe, no queue and no semaphore: nothing lies in /dev/shm, and what fails is answered.
-* This process waits for the pipes and for the end of any worker at once, so a worker that is killed is noticed immediately.
+* A batch of known shape is written straight into memory that the worker shares with this process,
+  `Slots`: anonymous memory, which no file system limits. What has no fixed shape goes through the
+  worker's pipe.
+* A worker has one thread and one pipe, no queue and no semaphore: nothing lies in /dev/shm, and
+  what fails is answered.
+* This process waits for the pipes and for the end of any worker at once, so that a worker that is
+  killed is noticed immediately.
 
 Whatever goes wrong with the images is raised as `InputLost`, which carries one sentence.
 """
+
 import collections
 import contextlib
 import errno
@@ -18,6 +22,7 @@ import math
 import mmap
 import multiprocessing
 import os
+import pickle
 import signal
 import traceback
 import weakref
@@ -26,12 +31,13 @@ from multiprocessing import connection as pipes
 import numpy as np
 import torch
 
-BATCHES_AHEAD = 2                                          # of each worker, unless the caller says otherwise
+# Jobs that each worker has, unless the caller says otherwise: one at work and one to go on with.
+BATCHES_AHEAD = 2
 CHECK_PARENT_SECONDS = 5
 
 
 class InputLost(SystemExit):
-    """No further images can come: a broken file, a worker that died. It ends the program with its one sentence."""
+    """No further images come: a broken file, a worker that died. Its one sentence says which."""
 
 
 @contextlib.contextmanager
@@ -49,15 +55,17 @@ def or_say_what_is_kept(batches, kept):
         yield from batches
 
 
-# ------------------------------------------------------------------------------------- batches of known shape
+# -------------------------------------------------- batches of known shape
+
 
 class Slots:
-    """Places for batches of at most `shape` in memory that this process shares with those forked from it later.
+    """Places for batches of at most `shape`, in memory shared with processes forked from here later.
 
-    A batch that was received is no copy. Its place is free again when the last tensor that looks into it is gone, so whoever
-    keeps a batch, however long, keeps what is in it. Someone who keeps all of them leaves no place free: further batches then
-    come through the pipe.
-    Each place is a map of its own, and is given back to the system when nothing looks into it and no process has it any more.
+    A batch that was received is no copy. Its place is free again when the last tensor that looks
+    into it is gone, so whoever keeps a batch, however long, keeps what is in it. Someone who keeps
+    all of them leaves no place free: further batches then come through the pipe.
+    Each place is a map of its own. The system has it back when no tensor looks into it and no
+    process has it any more.
     """
 
     def __init__(self, count, shape, dtype):
@@ -67,9 +75,12 @@ class Slots:
         try:
             self.maps = [mmap.mmap(-1, nbytes) for _ in range(count if can_fork() else 0)]
         except OSError as error:
-            raise InputLost(f"{count} batches of {nbytes / 1e9:.2g} GB in shared memory, for the image workers, are more "
-                            f"than there is ({error.strerror}); lower data.workers or batch_size")
-        self.free = list(range(len(self.maps)))            # the last one used is taken first: its pages are there already
+            raise InputLost(
+                f"{count} batches of {nbytes / 1e9:.2g} GB in shared memory, for image workers, "
+                f"are more than there is ({error.strerror}); lower data.workers or batch_size"
+            )
+        # The last one used is taken first: its pages are there already.
+        self.free = list(range(len(self.maps)))
 
     def take(self):
         """The number of a free place, or None."""
@@ -87,7 +98,8 @@ class Slots:
     def received(self, slot, rows):
         """In the main process: (rows, ...), what the worker wrote. Its end frees the place."""
         array = self.array(slot, rows)
-        weakref.finalize(array, self.free.append, slot).atexit = False                 # the tensor holds the array
+        # The tensor, and every other one that shares its memory, holds the array.
+        weakref.finalize(array, self.free.append, slot).atexit = False
         return torch.from_numpy(array)
 
 
@@ -95,15 +107,17 @@ def np_dtype(dtype):
     return torch.empty(0, dtype=dtype).numpy().dtype
 
 
-# ------------------------------------------------------------------------------------- in this process
+# -------------------------------------------------- in this process
+
 
 def can_fork():
     return hasattr(os, "fork")
 
 
 def process_context():
-    """Fork wherever there is one: workers then share the data set and the slots. (Python 3.14's own default would import torch
-    anew in each worker.)"""
+    """Fork wherever there is one: workers then share the data set and the slots.
+
+    Python 3.14's own default would import torch anew in each worker."""
     return multiprocessing.get_context("fork" if can_fork() else None)
 
 
@@ -113,17 +127,21 @@ class Worker:
     def __init__(self, function, others):
         context = process_context()
         self.pipe, theirs = context.Pipe()
-        # What a forked process inherits it must close: as long as anyone holds the other end of a pipe, its end is not noticed.
+        # What a forked process inherits it must close: as long as anyone holds the other end of a
+        # pipe, its end is not noticed.
         inherited = [self.pipe, *(other.pipe for other in others)] if can_fork() else []
         arguments = function, theirs, os.getpid(), inherited
-        self.process = context.Process(target=serve, args=arguments, daemon=True, name="image worker")
+        self.process = context.Process(
+            target=serve, args=arguments, daemon=True, name="image worker"
+        )
         self.jobs, self.parent = 0, os.getpid()
         self.process.start()
         theirs.close()
 
     def stop(self):
         """At once, whatever it does: a worker only reads."""
-        if os.getpid() != self.parent:                     # in a process that was forked with this object in its memory
+        # Not in a process that was forked with this object in its memory.
+        if os.getpid() != self.parent:
             return
         self.pipe.close()
         if self.process.pid is not None:
@@ -132,12 +150,16 @@ class Worker:
 
 
 def in_workers(function, jobs, count, in_flight=None, setting="data.workers"):
-    """function(job) of each job, in the jobs' order, computed by `count` processes; by this one where count is 0.
+    """function(job) of each job, in the jobs' order.
 
-    jobs: small things (a few kB), taken from their iterator when they are handed out. function: where there is no fork it must
-    be one that can be pickled. Its answer may be nested tuples, lists and dicts; tensors travel as NumPy arrays, and arrays
-    arrive as tensors. in_flight: how many jobs are handed out at once, at most. setting: the key that sets count, for messages.
-    InputLost says what became of a worker; any other error of `function` is raised as a RuntimeError with its traceback."""
+    jobs: small things (a few kB), taken from their iterator when they are handed out.
+    count: how many processes; 0: this one computes them.
+    function: where there is no fork it must be one that can be pickled. Its answer may be nested
+        tuples, lists and dicts; tensors travel as NumPy arrays, and arrays arrive as tensors.
+    in_flight: how many jobs are handed out at once, at most.
+    setting: the key that sets count, for messages.
+    InputLost says what became of a worker. Any other error of `function` is raised as a
+    RuntimeError with its traceback."""
     if count == 0:
         for job in jobs:
             yield in_this_process(function, job)
@@ -147,7 +169,7 @@ def in_workers(function, jobs, count, in_flight=None, setting="data.workers"):
         start(workers, function, count, setting)
         while True:
             while len(order) < (in_flight or BATCHES_AHEAD * count) and (item := next(jobs, None)):
-                worker = min(workers, key=lambda worker: worker.jobs)                  # the least busy
+                worker = least_busy(workers)
                 order.append(item[0])
                 hand_out(worker, item, workers, setting)
             if not order:
@@ -158,6 +180,10 @@ def in_workers(function, jobs, count, in_flight=None, setting="data.workers"):
     finally:
         for worker in workers:
             worker.stop()
+
+
+def least_busy(workers):
+    return min(workers, key=lambda worker: worker.jobs)
 
 
 def in_this_process(function, job):
@@ -176,7 +202,10 @@ def start(workers, function, count, setting):
             workers.append(Worker(function, workers))
     except OSError as error:
         why = shortage(error) or f"the system has no more processes or memory ({error.strerror})"
-        raise InputLost(f"only {len(workers)} of {count} image workers could be started: {why}; or lower {setting}")
+        raise InputLost(
+            f"only {len(workers)} of {count} image workers could be started: {why}; "
+            f"or lower {setting}"
+        )
 
 
 def hand_out(worker, item, workers, setting):
@@ -188,26 +217,25 @@ def hand_out(worker, item, workers, setting):
 
 
 def receive(workers, answers, setting):
-    """Wait until a worker answers or dies. Every answer that is there is put into a dict {job's number: answer}.
+    """Wait until a worker answers or dies. Each answer is put into a dict {job's number: answer}.
 
-    Answers are taken from all workers, not only from the one whose turn it is: one that could not get rid of a large answer
-    would wait instead of decoding the next."""
+    Answers are taken from all workers, not only from the one whose turn it is: one that could not
+    get rid of a large answer would wait instead of decoding the next."""
     by_handle = {}
     for worker in workers:
         by_handle[worker.pipe] = by_handle[worker.process.sentinel] = worker
     ready = pipes.wait(by_handle)
     for handle in ready:
         worker = by_handle[handle]
+        # An end is looked at below, after what the worker said before.
         if handle is not worker.pipe:
-            continue                                       # an end: looked at below, after what it said before
+            continue
         try:
             number, reply = worker.pipe.recv()
         except (EOFError, OSError):
             raise InputLost(death(worker, workers, setting))
         worker.jobs -= 1
         answers[number] = reply
-        if reply[0] != "done":                             # no need to wait for its turn
-            unpack(reply)
     for handle in ready:
         if handle is not by_handle[handle].pipe:
             raise InputLost(death(by_handle[handle], workers, setting))
@@ -223,23 +251,27 @@ def unpack(reply):
     return as_tensors(value)
 
 
-# ------------------------------------------------------------------------------------- in a worker
+# -------------------------------------------------- in a worker
+
 
 def serve(function, pipe, parent, inherited):
     """A worker's life: (number, job) comes, (number, answer) goes, until the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C reaches the whole group; the parent ends its workers
+    # Ctrl-C reaches the whole group; the parent ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for other in inherited:
         other.close()
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             while not pipe.poll(CHECK_PARENT_SECONDS):
-                if os.getppid() != parent:                 # killed, while another program holds a copy of its end of the pipe
+                # It was killed, while another program holds a copy of its end of the pipe.
+                if os.getppid() != parent:
                     return
             number, job = pipe.recv()
             try:
                 pipe.send((number, answer(function, job)))
-            except (MemoryError, TypeError, AttributeError) as error:                  # it was not pickled, and nothing was sent
+            # The answer could not be pickled, and nothing was sent.
+            except (MemoryError, TypeError, AttributeError, pickle.PicklingError) as error:
                 pipe.send((number, failure(error)))
 
 
@@ -261,7 +293,9 @@ def failure(error):
 
 
 def as_arrays(value):
-    """Nested tuples, lists and dicts, their tensors as NumPy arrays: torch would put a tensor into a file in /dev/shm."""
+    """Nested tuples, lists and dicts, their tensors as NumPy arrays.
+
+    torch would put a tensor into a file in /dev/shm."""
     return convert(value, torch.Tensor, torch.Tensor.numpy)
 
 
@@ -280,15 +314,20 @@ def convert(value, kind, function):
     return value
 
 
-# ------------------------------------------------------------------------------------- what went wrong, in a sentence
+# -------------------------------------------------- what went wrong, in a sentence
+
 
 def shortage(error):
-    """What the system was short of, and the way out, if that is why `error` was raised; else None."""
+    """What the system was short of, and the way out, if that is why `error` was raised."""
     while error is not None:
         number = getattr(error, "errno", None)
         if number in (errno.EMFILE, errno.ENFILE):
-            return f"{os.strerror(number)}: more files are open than this process may have ({file_limit()}); raise ulimit -n"
-        if number == errno.ENOMEM or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            return (
+                f"{os.strerror(number)}: more files are open than this process may have "
+                f"({file_limit()}); raise ulimit -n"
+            )
+        torch_has_none = "can't allocate memory" in str(error)
+        if number == errno.ENOMEM or isinstance(error, MemoryError) or torch_has_none:
             return "memory ran out; allow more, or take fewer workers or a smaller batch_size"
         error = error.__cause__ or error.__context__
     return None
@@ -297,8 +336,10 @@ def shortage(error):
 def file_limit():
     try:
         import resource
+
         return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    except ImportError:                                    # Windows
+    # On Windows.
+    except ImportError:
         return "unknown"
 
 
@@ -306,15 +347,16 @@ def death(worker, workers, setting):
     """What became of a worker that is gone: a sentence."""
     worker.process.join(5)
     code, who = worker.process.exitcode, f"image worker {worker.process.pid}"
-    fewer = f"lower {setting}, of which there are {len(workers)}, or batch_size, or allow more memory"
+    fewer = f"lower {setting}, now {len(workers)}, or batch_size, or allow more memory"
     if code is None:
         return f"{who} closed its pipe but goes on; this is a fault of the program"
     if code >= 0:
-        return f"{who} ended by itself, with status {code}, before its work was done; see what it printed above"
+        return f"{who} ended by itself, with status {code}; see what it printed above"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     why = {
         "SIGKILL": f"most likely memory ran out, on this machine or in its container: {fewer}",
-        "SIGBUS": f"memory ran out, or a file that it had mapped (data.cache) was cut or lies on a disk that fails: {fewer}",
-        "SIGSEGV": "most likely a library that decodes images crashed; with workers=0 Python's -X faulthandler shows where",
+        "SIGBUS": f"memory ran out, or the file of data.cache was cut or cannot be read: {fewer}",
+        "SIGSEGV": "most likely a library that decodes images crashed: with workers=0, "
+        "python -X faulthandler shows where",
     }
     return f"{who} was killed by {name}" + (f"; {why[name]}" if name in why else "")

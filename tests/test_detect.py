@@ -184,9 +184,9 @@ def test_training_leaves_out_what_cannot_be_learned_from(coco_mini):
     some, val = detection.Images(people, "keypoint", training=True), detection.Images(truth, "keypoint")
     assert 0 < len(some) < len(train) and all(any(a["num_keypoints"] for a in some.annotations[i["id"]]) for i in some.images)
     assert len(val) == len(truth["images"]) > len({a["image_id"] for a in truth["annotations"]})       # images without people are evaluated too
-    image, target, problem = train[0, True]
+    image, target = train[0, True]
     n = len(target["labels"])
-    assert problem is None and image.dtype == torch.uint8 and target["masks"].shape == (n, *image.shape[1:]) and target["boxes"].shape == (n, 4)
+    assert image.dtype == torch.uint8 and target["masks"].shape == (n, *image.shape[1:]) and target["boxes"].shape == (n, 4)
     for mask, (x1, y1, x2, y2) in zip(target["masks"], target["boxes"].tolist()):      # a mask lies in its box, mirrored like it
         where = mask.nonzero()
         assert where[:, 1].min() >= x1 - 1.5 and where[:, 1].max() <= x2 + 1.5 and where[:, 0].min() >= y1 - 1.5 and where[:, 0].max() <= y2 + 1.5
