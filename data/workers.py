@@ -59,7 +59,7 @@ def or_say_what_is_kept(batches, kept):
 
 
 class Slots:
-    """Places for batches of at most `shape`, in memory shared with processes forked from here later.
+    """Places for batches of at most `shape`, in memory shared with processes forked later.
 
     A batch that was received is no copy. Its place is free again when the last tensor that looks
     into it is gone, so whoever keeps a batch, however long, keeps what is in it. Someone who keeps

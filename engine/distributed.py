@@ -2,6 +2,7 @@
 import contextlib
 import inspect
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -26,8 +27,19 @@ def start():
         store, own, world = next(rendezvous("env://"))     # torchrun keeps its store when it restarts, where the addresses of the lost processes still stand
         attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if cuda else "gloo", store=attempt, rank=own, world_size=world)
+        sys.excepthook = shorten_lost_connections(own, sys.excepthook)
         return torch.device("cuda", local) if cuda else torch.device("cpu")
     return torch.device("cuda", 0) if cuda else torch.device("cpu")
+
+
+def shorten_lost_connections(rank, hook):
+    """-> an excepthook. Where one process ended, with its own sentence, the others' tracebacks say nothing more."""
+    def short(kind, error, trace):
+        if any(words in str(error) for words in ("Connection closed by peer", "Connection reset by peer", "remote process exited")):
+            print(f"process {rank} lost another one, which ended (what it says itself tells why) or cannot be reached", file=sys.stderr)
+        else:
+            hook(kind, error, trace)
+    return short
 
 
 def hardware(device):

@@ -369,6 +369,8 @@ def test_two_processes_end_when_one_loses_a_worker(images, tmp_path):  # noqa: F
         SAID["killed"],
         "; runs/two/last.pt holds the state after epoch 1 of 2, and the same line goes on from",
     )
+    other = words(tmp_path, "two", "0")[1]
+    assert other.startswith("process 0 lost another one, which ended") and other.count("\n") == 1
 
 
 JOB = """import runpy, sys
