@@ -369,8 +369,6 @@ def test_two_processes_end_when_one_loses_a_worker(images, tmp_path):  # noqa: F
         SAID["killed"],
         "; runs/two/last.pt holds the state after epoch 1 of 2, and the same line goes on from",
     )
-    other = words(tmp_path, "two", "0")[1]
-    assert other.startswith("process 0 lost another one, which ended") and other.count("\n") == 1
 
 
 JOB = """import runpy, sys
@@ -406,4 +404,4 @@ def test_torchrun_ends_the_other_process(script, sources, tmp_path):
     assert (
         done.returncode == 1 and "was killed by SIGKILL; most likely memory ran out" in done.stderr
     ), done.stdout + done.stderr
-    assert f"{KEPT[script]}\n" in done.stderr
+    assert f"{KEPT[script]}\n" in done.stderr and "[rank" not in done.stderr
