@@ -156,30 +156,41 @@ def write(dataset, size, path, skip):
     """All images, decoded by workers, into one file. -> (n, 3)"""
     n, shapes, done, written = len(dataset), [], 0, 0
     jobs = [rows.tolist() for rows in torch.arange(n).split(8)]
-    parts = in_workers(Shrunk(dataset, size, skip), jobs, min(default_workers(), len(jobs)))
+    workers = min(default_workers(), len(jobs))
+    parts = in_workers(Shrunk(dataset, size, skip), jobs, workers, setting=None)
     bar = tqdm(total=n, desc="caching", unit=" images", leave=False, disable=None)
     with open(path, "wb") as f, bar, contextlib.closing(parts):
         for pixels, shape in parts:
             shapes.append(shape)
             done += len(shape)
-            need = (written + len(pixels)) * n / done      # as far as these images tell, surer and surer
+            # As far as these images tell, surer and surer.
+            need = (written + len(pixels)) * n / done
             free = shutil.disk_usage(path).free
             if done >= min(n, 128) and need - written > 1.25 * free:
-                raise SystemExit(f"data.cache is {size}: the {n} images take about {need / 1e9:.3g} GB in {os.path.dirname(path)}, "
-                                 f"{(free + written) / 1e9:.3g} GB are free there; make room, lower data.cache or leave it out")
+                raise SystemExit(
+                    f"data.cache is {size}: the {n} images take about {need / 1e9:.3g} GB in "
+                    f"{os.path.dirname(path)}, {(free + written) / 1e9:.3g} GB are free there; "
+                    "make room, lower data.cache or leave it out"
+                )
             f.write(pixels.numpy())
             written += len(pixels)
             bar.update(len(shape))
         f.flush()
-        os.fsync(f.fileno())                               # on the disk before the index says so
+        # On the disk before the index says so.
+        os.fsync(f.fileno())
     if not written:
-        raise SystemExit(f"data.cache is {size}, but none of the {n} images can be read; the first is {printable(dataset.files[0])}")
+        raise SystemExit(
+            f"data.cache is {size}, but none of the {n} images can be read; "
+            f"the first is {printable(dataset.files[0])}"
+        )
     h, w = torch.cat(shapes).numpy().T                     # (n,), (n,)
     return np.stack([np.cumsum(3 * h * w) - 3 * h * w, h, w], 1)
 
 
 class Shrunk:
-    """What a worker does for the images `rows` (a list): -> their bytes one after the other, and (b, 2) heights and widths."""
+    """What a worker does for the images `rows`, a list.
+
+    -> their bytes one after the other, and (b, 2) heights and widths."""
 
     def __init__(self, dataset, size, skip):
         self.dataset, self.size, self.skip = dataset, size, skip
@@ -190,15 +201,19 @@ class Shrunk:
         return torch.from_numpy(np.concatenate([image.ravel() for image in images])), shapes
 
     def decode(self, row):
-        """(h, w, 3) uint8, no larger than asked for; h and w 0 where the image cannot be read and may be skipped."""
+        """(h, w, 3) uint8, no larger than asked for.
+
+        h and w are 0 where the image cannot be read and may be skipped."""
         try:
             image = self.dataset.decode(row)
         except ValueError as error:
-            if shortage(error):                            # the image may be whole
+            # The image may be whole where something else is short.
+            if shortage(error):
                 raise
             if not self.skip:
                 raise InputLost(str(error))
             return np.empty((0, 0, 3), np.uint8)
         if min(image.size) > self.size:
-            image = resize(image, self.size)               # PIL's bilinear, which antialiases
+            # PIL's bilinear, which antialiases.
+            image = resize(image, self.size)
         return np.array(image)

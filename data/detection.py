@@ -247,13 +247,16 @@ def batches(images, plan, device, workers=None):
             return x
         return (pinned(x, device) if device.type == "cuda" else x).to(device, non_blocking=True)
 
+    def on_device(target):
+        if not isinstance(target, dict):                   # an image's id
+            return target
+        return {name: to_device(value) for name, value in target.items()}
+
     workers = default_workers() if workers is None else workers
     if hasattr(plan, "__len__"):
         workers = min(workers, len(plan))
     for batch in in_workers(BatchOf(images), plan, workers, setting="detect.workers"):
-        yield [(to_device(image).float().div_(255),
-                {k: to_device(v) for k, v in target.items()} if isinstance(target, dict) else target)
-               for image, target in batch]
+        yield [(to_device(image).float().div_(255), on_device(target)) for image, target in batch]
 
 
 class BatchOf:

@@ -157,7 +157,7 @@ def in_workers(function, jobs, count, in_flight=None, setting="data.workers"):
     function: where there is no fork it must be one that can be pickled. Its answer may be nested
         tuples, lists and dicts; tensors travel as NumPy arrays, and arrays arrive as tensors.
     in_flight: how many jobs are handed out at once, at most.
-    setting: the key that sets count, for messages.
+    setting: the key that sets count, for messages; None where there is none.
     InputLost says what became of a worker. Any other error of `function` is raised as a
     RuntimeError with its traceback."""
     if count == 0:
@@ -203,8 +203,8 @@ def start(workers, function, count, setting):
     except OSError as error:
         why = shortage(error) or f"the system has no more processes or memory ({error.strerror})"
         raise InputLost(
-            f"only {len(workers)} of {count} image workers could be started: {why}; "
-            f"or lower {setting}"
+            f"only {len(workers)} of {count} image workers could be started: {why}"
+            + (f"; or lower {setting}" if setting else "")
         )
 
 
@@ -347,7 +347,9 @@ def death(worker, workers, setting):
     """What became of a worker that is gone: a sentence."""
     worker.process.join(5)
     code, who = worker.process.exitcode, f"image worker {worker.process.pid}"
-    fewer = f"lower {setting}, now {len(workers)}, or batch_size, or allow more memory"
+    fewer = "allow more memory"
+    if setting:
+        fewer = f"lower {setting}, now {len(workers)}, or batch_size, or {fewer}"
     if code is None:
         return f"{who} closed its pipe but goes on; this is a fault of the program"
     if code >= 0:
