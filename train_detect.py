@@ -33,6 +33,7 @@ from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmenta
 from tqdm import tqdm
 
 from data import detection
+from data.workers import or_say_what_is_kept, say_what_is_kept
 from engine import checkpoint, config
 from engine import device as devices
 from engine import distributed
@@ -172,9 +173,17 @@ def main():
             f"{last} is at iteration {start}, and detect.iterations is {detect.iterations}: nothing is left to do; --fresh starts over")
 
     # ------------------------------------------------------------------------------------------------ the loop
+    saved = start
+
+    def kept_and_how_on():
+        if not saved:
+            return "nothing was saved yet"
+        return f"{last} holds the state after iteration {saved} of {detect.iterations}, and the same line goes on from there"
+
     began, total, since, seen = time.time(), {}, time.time(), 0
     steps = detection.plan(len(train), detect.batch_size, cfg["seed"], start, detect.iterations)
-    bar = tqdm(detection.batches(train, steps, device, detect.workers), "detect", initial=start, total=detect.iterations, leave=False,
+    batches = or_say_what_is_kept(detection.batches(train, steps, device, detect.workers), kept_and_how_on)
+    bar = tqdm(batches, "detect", initial=start, total=detect.iterations, leave=False,
                disable=None if main_process else True)
     model.train()
     for iteration, batch in enumerate(bar, start):
@@ -207,7 +216,8 @@ def main():
         if evaluate or save:
             distributed.average_buffers(model)             # BatchNorm's statistics, where each process has its own
         if evaluate:
-            found = predictions(model, val, classes, detect.task, device, detect.workers)
+            with say_what_is_kept(kept_and_how_on):
+                found = predictions(model, val, classes, detect.task, device, detect.workers)
             if main_process:
                 ap = average_precision(truth, [d for one in found.values() for d in one], detect.task)
                 say("\n".join([f"{'':12}" + "".join(f"{c:>8}" for c in ("AP", "AP50", "AP75"))]
@@ -222,6 +232,7 @@ def main():
             log.write(done, {k: float(f"{v:.6g}") for k, v in figures.items()})
         if save:
             checkpoint.save(last, settings, done, model=model, optimizer=optimizer)
+            saved = done
         if seen == 0:
             since = time.time()                            # images/s: training alone
     distributed.stop()
@@ -337,7 +348,7 @@ def picture(truth, val, found, rows=4, side=400, best=5):
             real.setdefault(a["image_id"], []).append(a if val.task == "mask" else {k: v for k, v in a.items() if k != "segmentation"})
     cells = []
     for row in [row for row, info in enumerate(val.images) if info["id"] in real][:rows]:
-        image, image_id, problem = val[row, False]
+        image, image_id = val[row, False]
         for some in (real[image_id], sorted(found[image_id], key=lambda one: -one["score"])[:best]):
             drawn = draw(image, some, categories).float() / 255
             scale = side / max(drawn.shape[1:])

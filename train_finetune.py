@@ -25,6 +25,7 @@ from tqdm import tqdm
 from data.augment import named
 from data.datasets import balanced, load
 from data.loader import Loader, sensible_size
+from data.workers import or_say_what_is_kept, say_what_is_kept
 from engine import checkpoint, config, distributed
 from engine.distributed import say
 from engine.features import extract, percent
@@ -196,6 +197,11 @@ def main():
     if start:
         say(f"going on from {last} after epoch {start} of {how.epochs}")
 
+    def kept_and_how_on():
+        if not epoch:
+            return "nothing was saved yet"
+        return f"{last} holds the state after epoch {epoch} of {how.epochs}, and the same line goes on from there"
+
     def diverged(what, epoch):
         saved = f"{last} holds the state after epoch {epoch}" if epoch else "nothing was saved yet"
         raise SystemExit(f"{what} at epoch {epoch + 1}; {saved}; try a lower finetune.lr or finetune.lr_classifier with --fresh")
@@ -204,7 +210,8 @@ def main():
     for epoch in range(start, how.epochs):
         net.train()
         total, began = torch.zeros(2, device=device), time.time()
-        bar = tqdm(loader.epoch(epoch), f"epoch {epoch + 1}/{how.epochs}", total=steps, leave=False, disable=None if main_process else True)
+        batches = or_say_what_is_kept(loader.epoch(epoch), kept_and_how_on)
+        bar = tqdm(batches, f"epoch {epoch + 1}/{how.epochs}", total=steps, leave=False, disable=None if main_process else True)
         for step, ((images,), index) in enumerate(bar):
             now = epoch + step / steps
             for group, lr in zip(optimizer.param_groups, how.lrs):
@@ -241,7 +248,8 @@ def main():
 
     # ------------------------------------------------------------------------------------------------ what came out
     net.eval()
-    logits = extract(net, test, size, device, loader.workers, what="test")             # (m, classes)
+    with say_what_is_kept(kept_and_how_on):
+        logits = extract(net, test, size, device, loader.workers, what="test")         # (m, classes)
     hits = logits.topk(min(5, classes)).indices == y_test[:, None]                     # (m, 5)
     figures = {"top-1": percent(hits[:, 0]), "top-5": percent(hits.any(1))}
     say(f"\n{protocol}\n\n{'':24}{'top-1':>10}{'top-5':>10}\n{cfg['name']:24}{figures['top-1']:10.2f}{figures['top-5']:10.2f}")

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from data.augment import named
 from data.datasets import load
 from data.loader import Loader, sensible_size
+from data.workers import or_say_what_is_kept
 from engine import config, distributed
 from engine.distributed import say
 from engine.features import KNN, extract, knn, percent
@@ -192,7 +193,8 @@ def by_sgd(probe, encoders, x, y, x_test, y_test, classes, loader, seed):
     def epoch_of(epoch):
         """-> ({name: features (b, F)}, labels (b,)) for each step"""
         if loader:
-            for (images,), index in loader.epoch(epoch):
+            batches = or_say_what_is_kept(loader.epoch(epoch), lambda: "a linear probe saves nothing before its end: start it again")
+            for (images,), index in batches:
                 yield {name: ready(name, encode(images)) for name, encode in encoders.items()}, y[index]
         else:                                              # every process trains the same layers on all features
             for index in torch.randperm(len(y), generator=order).to(y.device).split(probe.batch_size):

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from data.datasets import load
 from data.loader import Loader
+from data.workers import or_say_what_is_kept, say_what_is_kept
 from engine import checkpoint, config, distributed, signals
 from engine.distributed import say
 from engine.features import KNN, embeddings
@@ -111,17 +112,23 @@ def main():
     if resumed:
         say(f"going on after {there(start, place.step)}")
     elif monitor.due(0, epochs):
-        figures = {"knn": monitor(encoder)}
+        with say_what_is_kept(lambda: "nothing was saved yet"):
+            figures = {"knn": monitor(encoder)}
         say(f"untrained: kNN {figures['knn']:.1f} %")
         if main_process:
             log.write(0, figures)
+
+    def kept():
+        return f"{last} holds the state after {there(*saved)}" if saved else "nothing was saved yet"
+
+    def kept_and_how_on():
+        return kept() + (", and the same line goes on from there" if saved else "")
 
     def diverged(epoch, first, step, total, fine):
         good, value = min(distributed.gather_objects((int(fine), total["loss"].item())))       # of the process that lost it first
         lost = first + good
         what = f"the loss is {value}" if lost <= step else "a weight is not finite"
-        kept = f"{last} holds the state after {there(*saved)}" if saved else "nothing was saved yet"
-        distributed.agree(f"{what} at epoch {epoch + 1}, step {min(lost, step) + 1} of {steps}; {kept}; try a lower optim.lr, with --fresh or another name=...")
+        distributed.agree(f"{what} at epoch {epoch + 1}, step {min(lost, step) + 1} of {steps}; {kept()}; try a lower optim.lr, with --fresh or another name=...")
 
     def leave(epoch, step):
         say(f"told to stop: {last} holds the state after {there(epoch, step)}, and the same line goes on from there")
@@ -136,10 +143,12 @@ def main():
         first, seconds, wait, total = place.take()         # 0, 0, 0, {}; or what was done of this epoch when the run was told to stop
         began = time.time() - seconds
         if hasattr(loss_fn, "before_epoch"):
-            loss_fn.before_epoch(epoch, None if first else embed)
+            with say_what_is_kept(kept_and_how_on):
+                loss_fn.before_epoch(epoch, None if first else embed)
         encoder.train(), host.train()
         fine, ready = torch.zeros((), device=device), time.time()                      # fine: steps until the loss was not finite any more
-        bar = tqdm(loader.epoch(epoch, first), f"epoch {epoch + 1}/{epochs}", initial=first, total=steps, leave=False, disable=None if main_process else True)
+        batches = or_say_what_is_kept(loader.epoch(epoch, first), kept_and_how_on)
+        bar = tqdm(batches, f"epoch {epoch + 1}/{epochs}", initial=first, total=steps, leave=False, disable=None if main_process else True)
         for step, (views, index) in enumerate(bar, first):
             wait += time.time() - ready                    # for data; on a CPU that is the augmentation's own time
             now = epoch + step / steps
@@ -188,7 +197,8 @@ def main():
         figures |= {"chance": scale * math.log(figures["K"] + 1), "lr": schedule(epoch + (steps - 1) / steps), "seconds": seconds,
                     "images/s": steps * loader.batch / seconds, "data wait": wait / seconds}
         if monitor.due(epoch + 1, epochs):
-            figures["knn"] = monitor(encoder)
+            with say_what_is_kept(kept_and_how_on):
+                figures["knn"] = monitor(encoder)
         say(f"epoch {epoch + 1:3d}/{epochs}  loss {figures['loss']:.3f} (chance: {chance} = {figures['chance']:.3f})  lr {figures['lr']:.4f}  "
             f"{seconds:.1f} s, {figures['images/s']:.0f} images/s" + (f"  kNN {figures['knn']:.1f} %" if "knn" in figures else ""))
         broken = loader.replaced()

@@ -96,11 +96,12 @@ class Augment:
         mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
         return x.sub_(mean).div_(std)
 
-    def apply(self, images, u):
-        """crop, then colour.  On a CPU in pieces that stay in its caches: up to twice as fast, and the same numbers."""
+    def apply(self, images, u, out=None):
+        """crop, then colour.  On a CPU in pieces that stay in its caches: up to twice as fast, and the same numbers.
+        out: where to, (n, 3, S, S)."""
         n = len(images)
         piece = n if images.is_cuda else max(2, 2 ** 25 // self.size ** 3)             # 2 at 224 pixels, 37 at 96, 1024 at 32
-        y = torch.empty(n, 3, self.size, self.size, device=images.device)
+        y = torch.empty(n, 3, self.size, self.size, device=images.device) if out is None else out
         for some in (slice(i, i + piece) for i in range(0, n, piece)):
             part = pick(u, some)
             y[some] = self.colour(self.crop(images[some], part), part)

@@ -21,14 +21,14 @@ import shutil
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import resize
 from tqdm import tqdm
 
 from engine import distributed
 
 from .image_files import FolderSet, for_each_file, printable, unreadable
-from .loader import as_it_is, default_workers
+from .loader import default_workers
+from .workers import InputLost, in_workers, shortage
 
 
 class CachedSet(FolderSet):
@@ -179,45 +179,65 @@ def alone(lock, place):
 def write(dataset, size, path, skip):
     """All images, decoded by workers, into one file. -> (n, 3)"""
     n, shapes, done, written = len(dataset), [], 0, 0
-    loader = DataLoader(Shrunk(dataset, size, skip), batch_sampler=torch.arange(n).split(8), num_workers=min(default_workers(), -(-n // 8)), collate_fn=as_it_is,
-                        generator=torch.Generator())       # of its own: a run must not depend on whether it was the one to build
-    with open(path, "wb") as f, tqdm(total=n, desc="caching", unit=" images", leave=False, disable=None) as bar:
-        for pixels, shape, problem in loader:
-            if problem:
-                raise SystemExit(problem)
+    jobs = [rows.tolist() for rows in torch.arange(n).split(8)]
+    workers = min(default_workers(), len(jobs))
+    parts = in_workers(Shrunk(dataset, size, skip), jobs, workers, setting=None)
+    bar = tqdm(total=n, desc="caching", unit=" images", leave=False, disable=None)
+    with open(path, "wb") as f, bar, contextlib.closing(parts):
+        for pixels, shape in parts:
             shapes.append(shape)
-            done, need, free = done + len(shape), (written + len(pixels)) * n / (done + len(shape)), shutil.disk_usage(path).free
-            if done >= min(n, 128) and need - written > 1.25 * free:                   # need: as far as these images tell, surer and surer
-                raise SystemExit(f"data.cache is {size}: the {n} images take about {need / 1e9:.3g} GB in {os.path.dirname(path)}, {(free + written) / 1e9:.3g} GB "
-                                 "are free there; make room, lower data.cache or leave it out")
+            done += len(shape)
+            # As far as these images tell, surer and surer.
+            need = (written + len(pixels)) * n / done
+            free = shutil.disk_usage(path).free
+            if done >= min(n, 128) and need - written > 1.25 * free:
+                raise SystemExit(
+                    f"data.cache is {size}: the {n} images take about {need / 1e9:.3g} GB in "
+                    f"{os.path.dirname(path)}, {(free + written) / 1e9:.3g} GB are free there; "
+                    "make room, lower data.cache or leave it out"
+                )
             f.write(pixels.numpy())
             written += len(pixels)
             bar.update(len(shape))
         f.flush()
-        os.fsync(f.fileno())                               # on the disk before the index says so
+        # On the disk before the index says so.
+        os.fsync(f.fileno())
     if not written:
-        raise SystemExit(f"data.cache is {size}, but none of the {n} images can be read; the first is {printable(dataset.files[0])}")
+        raise SystemExit(
+            f"data.cache is {size}, but none of the {n} images can be read; "
+            f"the first is {printable(dataset.files[0])}"
+        )
     h, w = torch.cat(shapes).numpy().T                     # (n,), (n,)
     return np.stack([np.cumsum(3 * h * w) - 3 * h * w, h, w], 1)
 
 
-class Shrunk(Dataset):
-    """What a worker does for rows (b,): the bytes of b images one after the other, (b, 2) heights and widths, and what is wrong, or None."""
+class Shrunk:
+    """What a worker does for the images `rows`, a list.
+
+    -> their bytes one after the other, and (b, 2) heights and widths."""
 
     def __init__(self, dataset, size, skip):
         self.dataset, self.size, self.skip = dataset, size, skip
 
-    def __len__(self):
-        return len(self.dataset)
+    def __call__(self, rows):
+        images = [self.decode(row) for row in rows]
+        shapes = torch.tensor([image.shape[:2] for image in images])
+        return torch.from_numpy(np.concatenate([image.ravel() for image in images])), shapes
 
-    def __getitems__(self, rows):
-        images = []
-        for i in rows.tolist():
-            try:
-                image = self.dataset.decode(i)
-                images.append(np.asarray(resize(image, self.size) if min(image.size) > self.size else image))            # PIL's bilinear, which antialiases
-            except ValueError as error:                    # a message: an exception would arrive wrapped in the worker's traceback
-                if not self.skip:
-                    return torch.empty(0), None, str(error)
-                images.append(np.empty((0, 0, 3), np.uint8))
-        return torch.from_numpy(np.concatenate([x.ravel() for x in images])), torch.tensor([x.shape[:2] for x in images]), None
+    def decode(self, row):
+        """(h, w, 3) uint8, no larger than asked for.
+
+        h and w are 0 where the image cannot be read and may be skipped."""
+        try:
+            image = self.dataset.decode(row)
+        except ValueError as error:
+            # The image may be whole where something else is short.
+            if shortage(error):
+                raise
+            if not self.skip:
+                raise InputLost(str(error))
+            return np.empty((0, 0, 3), np.uint8)
+        if min(image.size) > self.size:
+            # PIL's bilinear, which antialiases.
+            image = resize(image, self.size)
+        return np.array(image)

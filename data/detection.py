@@ -15,14 +15,14 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from engine import distributed
 
 from .datasets import inside
 from .image_files import FORMATS
-from .loader import as_it_is, default_workers, generator
+from .loader import default_workers, generator, pinned
+from .workers import InputLost, in_workers, shortage
 
 JSON = {"box": "instances", "mask": "instances", "keypoint": "person_keypoints"}
 
@@ -137,8 +137,8 @@ def check_files(images, where):
             raise SystemExit(f"{i['file']} does not exist, and {where} names it")
 
 
-class Images(torch.utils.data.Dataset):
-    """data[row, flip] -> (image (3, H, W) uint8, target, None), or (None, None, what is wrong with it): an exception would lose its sentence in a worker.
+class Images:
+    """data[row, flip] -> (image (3, H, W) uint8, target). InputLost says what is wrong with an image.
 
     coco: COCO's dict. training: keep the images that have something to learn from, the first `limit` of them, and give targets for torchvision:
     boxes (n, 4) as x1 y1 x2 y2, labels (n,) from 1, masks (n, H, W) uint8, keypoints (n, 17, 3); otherwise keep all, and target is the image's id.
@@ -169,14 +169,16 @@ class Images(torch.utils.data.Dataset):
             with Image.open(info["file"], formats=FORMATS) as image:        # as stored: COCO's annotations know nothing of EXIF's rotation
                 image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
         except Exception as error:                         # PIL raises many kinds
-            return None, None, f"{info['file']} cannot be read as an image ({error}); replace it"
+            if shortage(error):                            # the image may be whole
+                raise
+            raise InputLost(f"{info['file']} cannot be read as an image ({error}); replace it")
         if tuple(image.shape[1:]) != (info["height"], info["width"]):
-            return None, None, (f"{info['file']} is {image.shape[2]} x {image.shape[1]}, and its annotations are for {info['width']} x {info['height']}; "
-                                "replace one of the two")
+            raise InputLost(f"{info['file']} is {image.shape[2]} x {image.shape[1]}, and its annotations are for "
+                            f"{info['width']} x {info['height']}; replace one of the two")
         if not self.training:
-            return image, info["id"], None
+            return image, info["id"]
         target = self.target(info)
-        return (*(flip(image, target, self.pairs) if flipped else (image, target)), None)
+        return flip(image, target, self.pairs) if flipped else (image, target)
 
     def target(self, info):
         some = self.annotations[info["id"]]
@@ -241,12 +243,30 @@ def plan(n, batch_size, seed, start, stop):
 
 def batches(images, plan, device, workers=None):
     """plan: lists of (row, flip). -> lists of (image (3, H, W) in [0, 1], target) on the device."""
-    pinned = device.type == "cuda"  # elsewhere a copy that is not waited for may read freed memory
-    loader = DataLoader(images, batch_sampler=plan, num_workers=default_workers() if workers is None else workers, collate_fn=as_it_is,
-                        pin_memory=pinned, generator=torch.Generator())  # a generator of its own: leave the global one alone
-    to = lambda x: x.to(device, non_blocking=pinned) if isinstance(x, torch.Tensor) else x
-    for batch in loader:
-        for _, _, problem in batch:
-            if problem:
-                raise SystemExit(problem)
-        yield [(to(image).float().div_(255), {k: to(v) for k, v in target.items()} if isinstance(target, dict) else target) for image, target, _ in batch]
+    def to_device(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        if device.type != "cuda":                          # elsewhere a copy that is not waited for may read freed memory
+            return x.to(device)
+        return pinned(x, device).to(device, non_blocking=True)
+
+    def on_device(target):
+        if not isinstance(target, dict):                   # an image's id
+            return target
+        return {name: to_device(value) for name, value in target.items()}
+
+    workers = default_workers() if workers is None else workers
+    if hasattr(plan, "__len__"):
+        workers = min(workers, len(plan))
+    for batch in in_workers(BatchOf(images), plan, workers, setting="detect.workers"):
+        yield [(to_device(image).float().div_(255), on_device(target)) for image, target in batch]
+
+
+class BatchOf:
+    """What a worker does for a list of (row, flip): -> [(image, target)]."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __call__(self, wanted):
+        return [self.images[row, flipped] for row, flipped in wanted]

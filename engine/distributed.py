@@ -15,6 +15,7 @@ import inspect
 import os
 import pickle
 import socket
+import sys
 
 import torch
 import torch.distributed as dist
@@ -87,6 +88,7 @@ def join(asked, timeout):
     dist.init_process_group(
         devices.backend(device.type), store=store, rank=own, world_size=world, timeout=timeout
     )
+    sys.excepthook = shorten_lost_connections(own, sys.excepthook)
     return device
 
 
@@ -108,6 +110,22 @@ def refuse_unlike(reports, own):
     if sentence:
         object_store.close()
         raise SystemExit(sentence if own == 0 else 1)
+
+
+def shorten_lost_connections(rank, hook):
+    """An excepthook for sys: where another process ended, a sentence instead of a traceback.
+
+    The process that ended says why in a sentence of its own. hook: the excepthook for all else.
+    """
+    signs = "Connection closed by peer", "Connection reset by peer", "remote process exited"
+
+    def say_who_is_lost(kind, error, trace):
+        if not any(sign in str(error) for sign in signs):
+            return hook(kind, error, trace)
+        print(f"process {rank} lost another one, which ended (what it says itself tells why) or "
+              "cannot be reached", file=sys.stderr)
+
+    return say_who_is_lost
 
 
 def hardware(device):

@@ -137,8 +137,7 @@ def test_targets_through_the_models_own_records_have_ap_100(coco_mini):
         data = detection.Images(coco, task, training=True)
         found = []
         for row in range(len(data)):
-            info, (_, target, problem) = data.images[row], data[row, False]
-            assert problem is None
+            info, (_, target) = data.images[row], data[row, False]
             output = {**target, "scores": torch.ones(len(target["labels"])), "masks": target.get("masks", torch.zeros(0, 1, 1))[:, None].float()}
             if task == "keypoint":
                 for a, k in zip(data.annotations[info["id"]], output["keypoints"]):
@@ -185,9 +184,9 @@ def test_training_leaves_out_what_cannot_be_learned_from(coco_mini):
     some, val = detection.Images(people, "keypoint", training=True), detection.Images(truth, "keypoint")
     assert 0 < len(some) < len(train) and all(any(a["num_keypoints"] for a in some.annotations[i["id"]]) for i in some.images)
     assert len(val) == len(truth["images"]) > len({a["image_id"] for a in truth["annotations"]})       # images without people are evaluated too
-    image, target, problem = train[0, True]
+    image, target = train[0, True]
     n = len(target["labels"])
-    assert problem is None and image.dtype == torch.uint8 and target["masks"].shape == (n, *image.shape[1:]) and target["boxes"].shape == (n, 4)
+    assert image.dtype == torch.uint8 and target["masks"].shape == (n, *image.shape[1:]) and target["boxes"].shape == (n, 4)
     for mask, (x1, y1, x2, y2) in zip(target["masks"], target["boxes"].tolist()):      # a mask lies in its box, mirrored like it
         where = mask.nonzero()
         assert where[:, 1].min() >= x1 - 1.5 and where[:, 1].max() <= x2 + 1.5 and where[:, 0].min() >= y1 - 1.5 and where[:, 0].max() <= y2 + 1.5
@@ -214,7 +213,7 @@ def test_vocs_files_become_cocos_form(voc_devkit):
     assert all(a["bbox"] == [20, 10, 40, 30] and a["area"] == 1200 for a in train["annotations"])
     assert [a["category_id"] for a in val["annotations"]] == [1, 2, 1, 2]
     assert not any(a["iscrowd"] for a in train["annotations"]) and [a["iscrowd"] for a in val["annotations"]] == [0, 0, 0, 1]      # difficult ones
-    image, target, _ = detection.Images(train, "box", training=True)[0, False]
+    image, target = detection.Images(train, "box", training=True)[0, False]
     x1, y1, x2, y2 = target["boxes"][0].int().tolist()
     assert image[0, y1 + 2:y2 - 2, x1 + 2:x2 - 2].min() > 200 and image[0, :y1 - 3].max() < 160 > image[0, y2 + 3:].max()              # holds the red square
     found = [{"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 1.0} for a in val["annotations"]]

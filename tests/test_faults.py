@@ -59,16 +59,16 @@ def images(tmp_path_factory):
     return f"data.root={folder}"
 
 
-def child(folder, name, arguments, fault, environment, which=""):
+def child(folder, name, arguments, fault, environment, which="", script="train_pretrain.py"):
     os.chdir(folder)
     os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)   # of image workers, as in a program of its own
     for number, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{name}{which}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.argv = ["train_pretrain.py", *SMALL, *arguments, f"name={name}"]
+    sys.argv = [script, *SMALL, *arguments, f"name={name}"]
     if fault:
         fault()
-    runpy.run_path(os.path.join(ROOT, "train_pretrain.py"), run_name="__main__")
+    runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
 
 
 def start(folder, name, *arguments, fault=None, **environment):
