@@ -63,6 +63,8 @@ class FolderSet:
             with Image.open(file, formats=FORMATS) as image:
                 return to_rgb(image)
         except Exception as error:                         # PIL raises many kinds
+            if shortage(error):                            # the image may be whole
+                raise
             raise unreadable(file, error)
 
     def instead(self, i, broken):
