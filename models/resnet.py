@@ -51,11 +51,12 @@ def subsample_first(shortcut):
     Sequential with the same parameters under the same keys, which computes the same function.
 
     Why: in channels_last, oneDNN 3.12 (torch 2.14) writes past the end of its workspace in the
-    gradient of the weights of a 1 x 1 convolution with a stride, where fp32 input channels do not
-    fill a vector: 2 to 7 of them with AVX2, 2 to 15 with AVX-512 (there for some sizes of batch and
-    image). The process then dies of "double free or corruption", or hangs, or goes on with
-    wrong numbers. github.com/uxlfoundation/oneDNN/issues/6035. On a processor with AVX2 this line
-    shows it; when it does not any more for the oldest torch allowed, this function can go:
+    gradient of the weights of a 1 x 1 convolution with a stride, where the input channels do not
+    fill a vector: 2 to 7 of them with AVX2, 2 to 15 with AVX-512 (there for some batches and image
+    sizes alone, in fp32 and, with several threads, bf16). The process dies of "double free or
+    corruption", or hangs, or may go on unseen. github.com/uxlfoundation/oneDNN/issues/6035. This
+    line shows it with ONEDNN_MAX_CPU_ISA=AVX2 set; when it does not for the oldest torch that we
+    allow, this function can go:
 
         python -c "import torch; x = torch.randn(16, 4, 16, 16).to(memory_format=torch.channels_last);
         c = torch.nn.Conv2d(4, 8, 1, 2).to(memory_format=torch.channels_last);
