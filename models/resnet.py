@@ -45,7 +45,7 @@ class ResNet(torchvision.models.ResNet):
 
 
 def subsample_first(shortcut):
-    """Take the stride out of a narrow shortcut's 1 x 1 convolution; the pixels are chosen before it.
+    """Take the stride out of a narrow shortcut's 1 x 1 convolution: it gets chosen pixels.
 
     shortcut: torchvision's Sequential of a convolution and a norm. It is returned as it is, or as a
     Sequential with the same parameters under the same keys, which computes the same function.
@@ -58,8 +58,9 @@ def subsample_first(shortcut):
     line shows it with ONEDNN_MAX_CPU_ISA=AVX2 set; when it does not for the oldest torch that we
     allow, this function can go:
 
-        python -c "import torch; x = torch.randn(16, 4, 16, 16).to(memory_format=torch.channels_last);
-        c = torch.nn.Conv2d(4, 8, 1, 2).to(memory_format=torch.channels_last);
+        python -c "import torch; last = torch.channels_last;
+        x = torch.randn(16, 4, 16, 16).to(memory_format=last);
+        c = torch.nn.Conv2d(4, 8, 1, 2).to(memory_format=last);
         [c(x).sum().backward() for _ in range(20)]"
 
     The choice of the pixels, and not the contiguous layout, is the remedy because torch.compile
