@@ -49,21 +49,22 @@ class ResNet(torchvision.models.ResNet):
 
 
 def subsample_first(shortcut):
-    """Take the stride out of a narrow shortcut's 1 x 1 convolution; the pixels are chosen before it.
+    """Take the stride out of a narrow shortcut's 1 x 1 convolution: it gets chosen pixels.
 
     shortcut: torchvision's Sequential of a convolution and a norm. It is returned as it is, or as a
     Sequential with the same parameters under the same keys, which computes the same function.
 
     Why: in channels_last, oneDNN 3.12 (torch 2.14) writes past the end of its workspace in the
-    gradient of the weights of a 1 x 1 convolution with a stride, where fp32 input channels do not
-    fill a vector: 2 to 7 of them with AVX2, 2 to 15 with AVX-512 (there for some sizes of batch and
-    image). The process then dies of "double free or corruption", or hangs, or goes on with
-    wrong numbers. github.com/uxlfoundation/oneDNN/issues/6035. On a processor with AVX2 this line
-    shows it; when it does not any more for the oldest torch allowed, this function can go:
+    gradient of the weights of a 1 x 1 convolution with a stride, where the input channels do not
+    fill a vector: 2 to 7 of them with AVX2, 2 to 15 with AVX-512 (there for some batches and image
+    sizes alone, in fp32 and, with several threads, bf16). The process dies of "double free or
+    corruption", or hangs, or may go on unseen. github.com/uxlfoundation/oneDNN/issues/6035. With
+    ONEDNN_MAX_CPU_ISA=AVX2 set these lines crash; when they do not for the oldest torch that we
+    allow, this function can go:
 
-        python -c "import torch; x = torch.randn(16, 4, 16, 16).to(memory_format=torch.channels_last);
-        c = torch.nn.Conv2d(4, 8, 1, 2).to(memory_format=torch.channels_last);
-        [c(x).sum().backward() for _ in range(20)]"
+        import torch; last = torch.channels_last
+        c = torch.nn.Conv2d(4, 8, 1, 2).to(memory_format=last)
+        for _ in range(200): c(torch.randn(16, 4, 32, 32).to(memory_format=last)).sum().backward()
 
     The choice of the pixels, and not the contiguous layout, is the remedy because torch.compile
     chooses channels_last on a CPU whatever the layout of its input, and because it leaves every bit
