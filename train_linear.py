@@ -36,15 +36,20 @@ class Probe:
     """The protocol. One linear layer on the pooled features by SGD; the last epoch counts, nothing is chosen by the test set.
 
     lr: one, or several that are trained side by side in one pass; the first is the one reported. features: `augmented`, the papers' way,
-    passes `augment`ed images through the encoder in every epoch; `cached` extracts each image once, un-augmented: seconds instead of hours.
+    passes `augment`ed images through the encoder in every epoch, the last, smaller batch included;
+    `cached` extracts each image once, un-augmented: seconds instead of hours.
     standardize: features are brought to mean 0 and variance 1 by the training set's, which makes one lr fit all encoders; no paper's way.
     data, root, image_size: of another set than the encoder was trained on, for transfer, normalised by its own statistics (ImageNet's where it has
-    none); null: that one's own. With `data: folder`, root holds train/<class>/ and val/<class>/. classifier: `sgd`, or `svm` for VOC2007 (engine/svm.py), which uses no key below it but `C`.
+    none); null: that one's own. With `data: folder`, root holds train/<class>/ and val/<class>/.
+    classifier: `sgd`, or `svm` for VOC2007 (engine/svm.py), which uses no key below it but `C` and `difficult`.
+    difficult: what an image is in which a class is there but difficult to see: `negative`, as in
+    PCL's code, or `ignore`, VOC's own rule, by which it counts neither way.
     The other keys are engine.schedule's.
     """
 
     def __init__(self, *, data: str | None = None, root: str | None = None, image_size: int | None = None, classifier: Literal["sgd", "svm"] = "sgd",
-                 C: float = 0.5, epochs: int = 100, batch_size: int = 256, lr: float | list[float] = [0.01, 0.1],
+                 C: float = 0.5, difficult: Literal["negative", "ignore"] = "negative",
+                 epochs: int = 100, batch_size: int = 256, lr: float | list[float] = [0.01, 0.1],
                  schedule: Literal["cosine", "step", "constant"] = "cosine", milestones: list[int] = [], gamma: float = 0.1, momentum: float = 0.9,
                  weight_decay: float = 0.0, features: Literal["cached", "augmented"] = "cached", augment: str = "crop_flip", standardize: bool = True):
         if (data == "voc2007") != (classifier == "svm"):
@@ -52,6 +57,7 @@ class Probe:
         if C <= 0:
             raise ValueError(f"C is {C}; it must be above 0")
         self.data, self.root, self.image_size, self.classifier, self.C = data, root, image_size, classifier, C
+        self.difficult = difficult
         self.lrs = lr if isinstance(lr, list) else [lr]
         if not self.lrs:
             raise ValueError("lr is an empty list; give one learning rate or several")
@@ -69,7 +75,10 @@ class Probe:
 
     def __str__(self):
         if self.classifier == "svm":
-            return f"linear SVM a class on L2-normalised pooled features of the frozen encoder, C {self.C:g}, squared hinge, positives weigh twice; VOC2007's mAP"
+            difficult = "are negatives" if self.difficult == "negative" else "count neither way"
+            return ("linear SVM a class on L2-normalised pooled features of the frozen encoder, "
+                    f"C {self.C:g}, squared hinge, positives weigh twice, difficult images {difficult}; "
+                    "VOC2007's mAP")
         s = self.schedule
         return (f"linear layer on {'standardized ' if self.standardize else ''}pooled features of the frozen encoder, "
                 + ("no augmentation" if self.features == "cached" else f"augmentation {self.augment}")
@@ -97,7 +106,9 @@ def main():
     torch.manual_seed(cfg["seed"])
     if args.export and args.export[0] not in ("torchvision", "detectron2"):
         raise SystemExit(f"--export {args.export[0]}: there are torchvision and detectron2")
-    source = cfg["data"] if probe.data is None else {**cfg["data"], "name": probe.data, "split": "train", "limit": None}
+    source = cfg["data"]
+    if probe.data is not None:                             # another set, which has a normalisation of its own
+        source = {**source, "name": probe.data, "split": "train", "limit": None, "mean": None, "std": None}
     source = {**source, **{k: v for k, v in dict(root=probe.root, image_size=probe.image_size).items() if v is not None}}
     config.build(sensible_size, {}, args.cfg, image_size=source["image_size"])         # the Loader would say so, but cached features want none
     train, test = (config.build(load, source, f"{args.cfg}: linear", part=part, seed=cfg["seed"]) for part in ("train", "test"))
@@ -133,12 +144,13 @@ def main():
     monitor = build(KNN, "knn", train=train, test=test, image_size=size, device=device, workers=workers)
     began = time.time()
     if probe.classifier == "svm":
-        rows = {name: {"mAP": svm(x[name], y, x_test[name], y_test, probe.C, train.classes)} for name in encoders}
+        rows = {name: {"mAP": svm(x[name], y, x_test[name], y_test, probe.C, train.classes, probe.difficult)}
+                for name in encoders}
     else:
         rows = {name: {"knn": percent(knn(x[name], y, x_test[name], monitor.k, monitor.temperature) == y_test)} for name in encoders}
         loader = None if probe.features == "cached" else config.build(
             Loader, {**source, "augment": probe.augment, "augment_backend": "batched"}, f"{args.cfg}: linear", dataset=train, batch_size=probe.batch_size,
-            n_views=1, seed=cfg["seed"] + 1, device=device)
+            n_views=1, seed=cfg["seed"] + 1, device=device, drop_last=False)
         for name, figures in by_sgd(probe, encoders, x, y, x_test, y_test, classes, loader, cfg["seed"]).items():
             rows[name] |= figures
 

@@ -183,8 +183,9 @@ def main():
         distributed.average_buffers(encoder), distributed.average_buffers(host)
         figures = dict(zip(total, distributed.mean(torch.stack([torch.as_tensor(v, device=device).float() for v in total.values()])).tolist()))
         summed = round(figures.pop("contrasts"))           # CMC: two losses
-        chance = ("" if summed == 1 else f"{summed} ") + "log(K+1)"
-        figures |= {"chance": summed * math.log(figures["K"] + 1), "lr": schedule(epoch + (steps - 1) / steps), "seconds": seconds,
+        scale = summed * getattr(loss_fn, "scale", 1.0)    # base_temperature
+        chance = ("" if scale == 1 else f"{scale:.3g} ") + "log(K+1)"
+        figures |= {"chance": scale * math.log(figures["K"] + 1), "lr": schedule(epoch + (steps - 1) / steps), "seconds": seconds,
                     "images/s": steps * loader.batch / seconds, "data wait": wait / seconds}
         if monitor.due(epoch + 1, epochs):
             figures["knn"] = monitor(encoder)

@@ -27,15 +27,21 @@ RECIPES = {
     "moco_v2": [("crop", dict(scale=(0.2, 1.0))),
                 ("jitter", dict(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=0.8)), ("grey", dict(p=0.2)),
                 ("blur", dict(sigma=(0.1, 2.0), p=0.5)), ("flip", dict(p=0.5))],
-    # 32-pixel images: moco's CIFAR notebook and SupContrast.  No blur
+    # SupContrast's, for 32 pixels.  No blur
     "cifar": [("crop", dict(scale=(0.2, 1.0))), ("flip", dict(p=0.5)),
               ("jitter", dict(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=0.8)), ("grey", dict(p=0.2))],
+    # moco's CIFAR notebook, for 32 pixels: the same, but with torchvision's own default of the crop
+    "moco_cifar": [("crop", dict(scale=(0.08, 1.0))), ("flip", dict(p=0.5)),
+                   ("jitter", dict(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=0.8)),
+                   ("grey", dict(p=0.2))],
     # data/shapes.py: colour means nothing there, and a small crop would miss the form
     "shapes": [("crop", dict(scale=(0.5, 1.0))), ("jitter", dict(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.5, p=1.0)),
                ("grey", dict(p=0.2)), ("flip", dict(p=0.5))],
-    # the light ones, for probes
-    "crop_flip": [("crop", dict(scale=(0.08, 1.0))), ("flip", dict(p=0.5))],        # moco's linear probe
-    "crop_flip_20": [("crop", dict(scale=(0.2, 1.0))), ("flip", dict(p=0.5))],      # CMC's and SupContrast's
+    # the light ones, for probes, and for CMC, whose streams want the colour
+    # moco's linear probe, and CMC on ImageNet
+    "crop_flip": [("crop", dict(scale=(0.08, 1.0))), ("flip", dict(p=0.5))],
+    # CMC on ImageNet-100, and SupContrast's linear probe
+    "crop_flip_20": [("crop", dict(scale=(0.2, 1.0))), ("flip", dict(p=0.5))],
     # no randomness.  An image larger than the wanted size: shorter side to size * 256/224, then the central square
     "eval": [("centre", dict())],
 }

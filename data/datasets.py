@@ -148,7 +148,8 @@ def check(files):
 
 
 def load(part, seed, *, name: str, root: str = "datasets", split: str = "train", limit: int | None = None, cache: int | None = None,
-         on_error: Literal["stop", "skip"] = "stop"):
+         on_error: Literal["stop", "skip"] = "stop", mean: list[float] | None = None,
+         std: list[float] | None = None):
     """One part of a data set: "pretrain", "train" or "test".
 
     name: one of NAMES. root: where the data sets lie; for `folder`, the folder itself. split: of stl10, what to pre-train on: train (the
@@ -157,6 +158,8 @@ def load(part, seed, *, name: str, root: str = "datasets", split: str = "train",
     side at most that many pixels (data/cache.py: crops are then taken from these); null: decode them again in every epoch.
     on_error: an image file that cannot be read stops the run, which names it, before training where a look at its status tells; or skip: pre-training takes
     the next readable image of the folder in its place and says so after each epoch. Labelled parts, which evaluation goes over, always stop.
+    mean, std: the normalisation, one number a channel, for images in [0, 1]; null: the set's own
+    (STATISTICS; ImageNet's for a set that has none there).
     """
     if name not in NAMES:
         from engine.config import nearest
@@ -167,6 +170,11 @@ def load(part, seed, *, name: str, root: str = "datasets", split: str = "train",
         raise SystemExit("voc2007 has several classes an image: it is for linear.data with linear.classifier svm; to pre-train on its images take data.name=folder")
     if limit is not None and limit < 1:
         raise SystemExit(f"data.limit is {limit}; it must be above 0, or null for all images")
+    for key, values in (("mean", mean), ("std", std)):
+        if values is not None and (len(values) != 3 or key == "std" and min(values) <= 0):
+            above = ", each above 0" if key == "std" else ""
+            raise SystemExit(f"data.{key} is {values}; it must be three numbers{above}, one for each "
+                             "of red, green and blue, or null for the set's own")
     if cache is not None and cache < 8:
         raise SystemExit(f"data.cache is {cache}; it must be at least 8 pixels, or null for no cache")
     if name == "shapes":
@@ -194,6 +202,8 @@ def load(part, seed, *, name: str, root: str = "datasets", split: str = "train",
         dataset = dataset.select(balanced(None, len(dataset), limit, seed))            # labels do not say what is trained on
     if isinstance(dataset, FolderSet):
         dataset.skip = on_error == "skip" and part == "pretrain"
+    dataset.mean = dataset.mean if mean is None else tuple(mean)
+    dataset.std = dataset.std if std is None else tuple(std)
     return dataset
 
 
@@ -241,7 +251,7 @@ def download(name, part, root, split):
 
 def voc2007(part, root):
     """Classification on VOC2007, trainval and test, at root/VOCdevkit/VOC2007. labels: (n, 20), 1 where a class is there, -1 where not, 0 where
-    only hard to see ("difficult"), which counts neither way."""
+    only hard to see ("difficult"): linear.difficult says what these count as."""
     path = os.path.join(root, "VOCdevkit", "VOC2007")
     lists = os.path.join(path, "ImageSets", "Main")
     which = "test" if part == "test" else "trainval"

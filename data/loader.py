@@ -31,38 +31,43 @@ def sensible_size(image_size):
 class Loader:
     """for views, index in loader.epoch(7): views is a list of n_views (b, 3, S, S) normalised floats, index (b,) data-set indices.
 
-    batch_size is global; each process gets its consecutive part. The last, smaller batch of an epoch is left out.
+    batch_size is global; each process gets its consecutive part. drop_last: the last, smaller batch of an epoch is
+    left out; else it is kept, and as many of its images are repeated as make it divide by the processes.
     augment: a recipe of data/augment.py. image_size: S. augment_backend: `batched`, or `pil`, the reference: torchvision.transforms, one
     image at a time. workers: processes that decode JPEGs (and run PIL); null: the cores there are, 8 at most.
     broken: row -> what is wrong with its image, which another replaced in this epoch; see FolderSet.instead.
     """
 
-    def __init__(self, dataset, batch_size, n_views, seed, device, *, augment: str, image_size: int,
+    def __init__(self, dataset, batch_size, n_views, seed, device, drop_last=True, *, augment: str, image_size: int,
                  augment_backend: Literal["batched", "pil"] = "batched", workers: int | None = None):
         world = distributed.world_size()
         if batch_size % world:
             raise ValueError(f"batch_size {batch_size} does not divide by {world} processes")
-        if batch_size > len(dataset):
+        if batch_size > len(dataset) and drop_last:
             raise ValueError(f"batch_size {batch_size} is larger than the data set of {len(dataset)} images")
         sensible_size(image_size)
         if workers is not None and not 0 <= workers <= 1024:
             raise ValueError(f"data.workers is {workers}; it must be at least 0 and 1024 at most, or null for as many as there are cores")
         self.dataset, self.device, self.seed, self.n_views = dataset, device, seed, n_views
-        self.batch, self.local = batch_size, batch_size // world
+        self.batch, self.local, self.drop_last = batch_size, batch_size // world, drop_last
         self.augment, self.backend = Augment(augment, image_size, dataset.mean, dataset.std), augment_backend
         self.workers, self.broken = default_workers() if workers is None else workers, {}
 
     def __len__(self):
-        return len(self.dataset) // self.batch
+        return len(self.dataset) // self.batch if self.drop_last else -(-len(self.dataset) // self.batch)
 
     def plan(self, epoch, first=0):
         """This process's part of each step from the first on: (index (b,), what was drawn for its n_views * b views, views outermost)."""
         order = torch.randperm(len(self.dataset), generator=generator(self.seed, epoch))
-        mine = torch.arange(self.local) + distributed.rank() * self.local              # (b,) places in the global batch
-        rows = (torch.arange(self.n_views)[:, None] * self.batch + mine).flatten()     # (n_views b,)
+        world = distributed.world_size()
         for step in range(first, len(self)):
-            g, n = generator(self.seed, epoch, step), self.n_views * self.batch
-            yield order[step * self.batch + mine], pick(self.draw(n, g), rows)
+            index = order[step * self.batch:(step + 1) * self.batch]
+            local = -(-len(index) // world)                # of the last batch perhaps fewer than self.local
+            places = torch.arange(world * local) % len(index)                          # a few twice
+            mine = torch.arange(local) + distributed.rank() * local                    # (b,) places in the global batch
+            rows = (torch.arange(self.n_views)[:, None] * world * local + mine).flatten()                    # (n_views b,)
+            g, n = generator(self.seed, epoch, step), self.n_views * world * local
+            yield index[places[mine]], pick(self.draw(n, g), rows)
 
     def draw(self, n, g):
         return {"pil": {"seed": torch.randint(2 ** 31, (n,), generator=g)}} if self.backend == "pil" else self.augment.draw(n, g)

@@ -95,7 +95,7 @@ def resolve(section, given, where):
                 raise SystemExit(f"{where}.{key} is {brief(given[key])}{nearest(given[key], there)}; there are {', '.join(there)}")
             parameters[key] = inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=str)
             home = home.replace("{" + key + "}", given[key])
-        parameters.update(yaml_keys(find(home)))
+        parameters.update(keys_of_choice(find(home)))
     unknown(given, parameters, where + ".")
     whole = {}
     for key, parameter in parameters.items():
@@ -145,13 +145,26 @@ def modules(package):
     return sorted({f[:-3] for f in os.listdir(folder) if f.endswith(".py")} - {"__init__", "resnet", "memory", "momentum", "partition", "together"})
 
 
+def keys_of_choice(target):
+    """The keys that a host or a loss brings: its own, and those that the Encoder of a host which
+    has one of its own (CMC) adds to the common one's."""
+    keys = yaml_keys(target)
+    if hasattr(target, "Encoder"):
+        common = yaml_keys(target.Encoder.__base__)
+        keys |= {k: p for k, p in yaml_keys(target.Encoder).items() if k not in common}
+    return keys
+
+
 def yaml_keys(target):
-    """Its keyword-only arguments. A class that hands **settings on takes its parent's."""
+    """Its keyword-only arguments. A class that hands **settings on has its parent's as well."""
+    inherited = {}
     if inspect.isclass(target) and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(target).parameters.values()):
-        return yaml_keys(target.__base__)
+        inherited = yaml_keys(target.__base__)
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    return {k: p.replace(annotation=hints.get(k, typing.Any)) for k, p in inspect.signature(target).parameters.items()
-            if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    own = {k: p.replace(annotation=hints.get(k, typing.Any))
+           for k, p in inspect.signature(target).parameters.items()
+           if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    return inherited | own
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -259,7 +272,7 @@ def put(section, name, key, value):
     """Set a key. Another host takes none of the old host's keys along (MoCo's `momentum` is not IR's); another method, those that it shares."""
     old = section.get(key)
     if key == CHOICE.get(name) and old != value and old in modules(PACKAGE[name]) and value in modules(PACKAGE[name]):
-        before, after = (set(yaml_keys(find(SECTIONS[name][-1].replace("{" + key + "}", v)))) for v in (old, value))
+        before, after = (set(keys_of_choice(find(SECTIONS[name][-1].replace("{" + key + "}", v)))) for v in (old, value))
         for stale in before if name == "model" else before - after:
             section.pop(stale, None)
     section[key] = value

@@ -4,16 +4,22 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 
-def svm(x, y, x_test, y_test, C, classes):
-    """x: (n, F) features, made unit length here; y: (n, c) of 1 (there), -1 (not there), 0 (left out). -> mAP in %.
+def svm(x, y, x_test, y_test, C, classes, difficult="negative"):
+    """x: (n, F) features, made unit length here; y: (n, c) of 1 (there), -1 (not there), 0 (there, but
+    difficult to see). -> mAP in %.
 
-    The protocol of PCL's released code: squared hinge, positives weigh twice. By scikit-learn (liblinear)."""
+    The protocol of PCL's released code: squared hinge, positives weigh twice. By scikit-learn
+    (liblinear). difficult: what an image with a 0 is for that class, in training and in the test:
+    `negative`, as in PCL's code, or `ignore`, VOC's own rule, by which it counts neither way. SystemExit
+    names a class that has no images with it, or none without it."""
     try:
         from sklearn.svm import LinearSVC
     except ImportError:
         raise SystemExit("linear.classifier svm wants scikit-learn: pip install -r requirements-dev.txt")
     x, x_test = (F.normalize(v, dim=1).cpu().numpy() for v in (x, x_test))
     y, y_test = y.cpu().numpy(), y_test.cpu().numpy()
+    if difficult == "negative":
+        y, y_test = (np.where(labels == 0, -1, labels) for labels in (y, y_test))
     found = []
     for c, name in enumerate(tqdm(classes, "SVM", leave=False, disable=None)):
         know, ask = y[:, c] != 0, y_test[:, c] != 0

@@ -22,16 +22,18 @@ from engine.distributed import say
 from engine.kmeans import confidence, kmeans, validity
 
 from . import NEVER, count, false_negatives, similarity, unchosen
+from .nce import loss_scale
 from .partition import log_partition
 
 
 class IFND(nn.Module):
     """temperature: t. clusters: k of each level. reassign_every: epochs between clusterings (CIFAR: 20; ImageNet: 1). confidence: `softmax`,
-    as above, or `similarity` to the own centroid. acceptance: the share accepted in the first and in the last epoch, linear between."""
+    as above, or `similarity` to the own centroid. acceptance: the share accepted in the first and in the last epoch, linear between.
+    base_temperature: the loss times temperature / base_temperature, as SupContrast's (losses/nce.py)."""
 
     def __init__(self, epochs, n_data, labels=None, *, temperature: float = 0.5, clusters: list[int] = [10, 30, 100], reassign_every: int = 20,
                  mode: Literal["eliminate", "attract"] = "eliminate", confidence: Literal["softmax", "similarity"] = "softmax",
-                 acceptance: list[float] = [0.0, 1.0]):
+                 acceptance: list[float] = [0.0, 1.0], base_temperature: float | None = None):
         super().__init__()
         if temperature <= 0 or reassign_every < 1:
             raise ValueError(f"temperature {temperature} must be above 0 and reassign_every {reassign_every} at least 1")
@@ -45,6 +47,7 @@ class IFND(nn.Module):
             say(f"reassign_every {reassign_every} leaves no clustering before the end, epochs {epochs}: no false negative is found, and ifnd is nce; lower it")
         self.epochs, self.t, self.clusters, self.reassign_every = epochs, temperature, clusters, reassign_every
         self.confidence, self.acceptance = confidence, acceptance
+        self.scale = loss_scale(temperature, base_temperature)
         if mode == "attract":
             self.objective = self.attract
         else:
@@ -111,10 +114,10 @@ class IFND(nn.Module):
         if hasattr(self, "objective"):
             s = similarity(contrast)                                                   # (N, K)
             loss, figures = self.attract(contrast, s, epoch)
-            return loss, {"K": count(s), **figures}
+            return self.scale * loss, {"K": count(s), **figures}
         q, k = contrast.query, contrast.positive.mean(1)                               # (N, D), (N, D)
         positive = (q * k).sum(1)                                                      # (N,)
         Z = log_partition(contrast, self.t, *self.labels_of(contrast, epoch))          # (L, N)  as from eliminate's s, of all queries
         s, _, figures = self.eliminate(contrast, unchosen(contrast), epoch)            # (L, 32, K), for the log
         loss = F.softplus(Z - positive / self.t).mean()
-        return loss, {"K": count(s), "positive": positive.mean(), **figures}
+        return self.scale * loss, {"K": count(s), "positive": positive.mean(), **figures}

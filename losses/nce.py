@@ -4,6 +4,8 @@
       = mean_i log(1 + e^{logsumexp_j(q n_j / t) - q k / t})
 
 k is the query's positive (of several, their mean), n_j its negatives, t the temperature. log(K + 1) when all similarities are equal.
+
+SupContrast's code trains on t / base_temperature times this loss; `base_temperature` does so too.
 """
 import torch
 from torch import nn
@@ -17,9 +19,10 @@ from .partition import log_partition
 
 class NCE(nn.Module):
     """temperature: t. n_negatives: that many uniform draws from the candidates, with replacement, anew for each query (instance
-    discrimination: 4095); null: every candidate (MoCo)."""
+    discrimination: 4095); null: every candidate (MoCo). base_temperature: see loss_scale."""
 
-    def __init__(self, labels=None, n_data=None, *, temperature: float = 0.07, n_negatives: int | None = None):
+    def __init__(self, labels=None, n_data=None, *, temperature: float = 0.07, n_negatives: int | None = None,
+                 base_temperature: float | None = None):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature is {temperature}; it must be above 0")
@@ -27,6 +30,7 @@ class NCE(nn.Module):
             raise ValueError(f"n_negatives is {n_negatives}; it must be above 0, or null for all")
         more_than_there_are(n_negatives, n_data)
         self.t, self.n_negatives = temperature, n_negatives
+        self.scale = loss_scale(temperature, base_temperature)
         self.register_buffer("labels", labels, persistent=False)
 
     def negatives(self, contrast, s, epoch):
@@ -44,8 +48,22 @@ class NCE(nn.Module):
         else:
             s, _, figures = self.negatives(contrast, similarity(contrast), epoch)      # (N, n_negatives)
             Z = torch.logsumexp(s / self.t, 1)                                         # (N,)
-        loss = F.softplus(Z - positive / self.t).mean()
+        loss = self.scale * F.softplus(Z - positive / self.t).mean()
         return loss, {"K": count(s), "positive": positive.mean(), **figures}
+
+
+def loss_scale(temperature, base_temperature):
+    """What SupContrast multiplies its loss by: temperature / base_temperature; 1 where that is None.
+
+    With SGD it is a factor of the learning rate and, inversely, of the weight decay: 0.5 and 0.07
+    turn lr 0.5 into 3.57. ValueError if base_temperature is not above 0.
+    """
+    if base_temperature is None:
+        return 1.0
+    if base_temperature <= 0:
+        raise ValueError(f"base_temperature is {base_temperature}; it must be above 0, or null for "
+                         "the plain loss")
+    return temperature / base_temperature
 
 
 def more_than_there_are(n_negatives, n_data):

@@ -6,7 +6,8 @@ that of the method which treats positives (JCL, IFND's `attract`), or else
 
     L = mean_i -log( e^{q k / t} / (e^{q k / t} + sum_j e^{s_ij / t}) )
 
-IFND's levels are a leading dimension of s, and the mean is over it too. Each file is whole without this one; here is only their order.
+The formula is multiplied once by temperature / base_temperature, where a method of the list has that key. IFND's levels are a leading
+dimension of s, and the mean is over it too. Each file is whole without this one; here is only their order.
 """
 import torch
 from torch import nn
@@ -30,6 +31,11 @@ class Together(nn.Module):
                 raise ValueError("nce in a list changes nothing unless it draws n_negatives; leave it out")
             if loss.t != losses[0].t:
                 raise ValueError(f"{names[0]} has temperature {losses[0].t} and {name} {loss.t}; there is one partition function, so give both the same")
+        scales = {name: loss.scale for name, loss in zip(names, losses) if hasattr(loss, "scale")}
+        if len(set(scales.values())) > 1:
+            raise ValueError(f"the base_temperature of {' and '.join(scales)} differ; the list has one loss, "
+                             "so give them the same")
+        self.scale = next(iter(scales.values()), 1.0)      # those without the key have no say
         of_positives = [name for name, loss in zip(names, losses) if hasattr(loss, "objective")]
         if len(of_positives) > 1:
             raise ValueError(f"{' and '.join(of_positives)} both say what the positives are; keep one"
@@ -60,8 +66,8 @@ class Together(nn.Module):
             s, narrowed = chosen, contrast._replace(mask=chosen > NEVER, own=None)
         if self.of_positives is not None:
             loss, more = self.losses[self.of_positives].objective(contrast, s, epoch)
-            return loss, {"K": count(s), **more, **figures}
+            return self.scale * loss, {"K": count(s), **more, **figures}
         q, k = contrast.query, contrast.positive.mean(1)                               # (N, D), (N, D)
         positive = (q * k).sum(1)                                                      # (N,)
         loss = F.softplus(torch.logsumexp(s / self.t, -1) - positive / self.t).mean()
-        return loss, {"K": count(s), "positive": positive.mean(), **figures}
+        return self.scale * loss, {"K": count(s), "positive": positive.mean(), **figures}

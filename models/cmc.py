@@ -1,4 +1,9 @@
-"""CMC: contrastive multiview coding (Tian, Krishnan, Isola; 2019): lightness L meets colour ab of the same image, with two memory banks."""
+"""CMC: contrastive multiview coding (Tian, Krishnan, Isola; 2019), with two memory banks.
+
+The lightness of an image meets its colour: L meets ab of CIE Lab, or Y meets CbCr.
+"""
+from typing import Literal
+
 import torch
 from torch import nn
 
@@ -20,27 +25,55 @@ def lab(x):
     return torch.stack([116 * f(Y) - 16, 500 * (f(X) - f(Y)), 200 * (f(Y) - f(Z))], 1)
 
 
-class LabEncoder(Encoder):
-    """Two ResNets of half the width, one sees L, one sees ab; in one module, so that one DDP call has both.
+# R, G, B to Y, Cb, Cr of ITU-R BT.601, for images in [0, 1]: Y in [16, 235], Cb and Cr in [16, 240]
+YCBCR = ((65.481, 128.553, 24.966), (-37.797, -74.203, 112.0), (112.0, -93.786, -18.214))
+YCBCR_OFFSET = (16.0, 128.0, 128.0)
 
-    mean, std: the normalisation of the images that come in. The unit vectors of L and of ab lie side by side: (n, 2 dim). The pooled
-    features, which are probed, are those of both, (n, F) as of one ResNet of full width.
+
+def ycbcr(x):
+    """(n, 3, S, S) RGB in [0, 1] -> Y, Cb, Cr."""
+    red, green, blue = x.unbind(1)
+    channels = [r * red + g * green + b * blue + offset
+                for (r, g, b), offset in zip(YCBCR, YCBCR_OFFSET)]
+    return torch.stack(channels, 1)
+
+
+# colour space -> the conversion, and the mean and std a channel that CMC's train_CMC.py normalises by
+COLOUR_SPACES = {
+    "lab": (lab, (50.0, 6.025, -6.6895), (50.0, 92.208, 101.1675)),
+    "ycbcr": (ycbcr, (116.151, 121.080, 132.342), (109.500, 111.855, 111.964)),
+}
+
+
+class LabEncoder(Encoder):
+    """Two ResNets of half the width, in one module, so that one DDP call has both: one sees the
+    lightness (L, or Y), one the colour (ab, or CbCr).
+
+    As in CMC's code the stages are halved and the stem is not. mean, std: the normalisation of the
+    images that come in. colour_space: `lab`, or `ycbcr`, which CMC's README finds 0.5 to 1 better.
+    The unit vectors of both lie side by side: (n, 2 dim). The pooled features, which are probed, are
+    those of both, (n, F) as of one ResNet of full width.
     """
 
-    def __init__(self, mean, std, device=torch.device("cpu"), **settings):
+    def __init__(self, mean, std, device=torch.device("cpu"), *,
+                 colour_space: Literal["lab", "ycbcr"] = "lab", **settings):
         super().__init__(device, **settings)
+        self.colour_space = colour_space
         self.register_buffer("mean", torch.tensor(mean, device=device).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, device=device).view(1, 3, 1, 1), persistent=False)
 
     def parts(self, backbone, stem, width, head, dim):
         if width % 2:
             raise ValueError(f"width is {width}; cmc halves it, so it must be even")
-        nets = {name: ResNet(backbone, stem, width // 2, channels) for name, channels in (("L", 1), ("ab", 2))}
+        nets = {name: ResNet(backbone, stem, width // 2, channels, stem_width=width)
+                for name, channels in (("L", 1), ("ab", 2))}
         return TwoStreams(**nets), TwoStreams(**{name: projection(head, net.features, dim) for name, net in nets.items()})
 
     def forward(self, x, feature="output"):
-        x = lab(x.float() * self.std + self.mean)
-        return super().forward((x - x.new_tensor((50, 0, 0)).view(3, 1, 1)) / x.new_tensor((50, 100, 100)).view(3, 1, 1), feature)   # about [-1, 1]
+        convert, *normalisation = COLOUR_SPACES[self.colour_space]
+        x = convert(x.float() * self.std + self.mean)
+        mean, std = (x.new_tensor(values).view(3, 1, 1) for values in normalisation)
+        return super().forward((x - mean) / std, feature)
 
 
 class TwoStreams(nn.Module):
@@ -57,6 +90,7 @@ class TwoStreams(nn.Module):
 
 class CMC(nn.Module):
     """The query L meets the ab bank, the query ab the L bank: two contrasts, whose losses are summed.
+    (With colour_space `ycbcr`, a key of the encoder, read Y and CbCr.)
 
     momentum: of the banks. exclude_self: the image's own row is no negative. candidates: see models/ir.py. n_views: views an image; with
     V > 1 each is a query, and its keys are the bank's row and the other stream's embeddings of the other views (no paper's way; JCL wants

@@ -26,7 +26,8 @@ def file(tmp_path):
 def test_defaults_are_the_signatures_and_1e_2_is_a_number(file):
     cfg = config.load(file)
     assert cfg["name"] == "a" and cfg["seed"] == 0 and cfg["optim"]["lr"] == 0.03 and cfg["model"]["dim"] == 128
-    assert cfg["loss"] == {"name": "nce", "temperature": 0.2, "n_negatives": None}
+    expected = {"name": "nce", "temperature": 0.2, "n_negatives": None, "base_temperature": None}
+    assert cfg["loss"] == expected
     assert yaml.safe_load(config.text(cfg)) == cfg         # what is printed is what is saved, and it loads
 
 
