@@ -49,8 +49,8 @@ class LabEncoder(Encoder):
     """Two ResNets of half the width, in one module, so that one DDP call has both: one sees the
     lightness (L, or Y), one the colour (ab, or CbCr).
 
-    As in CMC's code the stages are halved and the stem is not. mean, std: the normalisation of the
-    images that come in. colour_space: `lab`, or `ycbcr`, which CMC's README finds 0.5 to 1 better.
+    As in CMC's code the stages are halved and the stem is not (5,686,336 parameters with ResNet-18
+    and linear heads). mean, std: the normalisation of the images that come in. colour_space: `lab`, or `ycbcr`, which CMC's README finds 0.5 to 1 better.
     The unit vectors of both lie side by side: (n, 2 dim). The pooled features, which are probed, are
     those of both, (n, F) as of one ResNet of full width.
     """
@@ -65,7 +65,8 @@ class LabEncoder(Encoder):
     def parts(self, backbone, stem, width, head, dim):
         if width % 2:
             raise ValueError(f"width is {width}; cmc halves it, so it must be even")
-        nets = {name: ResNet(backbone, stem, width // 2, channels, stem_width=width)
+        # CMC's code has 64 channels in the stem whatever the stages have: 32 (its v1), 64, or 128
+        nets = {name: ResNet(backbone, stem, width // 2, channels, stem_width=min(width, 64))
                 for name, channels in (("L", 1), ("ab", 2))}
         return TwoStreams(**nets), TwoStreams(**{name: projection(head, net.features, dim) for name, net in nets.items()})
 
