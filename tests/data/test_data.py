@@ -15,6 +15,7 @@ import data.loader as data_loader
 from data.datasets import NAMES, TORCHVISION, ArraySet, balanced, load
 from data.loader import Loader, ahead, in_order
 from data.shapes import CLASSES, distance, shapes
+from engine import distributed
 from engine.features import knn
 
 CPU = torch.device("cpu")
@@ -300,3 +301,31 @@ def test_torchvision_has_every_set_that_is_named():
         keys = inspect.signature(getattr(torchvision.datasets, kind).__init__).parameters
         assert set(train) | set(test) <= set(keys) and "download" in keys
     assert {"shapes", "folder", "imagenet", "imagenet100", "voc2007", *TORCHVISION} == set(NAMES)
+
+
+def test_the_last_smaller_batch_is_dropped_or_kept():
+    """30 images in batches of 8: 8, 8, 8 and, kept, 6. The whole batches are the same either way."""
+    data = ArraySet(torch.randint(256, (30, 3, 16, 16), dtype=torch.uint8), None, None, (0.0,) * 3, (1.0,) * 3)
+    dropped, kept = (list(loader(data, image_size=16, drop_last=drop).epoch(3)) for drop in (True, False))
+    assert [len(index) for _, index in dropped] == [8, 8, 8] and [len(index) for _, index in kept] == [8, 8, 8, 6]
+    for (views, index), (others, other_index) in zip(dropped, kept):
+        assert torch.equal(index, other_index) and all(torch.equal(a, b) for a, b in zip(views, others))
+    assert torch.cat([index for _, index in kept]).sort().values.tolist() == list(range(30))
+    assert kept[-1][0][1].shape == (6, 3, 16, 16)
+    assert [len(index) for _, index in loader(data, image_size=16, batch_size=64, drop_last=False).epoch(0)] == [30]
+
+
+@pytest.mark.parametrize("n", [30, 29, 25])                # a last batch of 6, 5 and 1
+def test_processes_share_the_last_batch_equally(n, monkeypatch):
+    """Together they have what one has, and as many images twice as make it divide."""
+    data = ArraySet(torch.randint(256, (n, 3, 16, 16), dtype=torch.uint8), None, None, (0.0,) * 3, (1.0,) * 3)
+    *_, (_, index) = loader(data, image_size=16, drop_last=False).epoch(0)
+    parts = []
+    for rank in range(4):
+        monkeypatch.setattr(distributed, "world_size", lambda: 4)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        parts.append(list(loader(data, image_size=16, drop_last=False).epoch(0))[-1])
+    assert len({len(part_index) for _, part_index in parts}) == 1
+    together = torch.cat([part_index for _, part_index in parts])
+    assert together[:len(index)].tolist() == index.tolist() and len(together) == -(-len(index) // 4) * 4
+    assert set(together.tolist()) == set(index.tolist())

@@ -137,6 +137,25 @@ def test_what_chooses_other_keys_comes_first_on_the_command_line(file):
     assert config.load(file, ["optim.lr=1", "optim.lr=2"])["optim"]["lr"] == 2.0                          # else the last counts
 
 
+def test_a_host_may_bring_keys_of_its_own_encoder(file):
+    """CMC's: they come with the host, reach its encoder, and go with it."""
+    cfg = config.load(file, ["model.host=cmc", "model.colour_space=ycbcr"])
+    assert cfg["model"]["colour_space"] == "ycbcr" and config.load(file, ["model.host=cmc"])["model"]["colour_space"] == "lab"
+    encoder = config.build(config.chosen(cfg["model"], "model").Encoder, cfg["model"] | {"width": 4}, "a",
+                           device=torch.device("cpu"), mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert encoder.colour_space == "ycbcr"
+    with pytest.raises(SystemExit, match="colour_space is not a setting"):
+        config.load(file, ["model.colour_space=ycbcr"])
+    with pytest.raises(SystemExit, match="colour_space is 'luv'.*must be one of lab, ycbcr"):
+        config.load(file, ["model.host=cmc", "model.colour_space=luv"])
+    with open(file) as f:
+        text = f.read()
+    with open(file, "w") as f:                             # a host on the command line takes the old one's keys away
+        f.write(text.replace("host: moco", "host: cmc, colour_space: ycbcr"))
+    assert config.load(file)["model"]["colour_space"] == "ycbcr"
+    assert "colour_space" not in config.load(file, ["model.host=ir"])["model"]
+
+
 def test_defaults_are_not_shared(file):
     """Two equal lists in YAML would be one, by an alias, which is not read again."""
     cfg = config.load(file, ["loss=[{name: ifnd}, {name: ifnd}]"])

@@ -55,7 +55,10 @@ def test_classes_that_a_line_separates_and_images_that_count_neither_way():
     y = torch.where(x[:, :3] > 0, 1, -1)
     assert svm(x[:120], y[:120], x[120:], y[120:], 0.5, ["a", "b", "c"]) > 95
     y[::7, 0] = 0                                          # difficult: neither trained nor asked
-    assert svm(x[:120], y[:120], x[120:], y[120:], 0.5, ["a", "b", "c"]) > 95
+    assert svm(x[:120], y[:120], x[120:], y[120:], 0.5, ["a", "b", "c"], "ignore") > 95
+    as_negatives = torch.where(y == 0, -1, y)              # PCL's code, the default
+    assert (svm(x[:120], y[:120], x[120:], y[120:], 0.5, ["a", "b", "c"])
+            == svm(x[:120], as_negatives[:120], x[120:], as_negatives[120:], 0.5, ["a", "b", "c"], "ignore") < 95)
     lot = torch.where(torch.rand(200, 3, generator=g) < 0.3, 1, -1)
     assert svm(x[:120], lot[:120], x[120:], lot[120:], 0.5, ["a", "b", "c"]) < 60
     with pytest.raises(SystemExit, match="class b has no images"):

@@ -70,16 +70,35 @@ def test_the_features_are_those_of_the_source(layout, legacy, tmp_path, capsys):
     assert layout.startswith("ours") or layout.split(",")[0] in said
 
 
+def cmcs_network(channels, base):
+    """A stream of CMC's models/resnet.py, ResNet-18: a stem of 64 channels, stages of base, 2 base, 4 base and 8 base."""
+    net = torchvision.models.resnet18()
+    net.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+    net.inplanes = 64
+    block = type(net.layer1[0])
+    for i in range(4):
+        setattr(net, f"layer{i + 1}", net._make_layer(block, base * 2 ** i, 2, stride=1 if i == 0 else 2))
+    net.fc = nn.Linear(8 * base, 128)
+    return net
+
+
+@pytest.mark.parametrize("base", [32, 64, 128], ids=["v1", "v2", "v3"])
 @pytest.mark.parametrize("names", [("encoder.module.l_to_ab.", "encoder.module.ab_to_l."), ("module.encoder1.", "module.encoder2.")], ids=["CMC", "PyContrast"])
-def test_cmcs_two_streams(names, tmp_path):
-    nets = [torchvision.models.resnet18(), torchvision.models.resnet18()]
-    for net, channels in zip(nets, (1, 2)):
-        net.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+def test_cmcs_two_streams(names, base, tmp_path):
+    """Its released layouts, of half, whole and double width: the features are those of both streams, side by side."""
+    nets = [cmcs_network(1, base).eval(), cmcs_network(2, base).eval()]
     path = str(tmp_path / "w.pth")
     torch.save({"opt": argparse.Namespace(), "model": {**under(names[0], nets[0].state_dict()), **under(names[1], nets[1].state_dict())}}, path)
-    ours = LabEncoder((0.0,) * 3, (1.0,) * 3, backbone="resnet18", width=128, precision="fp32")
+    ours = LabEncoder((0.0,) * 3, (1.0,) * 3, backbone="resnet18", width=2 * base, precision="fp32").eval()
     load_backbone(path, ours.backbone)
     assert torch.equal(ours.backbone.L.conv1.weight, nets[0].conv1.weight) and torch.equal(ours.backbone.ab.layer4[1].bn2.bias, nets[1].layer4[1].bn2.bias)
+    if base == 32:
+        x = torch.randn(1, 3, 32, 32)
+        for net in nets:
+            net.fc = nn.Identity()
+        with torch.no_grad():
+            expected = torch.cat([nets[0](x[:, :1]), nets[1](x[:, 1:])], 1)
+            assert (ours.backbone(x) - expected).abs().max() < 1e-5
     with pytest.raises(SystemExit, match="two streams, of model.host: cmc"):
         load_backbone(path, ResNet("resnet18"))
 
