@@ -100,7 +100,7 @@ def keys_of(section, name):
     """{key: kind} of a section, with the host or method of that name."""
     homes = [home.replace("{host}", str(name)).replace("{name}", str(name)) for home in config.SECTIONS[section]]
     choice = {config.CHOICE[section]: typing.Literal[*(HOSTS if section == "model" else LOSSES)]} if section in config.CHOICE else {}
-    return choice | {k: p.annotation for home in homes for k, p in config.yaml_keys(config.find(home)).items()}
+    return choice | {k: p.annotation for home in homes for k, p in config.keys_of_choice(config.find(home)).items()}
 
 
 def draw_key(chance, run):

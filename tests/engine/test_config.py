@@ -151,7 +151,7 @@ def test_a_host_may_bring_keys_of_its_own_encoder(file):
     with open(file) as f:
         text = f.read()
     with open(file, "w") as f:                             # a host on the command line takes the old one's keys away
-        f.write(text.replace("host: moco", "host: cmc, colour_space: ycbcr"))
+        f.write(text.replace("host: moco, momentum: 0.9, queue_size: 64", "host: cmc, colour_space: ycbcr"))
     assert config.load(file)["model"]["colour_space"] == "ycbcr"
     assert "colour_space" not in config.load(file, ["model.host=ir"])["model"]
 
