@@ -296,7 +296,8 @@ def paper_table(title, cells, runs):
             place = title, row, column
             file, cfg = cells.get(place, (None, None))
             paper = (cfg or mine[place][0].cfg)["paper"] if cfg or place in mine else {}
-            reported = paper.get("reported") if cfg else None                          # a run's own word may be of an older recipe
+            # Of a cell that no file lays out, the run's own word may be of an older recipe.
+            reported = paper.get("reported") if cfg else None
             if reported is not None:
                 reported = f"{reported} " + mark(notes, f"reported: {paper.get('source') or 'no source given'}")
             exact = []

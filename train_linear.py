@@ -41,7 +41,8 @@ class Probe:
     standardize: features are brought to mean 0 and variance 1 by the training set's, which makes one lr fit all encoders; no paper's way.
     data, root, image_size: of another set than the encoder was trained on, for transfer, normalised by its own statistics (ImageNet's where it has
     none); null: that one's own. With `data: folder`, root holds train/<class>/ and val/<class>/.
-    classifier: `sgd`, or `svm` for VOC2007 (engine/svm.py), which uses no key below it but `C` and `difficult`.
+    classifier: `sgd`, or `svm` for VOC2007 (engine/svm.py), which uses no key below it but `C` and
+    `difficult`.
     difficult: what an image is in which a class is there but difficult to see: `negative`, as in
     PCL's code, or `ignore`, VOC's own rule, by which it counts neither way.
     The other keys are engine.schedule's.
@@ -77,8 +78,8 @@ class Probe:
         if self.classifier == "svm":
             difficult = "are negatives" if self.difficult == "negative" else "count neither way"
             return ("linear SVM a class on L2-normalised pooled features of the frozen encoder, "
-                    f"C {self.C:g}, squared hinge, positives weigh twice, difficult images {difficult}; "
-                    "VOC2007's mAP")
+                    f"C {self.C:g}, squared hinge, positives weigh twice, "
+                    f"difficult images {difficult}; VOC2007's mAP")
         s = self.schedule
         return (f"linear layer on {'standardized ' if self.standardize else ''}pooled features of the frozen encoder, "
                 + ("no augmentation" if self.features == "cached" else f"augmentation {self.augment}")
@@ -107,8 +108,9 @@ def main():
     if args.export and args.export[0] not in ("torchvision", "detectron2"):
         raise SystemExit(f"--export {args.export[0]}: there are torchvision and detectron2")
     source = cfg["data"]
-    if probe.data is not None:                             # another set, which has a normalisation of its own
-        source = {**source, "name": probe.data, "split": "train", "limit": None, "mean": None, "std": None}
+    if probe.data is not None:                             # it has a normalisation of its own
+        source = {**source, "name": probe.data, "split": "train", "limit": None,
+                  "mean": None, "std": None}
     source = {**source, **{k: v for k, v in dict(root=probe.root, image_size=probe.image_size).items() if v is not None}}
     config.build(sensible_size, {}, args.cfg, image_size=source["image_size"])         # the Loader would say so, but cached features want none
     train, test = (config.build(load, source, f"{args.cfg}: linear", part=part, seed=cfg["seed"]) for part in ("train", "test"))
@@ -144,8 +146,8 @@ def main():
     monitor = build(KNN, "knn", train=train, test=test, image_size=size, device=device, workers=workers)
     began = time.time()
     if probe.classifier == "svm":
-        rows = {name: {"mAP": svm(x[name], y, x_test[name], y_test, probe.C, train.classes, probe.difficult)}
-                for name in encoders}
+        rows = {name: {"mAP": svm(x[name], y, x_test[name], y_test, probe.C, train.classes,
+                                  probe.difficult)} for name in encoders}
     else:
         rows = {name: {"knn": percent(knn(x[name], y, x_test[name], monitor.k, monitor.temperature) == y_test)} for name in encoders}
         loader = None if probe.features == "cached" else config.build(

@@ -173,8 +173,8 @@ def load(part, seed, *, name: str, root: str = "datasets", split: str = "train",
     for key, values in (("mean", mean), ("std", std)):
         if values is not None and (len(values) != 3 or key == "std" and min(values) <= 0):
             above = ", each above 0" if key == "std" else ""
-            raise SystemExit(f"data.{key} is {values}; it must be three numbers{above}, one for each "
-                             "of red, green and blue, or null for the set's own")
+            raise SystemExit(f"data.{key} is {values}; it must be three numbers{above}, one for "
+                             "each of red, green and blue, or null for the set's own")
     if cache is not None and cache < 8:
         raise SystemExit(f"data.cache is {cache}; it must be at least 8 pixels, or null for no cache")
     if name == "shapes":

@@ -31,14 +31,16 @@ def sensible_size(image_size):
 class Loader:
     """for views, index in loader.epoch(7): views is a list of n_views (b, 3, S, S) normalised floats, index (b,) data-set indices.
 
-    batch_size is global; each process gets its consecutive part. drop_last: the last, smaller batch of an epoch is
-    left out; else it is kept, and as many of its images are repeated as make it divide by the processes.
+    batch_size is global; each process gets its consecutive part. drop_last: the last, smaller batch
+    of an epoch is left out; else it is kept, and as many of its images are repeated as make it
+    divide by the processes.
     augment: a recipe of data/augment.py. image_size: S. augment_backend: `batched`, or `pil`, the reference: torchvision.transforms, one
     image at a time. workers: processes that decode JPEGs (and run PIL); null: the cores there are, 8 at most.
     broken: row -> what is wrong with its image, which another replaced in this epoch; see FolderSet.instead.
     """
 
-    def __init__(self, dataset, batch_size, n_views, seed, device, drop_last=True, *, augment: str, image_size: int,
+    def __init__(self, dataset, batch_size, n_views, seed, device, drop_last=True, *,
+                 augment: str, image_size: int,
                  augment_backend: Literal["batched", "pil"] = "batched", workers: int | None = None):
         world = distributed.world_size()
         if batch_size % world:
@@ -54,7 +56,8 @@ class Loader:
         self.workers, self.broken = default_workers() if workers is None else workers, {}
 
     def __len__(self):
-        return len(self.dataset) // self.batch if self.drop_last else -(-len(self.dataset) // self.batch)
+        n = len(self.dataset)
+        return n // self.batch if self.drop_last else -(-n // self.batch)
 
     def plan(self, epoch, first=0):
         """This process's part of each step from the first on: (index (b,), what was drawn for its n_views * b views, views outermost)."""
@@ -62,12 +65,11 @@ class Loader:
         world = distributed.world_size()
         for step in range(first, len(self)):
             index = order[step * self.batch:(step + 1) * self.batch]
-            local = -(-len(index) // world)                # of the last batch perhaps fewer than self.local
-            places = torch.arange(world * local) % len(index)                          # a few twice
-            mine = torch.arange(local) + distributed.rank() * local                    # (b,) places in the global batch
-            rows = (torch.arange(self.n_views)[:, None] * world * local + mine).flatten()                    # (n_views b,)
-            g, n = generator(self.seed, epoch, step), self.n_views * world * local
-            yield index[places[mine]], pick(self.draw(n, g), rows)
+            batch = -(-len(index) // world) * world        # of the last step perhaps fewer
+            places = torch.arange(batch).chunk(world)[distributed.rank()]              # (b,) in it
+            rows = torch.arange(self.n_views)[:, None] * batch + places  # (n_views, b)
+            drawn = self.draw(self.n_views * batch, generator(self.seed, epoch, step))
+            yield index[places % len(index)], pick(drawn, rows.flatten())
 
     def draw(self, n, g):
         return {"pil": {"seed": torch.randint(2 ** 31, (n,), generator=g)}} if self.backend == "pil" else self.augment.draw(n, g)

@@ -272,7 +272,8 @@ def put(section, name, key, value):
     """Set a key. Another host takes none of the old host's keys along (MoCo's `momentum` is not IR's); another method, those that it shares."""
     old = section.get(key)
     if key == CHOICE.get(name) and old != value and old in modules(PACKAGE[name]) and value in modules(PACKAGE[name]):
-        before, after = (set(keys_of_choice(find(SECTIONS[name][-1].replace("{" + key + "}", v)))) for v in (old, value))
+        before, after = (set(keys_of_choice(find(SECTIONS[name][-1].replace("{" + key + "}", v))))
+                         for v in (old, value))
         for stale in before if name == "model" else before - after:
             section.pop(stale, None)
     section[key] = value

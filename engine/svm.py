@@ -5,13 +5,13 @@ from tqdm import tqdm
 
 
 def svm(x, y, x_test, y_test, C, classes, difficult="negative"):
-    """x: (n, F) features, made unit length here; y: (n, c) of 1 (there), -1 (not there), 0 (there, but
-    difficult to see). -> mAP in %.
+    """x: (n, F) features, made unit length here; y: (n, c) of 1 (there), -1 (not there), 0 (there,
+    but difficult to see). -> mAP in %.
 
     The protocol of PCL's released code: squared hinge, positives weigh twice. By scikit-learn
     (liblinear). difficult: what an image with a 0 is for that class, in training and in the test:
-    `negative`, as in PCL's code, or `ignore`, VOC's own rule, by which it counts neither way. SystemExit
-    names a class that has no images with it, or none without it."""
+    `negative`, as in PCL's code, or `ignore`, VOC's own rule, by which it counts neither way.
+    SystemExit names a class that has no images with it, or none without it."""
     try:
         from sklearn.svm import LinearSVC
     except ImportError:

@@ -28,8 +28,8 @@ from .partition import log_partition
 
 class IFND(nn.Module):
     """temperature: t. clusters: k of each level. reassign_every: epochs between clusterings (CIFAR: 20; ImageNet: 1). confidence: `softmax`,
-    as above, or `similarity` to the own centroid. acceptance: the share accepted in the first and in the last epoch, linear between.
-    base_temperature: the loss times temperature / base_temperature, as SupContrast's (losses/nce.py)."""
+    as above, or `similarity` to the own centroid. acceptance: the share accepted in the first and in
+    the last epoch, linear between. base_temperature: SupContrast's factor, see losses/nce.py."""
 
     def __init__(self, epochs, n_data, labels=None, *, temperature: float = 0.5, clusters: list[int] = [10, 30, 100], reassign_every: int = 20,
                  mode: Literal["eliminate", "attract"] = "eliminate", confidence: Literal["softmax", "similarity"] = "softmax",

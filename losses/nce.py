@@ -21,8 +21,8 @@ class NCE(nn.Module):
     """temperature: t. n_negatives: that many uniform draws from the candidates, with replacement, anew for each query (instance
     discrimination: 4095); null: every candidate (MoCo). base_temperature: see loss_scale."""
 
-    def __init__(self, labels=None, n_data=None, *, temperature: float = 0.07, n_negatives: int | None = None,
-                 base_temperature: float | None = None):
+    def __init__(self, labels=None, n_data=None, *, temperature: float = 0.07,
+                 n_negatives: int | None = None, base_temperature: float | None = None):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature is {temperature}; it must be above 0")
@@ -53,7 +53,7 @@ class NCE(nn.Module):
 
 
 def loss_scale(temperature, base_temperature):
-    """What SupContrast multiplies its loss by: temperature / base_temperature; 1 where that is None.
+    """SupContrast's factor of the loss: temperature / base_temperature. 1 where that is None.
 
     With SGD it is a factor of the learning rate and, inversely, of the weight decay: 0.5 and 0.07
     turn lr 0.5 into 3.57. ValueError if base_temperature is not above 0.

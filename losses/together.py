@@ -6,8 +6,9 @@ that of the method which treats positives (JCL, IFND's `attract`), or else
 
     L = mean_i -log( e^{q k / t} / (e^{q k / t} + sum_j e^{s_ij / t}) )
 
-The formula is multiplied once by temperature / base_temperature, where a method of the list has that key. IFND's levels are a leading
-dimension of s, and the mean is over it too. Each file is whole without this one; here is only their order.
+The formula is multiplied once by temperature / base_temperature, where a method of the list has
+that key. IFND's levels are a leading dimension of s, and the mean is over it too. Each file is
+whole without this one; here is only their order.
 """
 import torch
 from torch import nn
@@ -33,8 +34,8 @@ class Together(nn.Module):
                 raise ValueError(f"{names[0]} has temperature {losses[0].t} and {name} {loss.t}; there is one partition function, so give both the same")
         scales = {name: loss.scale for name, loss in zip(names, losses) if hasattr(loss, "scale")}
         if len(set(scales.values())) > 1:
-            raise ValueError(f"the base_temperature of {' and '.join(scales)} differ; the list has one loss, "
-                             "so give them the same")
+            raise ValueError(f"the base_temperature of {' and '.join(scales)} differ; the list has "
+                             "one loss, so give them the same")
         self.scale = next(iter(scales.values()), 1.0)      # those without the key have no say
         of_positives = [name for name, loss in zip(names, losses) if hasattr(loss, "objective")]
         if len(of_positives) > 1:

@@ -38,7 +38,7 @@ def ycbcr(x):
     return torch.stack(channels, 1)
 
 
-# colour space -> the conversion, and the mean and std a channel that CMC's train_CMC.py normalises by
+# colour space -> the conversion, and the mean and std a channel of CMC's train_CMC.py
 COLOUR_SPACES = {
     "lab": (lab, (50.0, 6.025, -6.6895), (50.0, 92.208, 101.1675)),
     "ycbcr": (ycbcr, (116.151, 121.080, 132.342), (109.500, 111.855, 111.964)),
@@ -50,9 +50,10 @@ class LabEncoder(Encoder):
     lightness (L, or Y), one the colour (ab, or CbCr).
 
     As in CMC's code the stages are halved and the stem is not (5,686,336 parameters with ResNet-18
-    and linear heads). mean, std: the normalisation of the images that come in. colour_space: `lab`, or `ycbcr`, which CMC's README finds 0.5 to 1 better.
-    The unit vectors of both lie side by side: (n, 2 dim). The pooled features, which are probed, are
-    those of both, (n, F) as of one ResNet of full width.
+    and linear heads). mean, std: the normalisation of the images that come in. colour_space: `lab`,
+    or `ycbcr`, which CMC's README finds 0.5 to 1 better. The unit vectors of both lie side by side:
+    (n, 2 dim). The pooled features, which are probed, are those of both, (n, F) as of one ResNet of
+    full width.
     """
 
     def __init__(self, mean, std, device=torch.device("cpu"), *,

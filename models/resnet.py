@@ -15,16 +15,18 @@ class ResNet(torchvision.models.ResNet):
     """torchvision's ResNet without `fc`, under torchvision's own keys; `width` is the channels of the first stage (torchvision: 64).
 
     stem `imagenet`: 7x7 stride 2 and max-pool. stem `cifar`: 3x3, stride 1, padding 1, no max-pool, for images of 32 to 64 pixels.
-    stem_width: the channels of the stem, where these are others than `width` (CMC's half-width networks).
+    stem_width: the channels of the stem, where these are others than `width` (CMC's networks).
     """
 
     def __init__(self, name, stem="imagenet", width=64, channels=3, stem_width=None):
         stem_width = width if stem_width is None else stem_width
-        self.width, self.stem_width = width, stem_width    # _make_layer reads them inside super().__init__
+        # _make_layer reads them inside super().__init__
+        self.width, self.stem_width = width, stem_width
         block, layers = LAYERS[name]
         super().__init__(block, layers)
         kernel, stride = (3, 1) if stem == "cifar" else (7, 2)
-        self.conv1 = nn.Conv2d(channels, stem_width, kernel, stride, padding=kernel // 2, bias=False)
+        self.conv1 = nn.Conv2d(channels, stem_width, kernel, stride, padding=kernel // 2,
+                               bias=False)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.bn1 = nn.BatchNorm2d(stem_width)
         if stem == "cifar":
