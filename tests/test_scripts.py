@@ -120,7 +120,8 @@ def test_cmc_is_probed_on_both_streams_side_by_side(tmp_path):
     out = run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *settings).stdout
     assert "chance: 2 log(K+1)" in out and "kNN" in out
     weights = torch.load(tmp_path / "runs" / "a" / "backbone.pt", weights_only=True)
-    assert weights["L.conv1.weight"].shape[:2] == (4, 1) and weights["ab.conv1.weight"].shape[:2] == (4, 2)
+    assert weights["L.conv1.weight"].shape[:2] == (8, 1) and weights["ab.conv1.weight"].shape[:2] == (8, 2)
+    assert weights["L.layer1.0.conv1.weight"].shape[:2] == (4, 8)                      # the stages are halved, the stem is not
     run(tmp_path, "train_linear.py", "--cfg", QUICK, *settings)
     done = run(tmp_path, "train_linear.py", "--cfg", QUICK, *settings, "model.host=moco", "--weights", "runs/a/backbone.pt", check=False)
     assert done.returncode == 1 and "it is of another network than model.backbone" in done.stderr
