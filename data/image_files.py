@@ -15,6 +15,7 @@ from PIL import Image
 from engine import distributed
 
 from .paths import Paths
+from .workers import shortage
 
 # PIL knows these by their first bytes, whatever the name; for others, such as EPS, it starts
 # programs.

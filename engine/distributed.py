@@ -13,7 +13,6 @@ pictures (seconds).
 import contextlib
 import inspect
 import os
-import pickle
 import socket
 import sys
 
@@ -24,9 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import device as devices
 from . import signals
-from .store import ObjectStore
+from .store import ObjectStore, pack, unpack
 
-LARGEST_IN_STORE = 2 ** 20  # bytes of a pickled object; a larger one goes by a collective
+LARGEST_IN_STORE = 2 ** 20  # bytes of a packed object; a larger one goes by a collective
 
 sent = 0  # bytes that this process has given to others, DDP's gradients aside; benchmarks/step.py
 object_store = None  # this process's ObjectStore; None where no process group was joined
@@ -340,11 +339,11 @@ def gather_objects(x):
     """
     if world_size() == 1:
         return [x]
-    mine = pickle.dumps(x)
+    mine = pack(x)
     small = len(mine) <= LARGEST_IN_STORE
     parts = object_store.gather_bytes(mine if small else b"")
     if all(parts):
-        return [pickle.loads(part) for part in parts]
+        return [unpack(part) for part in parts]
     parts = [None] * world_size()
     dist.all_gather_object(parts, x)
     return parts
@@ -357,11 +356,11 @@ def run_on_first(function, per_node=False):
     per_node: by the first process of each node, and each process gets what came out on its node:
     for work on a disk that is not shared.
 
-    It may take hours: no collective is involved. What comes out must be picklable, and goes through
-    the store, at some 100 MB/s. (Within the function no other call may be made that every process
-    makes.) Whatever the function raises ends all processes, none of them
-    before all nodes are done; a sentence (SystemExit) is said once. A run that is told to stop
-    meanwhile (engine/signals.py) ends at once, with code EXIT.
+    It may take hours: no collective is involved. What comes out is made of what store.pack takes,
+    and goes through the store, at some 100 MB/s. Within the function no other call may be made that
+    every process makes. Whatever the function raises ends all processes, none of them before all
+    nodes are done; a sentence (SystemExit) is said once. A run that is told to stop meanwhile
+    (engine/signals.py) ends at once, with code EXIT.
     """
     if world_size() == 1:
         return function()
@@ -373,28 +372,28 @@ def run_on_first(function, per_node=False):
         value, outcome, error = attempt(function)
     senders = sorted(set(firsts))
     outcomes = object_store.spread(senders, outcome, look=leave_if_told)
-    outcomes = {r: pickle.loads(outcomes[r]) for r in senders}
+    outcomes = {r: unpack(outcomes[r]) for r in senders}
     failed = [r for r in senders if outcomes[r][0]]
     if failed:
         object_store.leave()
         raise error if rank() == failed[0] else SystemExit(outcomes[failed[0]][1])
-    return value if rank() == runner else pickle.loads(outcomes[runner][1])
+    return value if rank() == runner else outcomes[runner][1]
 
 
 def attempt(function):
     """Run function(). -> what it returns, bytes for the other processes, and what it raises.
 
-    The bytes are pickled: (False, the value, pickled), or (True, the code for them to exit with).
+    The bytes hold (False, the value), or (True, the code for the others to exit with).
     """
     try:
         value = function()
         if signals.asked():
             raise SystemExit(signals.EXIT)
-        return value, pickle.dumps((False, pickle.dumps(value))), None
+        return value, pack((False, value)), None
     except BaseException as error:  # SystemExit too; the caller raises it
         code = getattr(error, "code", 1)  # a sentence is for this process alone to say
         code = code if isinstance(code, int) else 1
-        return None, pickle.dumps((True, code)), error
+        return None, pack((True, code)), error
 
 
 def leave_if_told():

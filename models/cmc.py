@@ -60,8 +60,11 @@ class LabEncoder(Encoder):
                  colour_space: Literal["lab", "ycbcr"] = "lab", **settings):
         super().__init__(device, **settings)
         self.colour_space = colour_space
-        self.register_buffer("mean", torch.tensor(mean, device=device).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std, device=device).view(1, 3, 1, 1), persistent=False)
+        self.convert, *statistics = COLOUR_SPACES[colour_space]
+        names = "mean", "std", "colour_mean", "colour_std"
+        for name, values in zip(names, (mean, std, *statistics)):
+            constant = torch.tensor(values, device=device).view(1, 3, 1, 1)
+            self.register_buffer(name, constant, persistent=False)
 
     def parts(self, backbone, stem, width, head, dim):
         if width % 2:
@@ -72,10 +75,8 @@ class LabEncoder(Encoder):
         return TwoStreams(**nets), TwoStreams(**{name: projection(head, net.features, dim) for name, net in nets.items()})
 
     def forward(self, x, feature="output"):
-        convert, *normalisation = COLOUR_SPACES[self.colour_space]
-        x = convert(x.float() * self.std + self.mean)
-        mean, std = (x.new_tensor(values).view(3, 1, 1) for values in normalisation)
-        return super().forward((x - mean) / std, feature)
+        x = self.convert(x.float() * self.std + self.mean)
+        return super().forward((x - self.colour_mean) / self.colour_std, feature)
 
 
 class TwoStreams(nn.Module):

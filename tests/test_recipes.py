@@ -814,9 +814,9 @@ def probe(tmp_path, monkeypatch):
 
         def recorded(self, *arguments):
             normalisation.append((self.augment.mean, self.augment.std))
-            for index, drawn in plan(self, *arguments):
-                sizes.append(len(index))
-                yield index, drawn
+            steps = plan(self, *arguments)
+            sizes.extend(len(index) for index, _ in steps)
+            return steps
 
         monkeypatch.setattr(Loader, "plan", recorded)
         monkeypatch.setattr(
