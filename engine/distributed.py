@@ -277,6 +277,13 @@ def mean(x):
     return x / world_size()
 
 
+def all_reduce_sum(x):
+    """The sum over processes of a tensor, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
 def anywhere(device, *flags):
     """Which of the flags are true on any process."""
     mine = torch.tensor([float(flag) for flag in flags], device=device)

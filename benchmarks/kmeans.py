@@ -1,0 +1,268 @@
+"""k-means: what its start costs beside a Lloyd iteration, what it is worth, what ImageNet takes.
+
+    python benchmarks/kmeans.py              some minutes of one CPU core, or less on a GPU
+    python benchmarks/kmeans.py --small      the same tables of small data, in seconds
+
+The start (engine/kmeans.py) stands beside random rows, beside greedy k-means++ on all rows, which
+it replaces and which is kept here, and beside faiss where that is installed. On a CPU the seconds
+are those that the process spent computing, so that a busy machine hardly changes them. All cases
+take turns; medians are printed. Growth in the number of rows and clusters is fitted to these
+medians, and carries them to 1,281,167 rows.
+"""
+import argparse
+import itertools
+import math
+import os
+import statistics
+import sys
+import time
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from engine import kmeans
+
+try:
+    import faiss
+except ImportError:
+    faiss = None
+
+DIM = 128
+ITERATIONS = 20
+RESTARTS = 5
+IMAGENET = 1281167
+LEVELS = (1000, 3000, 10000)
+
+# n, k of the first table, and n, k of the second.
+SIZES = [(50000, 100), (100000, 100), (50000, 1000), (64000, 1000), (100000, 1000),
+         (50000, 3000), (100000, 3000)]
+QUALITY = (64000, 1000)
+SMALL_SIZES = [(2000, 20), (2000, 80), (4000, 20), (4000, 80)]
+SMALL_QUALITY = (3000, 60)
+
+# NVIDIA's figures for a V100, and the part of them that is assumed to be reached.
+V100_FLOPS = 15.7e12
+V100_BYTES = 900e9
+ASSUMED = 0.5
+GPUS = 8
+
+
+def grouped(n, groups, seed=0):
+    """(n, 128) unit rows in `groups` groups: clustered data."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = F.normalize(torch.randn(groups, DIM, generator=generator), dim=1)
+    group = torch.randint(groups, (n,), generator=generator)
+    return F.normalize(centres[group] + 0.06 * torch.randn(n, DIM, generator=generator), dim=1)
+
+
+def smooth(n, seed=0):
+    """(n, 128) unit rows without groups; the variance of coordinate i falls as 1 / i."""
+    generator = torch.Generator().manual_seed(seed)
+    deviation = torch.arange(1, DIM + 1) ** -0.5
+    return F.normalize(torch.randn(n, DIM, generator=generator) * deviation, dim=1)
+
+
+def greedy_rows(points, k, generator):
+    """Greedy k-means++ on all rows, as scikit-learn's: k passes, one after the other. -> rows (k,)
+
+    Each new centroid is, of a few rows drawn by squared distance, the one that helps most.
+    """
+    x = points.take(slice(None))
+    square = x.square().sum(1)
+    tries = 2 + int(math.log(k))
+    chosen = [torch.randint(len(x), (1,), generator=generator)[0].to(x.device)]
+    distance = (square - 2 * (x @ x[chosen[0]]) + square[chosen[0]]).clamp_(min=0)
+    for _ in range(k - 1):
+        mass = distance.cumsum(0, dtype=torch.float64)
+        chance = torch.rand(tries, generator=generator, dtype=torch.float64).to(x.device)
+        drawn = torch.searchsorted(mass, chance * mass[-1], right=True).clamp(max=len(x) - 1)
+        to_drawn = torch.addmm(square[drawn], x, x[drawn].T, alpha=-2) + square[:, None]
+        closer = torch.minimum(to_drawn, distance[:, None]).clamp_(min=0)              # (n, tries)
+        best = closer.sum(0).argmin()
+        chosen.append(drawn[best])
+        distance = closer[:, best]
+    return torch.stack(chosen)
+
+
+def clock(device):
+    """Seconds: of a GPU by the wall, of a CPU those spent computing."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def measure(work, device):
+    """-> what work() returns, and its seconds."""
+    began = clock(device)
+    result = work()
+    return result, clock(device) - began
+
+
+def time_sizes(sizes, rounds, device):
+    """{(n, k): (seconds of a start, seconds of a Lloyd iteration)}, medians of rounds in turn."""
+    seconds = {size: ([], []) for size in sizes}
+    data = {n: grouped(n, 1000).to(device) for n, _ in sizes}
+    for turn in tqdm(range(rounds + 1), "rounds", leave=False):
+        for n, k in sizes:
+            points = kmeans.Points(data[n], k)
+            generator = torch.Generator().manual_seed(turn)
+            rows, start = measure(lambda: kmeans.plus_plus_rows(points, k, generator), device)
+            centroids = points.take(rows)
+
+            def iterate():
+                _, distance, sums, counts, _ = kmeans.assign(points, centroids)
+                return kmeans.centre(points, distance, sums, counts)
+
+            _, iteration = measure(iterate, device)
+            # The first round warms up.
+            if turn:
+                seconds[n, k][0].append(start)
+                seconds[n, k][1].append(iteration)
+    return {size: tuple(map(statistics.median, both)) for size, both in seconds.items()}
+
+
+def fit(sizes, seconds):
+    """Least squares of log t = log a + p log rows + q log k. -> (a, p, q)"""
+    left = np.array([[1, math.log(rows), math.log(k)] for rows, k in sizes])
+    log_a, p, q = np.linalg.lstsq(left, np.log(seconds), rcond=None)[0]
+    return math.exp(log_a), p, q
+
+
+def print_sizes(table):
+    print(f"{'n':>10}{'k':>8}{'m':>10}{'start, s':>12}{'Lloyd, s':>12}{'start / Lloyd':>16}")
+    for (n, k), (start, iteration) in table.items():
+        print(f"{n:10,}{k:8,}{kmeans.sample_size(n, k):10,}{start:12.4f}{iteration:12.4f}"
+              f"{start / iteration:16.2f}")
+
+
+def print_growth(table, is_small):
+    """The exponents, and what they say of ImageNet, where they do not come from small sizes."""
+    starts, iterations = zip(*table.values())
+    a, p, q = fit([(kmeans.sample_size(n, k), k) for n, k in table], starts)
+    b, r, s = fit(list(table), iterations)
+    print(f"\na start grows as m^{p:.2f} k^{q:.2f}, of a sample of m = max({kmeans.SAMPLE_ROWS} k, "
+          f"n / {kmeans.SAMPLE_PART}, {kmeans.SAMPLE_LEAST}) rows\n"
+          f"a Lloyd iteration grows as n^{r:.2f} k^{s:.2f}")
+    if is_small:
+        print("sizes as small as these are not carried to ImageNet's")
+        return
+    carried = {}
+    for k in LEVELS:
+        m = kmeans.sample_size(IMAGENET, k)
+        carried[k] = a * m ** p * k ** q, b * IMAGENET ** r * k ** s
+        start, iteration = carried[k]
+        print(f"carried to n = {IMAGENET:,}, k = {k:,} (m = {m:,}): start {start:.1f} s, Lloyd "
+              f"{iteration:.1f} s, ratio {start / iteration:.2f}")
+    total = sum(RESTARTS * (start + (ITERATIONS + 1) * lloyd) for start, lloyd in carried.values())
+    print(f"all {len(LEVELS)} levels, {RESTARTS} restarts of {ITERATIONS} iterations, by this one "
+          f"process: {total / 3600:.1f} h")
+
+
+def run_ours(x, k, seed, rows_of):
+    """-> centroids, clusters: one restart of our Lloyd iterations from the rows of a start."""
+    points = kmeans.Points(x, k)
+    rows = rows_of(points, k, torch.Generator().manual_seed(seed))
+    bar = tqdm(total=ITERATIONS + 1, disable=True)
+    _, centroids, labels = kmeans.lloyd(points, points.take(rows), ITERATIONS, bar)
+    return centroids + points.mean, labels
+
+
+def run_faiss(x, k, seed):
+    """The same with faiss, on all rows."""
+    rows = x.cpu().numpy()
+    model = faiss.Kmeans(DIM, k, niter=ITERATIONS, nredo=1, seed=seed + 1,
+                         max_points_per_centroid=len(rows))
+    model.train(rows)
+    _, labels = model.index.search(rows, 1)
+    return (torch.from_numpy(model.centroids).to(x.device),
+            torch.from_numpy(labels[:, 0]).to(x.device))
+
+
+def compare_starts(n, k, rounds, device):
+    """Print objective and seconds of a run, of each start, on data with groups and without."""
+    methods = {"greedy k-means++, all rows": lambda x, seed: run_ours(x, k, seed, greedy_rows),
+               "k-means++ on a sample": lambda x, seed: run_ours(x, k, seed, kmeans.plus_plus_rows),
+               "random rows": lambda x, seed: run_ours(x, k, seed, kmeans.random_rows)}
+    if faiss is None:
+        print("\nfaiss is not installed, so its row is left out: pip install faiss-cpu")
+    else:
+        methods["faiss, random rows"] = lambda x, seed: run_faiss(x, k, seed)
+    sets = {f"{groups:,} groups": grouped(n, groups) for groups in (k // 5, k, 2 * k)}
+    sets["no groups"] = smooth(n)
+    print(f"\nn = {n:,}, k = {k:,}, {ITERATIONS} iterations, 1 restart, means of {rounds} seeds: "
+          f"objective (to greedy, in %), seconds\n\n{'':28}" + "".join(f"{s:>32}" for s in sets))
+    found = {}
+    for seed in range(rounds):
+        for (name, run), (kind, x) in itertools.product(methods.items(), sets.items()):
+            x = x.to(device)
+            (centroids, labels), seconds = measure(lambda: run(x, seed), device)
+            objective = (x - centroids[labels]).double().square().sum().item()
+            found.setdefault((name, kind), []).append((objective, seconds))
+    means = {case: np.mean(runs, 0) for case, runs in found.items()}
+    for name in methods:
+        cells = ""
+        for kind in sets:
+            objective, seconds = means[name, kind]
+            to_greedy = 100 * objective / means["greedy k-means++, all rows", kind][0] - 100
+            cells += f"{objective:14.1f} ({to_greedy:+5.2f}){seconds:8.2f} s"
+        print(f"{name:28}{cells}")
+
+
+def print_gpus():
+    """The arithmetic of ImageNet's clusters on 8 V100. No GPU was measured for it."""
+    flops, memory = ASSUMED * V100_FLOPS, ASSUMED * V100_BYTES
+    print(f"\n{IMAGENET:,} x {DIM} on {GPUS} V100, by arithmetic; no GPU was measured. Assumed: "
+          f"{ASSUMED:.0%} of {V100_FLOPS / 1e12} TFLOPS\n"
+          f"and of {V100_BYTES / 1e9:.0f} GB/s. A product of r rows with k centroids takes 2 r k D "
+          "FLOPs; its scores are\n"
+          "written and read once, 8 r k bytes. A start is 6 products of its sample (3 for the "
+          "draws, about 3 for\n"
+          f"the drops); the {RESTARTS} starts are computed at once, one a GPU. An iteration is one "
+          "product of all rows,\nshared out.\n")
+    total = 0
+    for k in LEVELS:
+        m = kmeans.sample_size(IMAGENET, k)
+        start = 6 * (2 * m * k * DIM / flops + 8 * m * k / memory)
+        product = 2 * IMAGENET * k * DIM / flops + 8 * IMAGENET * k / memory
+        iteration = product / GPUS
+        products = RESTARTS * (ITERATIONS + 1) + 1
+        level = start + products * iteration
+        total += level
+        print(f"k = {k:6,}: start 6 x (2 x {m:,} x {k:,} x {DIM} FLOPs, 8 x {m:,} x {k:,} bytes) = "
+              f"{start:.2f} s\n            iteration (2 x {IMAGENET:,} x {k:,} x {DIM} FLOPs = "
+              f"{2 * IMAGENET * k * DIM / 1e12:.2f} T, {8 * IMAGENET * k / 1e9:.0f} GB) / {GPUS} = "
+              f"{iteration:.4f} s\n            {start:.2f} + ({RESTARTS} x {ITERATIONS + 1} "
+              f"iterations + 1 for the confidence) x {iteration:.4f} = {level:.1f} s")
+    print(f"all levels: {total:.1f} s a re-clustering, without the extraction of the embeddings")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="small data, in seconds")
+    parser.add_argument("--rounds", type=int, default=5, help="of the first table")
+    parser.add_argument("--seeds", type=int, default=2, help="of the second table")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if faiss is not None:
+        faiss.omp_set_num_threads(args.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = f"CPU, threads: {args.threads}"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name()
+    print(f"torch {torch.__version__}, {where}; x is n x {DIM}; medians of {args.rounds} rounds\n")
+    with torch.no_grad():
+        table = time_sizes(SMALL_SIZES if args.small else SIZES, args.rounds, device)
+        print_sizes(table)
+        print_growth(table, args.small)
+        compare_starts(*(SMALL_QUALITY if args.small else QUALITY), args.seeds, device)
+    print_gpus()
+
+
+if __name__ == "__main__":
+    main()
