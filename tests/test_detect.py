@@ -12,7 +12,7 @@ import torch
 import torchvision
 import yaml
 from PIL import Image
-from test_distributed import ROOT, torchrun
+from processes import ROOT, run
 from test_scripts import same
 
 import train_detect
@@ -345,7 +345,7 @@ def test_two_processes_share_the_images_out(few, tmp_path):
         import os
         json.dump(seen, open(f"seen{os.environ['RANK']}.json", "w"))
     """))
-    torchrun(2, [tmp_path / "job.py", "--cfg", cfg, *MODEL, "--weights", "none", "name=a"], tmp_path)
+    run(tmp_path, tmp_path / "job.py", "--cfg", cfg, *MODEL, "--weights", "none", "name=a", processes=2)
     seen = [json.loads((tmp_path / f"seen{rank}.json").read_text()) for rank in (0, 1)]
     assert [len(s) for s in seen] == [5, 4] and sorted(seen[0] + seen[1]) == sorted(i["id"] for i in truth["images"])
     saved = torch.load(tmp_path / "runs" / "a" / "detect" / "last.pt", weights_only=True)
@@ -356,7 +356,7 @@ def test_two_processes_share_the_images_out(few, tmp_path):
     found = predictions(model, detection.Images(val, "box"), val["categories"], "box", torch.device("cpu"), workers=0)
     two = lines(tmp_path / "runs" / "a" / "detect.jsonl")[0]
     assert average_precision(val, [d for one in found.values() for d in one], "box") == two["figures"] and "BatchNorm over 1 images" in two["protocol"]
-    done = torchrun(2, [os.path.join(ROOT, "train_detect.py"), "--cfg", cfg, *MODEL, "--weights", "none", "detect.batch_size=3"], tmp_path, check=False)
+    done = run(tmp_path, "train_detect.py", "--cfg", cfg, *MODEL, "--weights", "none", "detect.batch_size=3", processes=2, check=False)
     assert done.returncode != 0 and "batch_size 3 does not divide by 2 processes" in done.stderr
 
 

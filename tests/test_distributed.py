@@ -3,9 +3,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import socket
-import subprocess
-import sys
 import textwrap
 import time
 from datetime import timedelta
@@ -13,23 +10,9 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from processes import ROOT, run
 
 from engine import distributed, signals
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-def torchrun(processes, arguments, cwd, check=True):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port()), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"})
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +53,7 @@ def two(tmp_path_factory):
         torch.save(saw, f"saw{r}.pt")
         distributed.stop()
     """))
-    torchrun(2, [folder / "job.py"], folder)
+    run(folder, folder / "job.py", processes=2)
     return [torch.load(folder / f"saw{r}.pt") for r in (0, 1)]
 
 
@@ -290,10 +273,8 @@ def test_two_processes_train_as_one(name, tmp_path):
 
     (One epoch of four steps, and all but MoCo at a small lr: their gradients are steep, and the 3e-8 of the first step grow to 1e-4 in eight.)"""
     settings = [*TINY, *ALONE[name], "optim.epochs=1"]
-    script = os.path.join(ROOT, "train_pretrain.py")
-    torchrun(2, [script, *settings, "name=two"], tmp_path)
-    subprocess.run([sys.executable, script, *settings, "name=one", "model.bn_splits=2"], cwd=tmp_path, check=True, capture_output=True,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run(tmp_path, "train_pretrain.py", *settings, "name=two", processes=2)
+    run(tmp_path, "train_pretrain.py", *settings, "name=one", "model.bn_splits=2")
     one, two = (torch.load(tmp_path / "runs" / name / "last.pt", weights_only=True) for name in ("one", "two"))
     compared = 0
     for part in ("encoder", "host"):
@@ -308,10 +289,10 @@ def test_two_processes_train_as_one(name, tmp_path):
 def test_a_batch_in_parts_is_a_step(tmp_path):
     """One process that takes a batch in four parts, and one with split BN, take the same steps, running statistics aside; two processes with two parts
     each get through them."""
-    script, settings = os.path.join(ROOT, "train_pretrain.py"), [*TINY, *ALONE["ir"]]
-    torchrun(2, [script, *settings, "name=four", "optim.accumulate=2"], tmp_path)
+    settings = [*TINY, *ALONE["ir"]]
+    run(tmp_path, "train_pretrain.py", *settings, "name=four", "optim.accumulate=2", processes=2)
     for more in (["name=split", "model.bn_splits=4"], ["name=parts", "optim.accumulate=4"]):
-        subprocess.run([sys.executable, script, *settings, *more], cwd=tmp_path, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        run(tmp_path, "train_pretrain.py", *settings, *more)
     split, parts, four = (torch.load(tmp_path / "runs" / name / "last.pt", weights_only=True) for name in ("split", "parts", "four"))
     assert torch.allclose(split["host"]["bank.rows"], parts["host"]["bank.rows"], atol=1e-5)
     for key, value in split["encoder"].items():
@@ -325,18 +306,16 @@ def test_a_batch_in_parts_is_a_step(tmp_path):
 @pytest.mark.slow
 def test_the_linear_probe_is_the_same_in_two_processes(tmp_path):
     """kNN and the cached probe, figure for figure; the augmented one averages gradients over the same global batches."""
-    run = lambda script, *more: subprocess.run([sys.executable, os.path.join(ROOT, script), *TINY, "name=a", *more], cwd=tmp_path, check=True, capture_output=True,
-                                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    run("train_pretrain.py", "optim.epochs=1")
+    run(tmp_path, "train_pretrain.py", *TINY, "name=a", "optim.epochs=1")
     for features in ("cached", "augmented"):
         settings = [f"linear.features={features}", "linear.epochs=3", "linear.batch_size=32", "linear.lr=0.01", "--no-baselines"]
-        run("train_linear.py", *settings)
-        torchrun(2, [os.path.join(ROOT, "train_linear.py"), *TINY, "name=a", *settings], tmp_path)
+        for processes in (1, 2):
+            run(tmp_path, "train_linear.py", *TINY, "name=a", *settings, processes=processes)
         with open(tmp_path / "runs" / "a" / "linear.jsonl") as f:
             one, two = [json.loads(line)["rows"]["a"] for line in f][-2:]
         assert one == pytest.approx(two, abs=0.2), features
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
-    done = torchrun(2, [os.path.join(ROOT, "train_pretrain.py"), *TINY, "optim.batch_size=33"], tmp_path, check=False)
+    done = run(tmp_path, "train_pretrain.py", *TINY, "optim.batch_size=33", processes=2, check=False)
     assert done.returncode != 0 and "batch_size 33 does not divide by 2 processes" in done.stderr

@@ -22,7 +22,7 @@ import time
 import pytest
 import torch
 from PIL import Image
-from test_distributed import ROOT, free_port, torchrun
+from processes import ROOT, SERVER, free_port, torchrun
 from test_pairs import PAIRS
 from test_scripts import QUICK, same, state
 from torch import nn
@@ -40,9 +40,6 @@ SOME = ["moco-ifnd"] + [
     for pair in (TWELVE if "KILLS" in os.environ else ["ir-ring", "cmc-mochi", "simclr-ifnd"])
     if pair != "moco-ifnd"
 ]
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train_pretrain", "train_linear", "train_finetune", "train_detect", "test_faults"])
-os.environ["OMP_NUM_THREADS"] = "1"                        # of the server, which is not yet there
 
 
 # ---------------------------------------------------------------------------------------------------- runs

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_distributed import torchrun
-from test_scripts import QUICK, ROOT, TINY, run, same
+from processes import run
+from test_scripts import QUICK, TINY, same
 
 import train_finetune
 from data.datasets import ArraySet, FolderSet
@@ -177,7 +177,7 @@ def test_cmc_is_fine_tuned_on_both_streams(finetune, tmp_path):
 def test_two_processes_fine_tune_as_one(tmp_path):
     backbone(tmp_path / "given.pt", 8)
     settings = [*SETTINGS, "--weights", "given.pt", "finetune.lr=0.001", "finetune.lr_classifier=0.01"]
-    torchrun(2, [os.path.join(ROOT, "train_finetune.py"), *settings, "name=two"], tmp_path)
+    run(tmp_path, "train_finetune.py", *settings, "name=two", processes=2)
     run(tmp_path, "train_finetune.py", *settings, "name=one", "model.bn_splits=2")
     one, two = (state(tmp_path, name)["model"] for name in ("one", "two"))
     assert one.keys() == two.keys() and all(torch.allclose(one[key].float(), two[key].float(), atol=1e-4) for key in one)

@@ -16,8 +16,8 @@ import signal
 import numpy as np
 import pytest
 from PIL import Image
-from test_distributed import ROOT, free_port, torchrun
-from test_faults import SERVER, assert_equal, at, child, images, undisturbed  # noqa: F401  (fixtures)
+from processes import ROOT, SERVER, free_port, torchrun
+from test_faults import assert_equal, at, child, images, undisturbed  # noqa: F401  (fixtures)
 from test_pairs import PAIRS
 
 from data import detection

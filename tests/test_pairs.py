@@ -2,12 +2,11 @@
 do not reach the weights."""
 import functools
 import json
-import subprocess
-import sys
 import textwrap
 
 import pytest
-from test_distributed import ROOT, TINY, torchrun
+from processes import ROOT, run
+from test_distributed import TINY
 
 HOSTS = {"ir": [], "cmc": [], "moco": ["model.queue_size=64"], "simclr": []}
 LOSSES = {"nce": [], "ring": ["loss.inner=0.1", "loss.outer=0.5"], "mochi": ["loss.hardest=16", "loss.mixed=20", "loss.query_mixed=10", "loss.warmup_epochs=1"],
@@ -95,17 +94,13 @@ def train(tmp_path_factory):
     It returns {pair: [(whole, resumed) of each rank]}, each a digest of every part of the state; and the folder. What resumes has its labels shuffled.
     """
     @functools.cache
-    def run(processes, group):
+    def train_once(processes, group):
         folder = tmp_path_factory.mktemp("pairs")
         (folder / "job.py").write_text(textwrap.dedent(JOB).format(root=ROOT, tiny=TINY, pairs=GROUPS[group]))
-        if processes == 1:
-            done = subprocess.run([sys.executable, "job.py"], cwd=folder, capture_output=True, text=True)
-            assert done.returncode == 0, done.stdout + done.stderr
-        else:
-            torchrun(processes, [folder / "job.py"], folder)
+        run(folder, folder / "job.py", processes=processes)
         with open(folder / "found.json") as f:
             return json.load(f), folder
-    return run
+    return train_once
 
 
 CASES = [

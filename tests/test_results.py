@@ -40,6 +40,7 @@ def test_every_run_has_its_files_and_its_command(text):
         assert re.search(rf"^\| [^\n]*\bname={re.sub('_[0-9]+$', '', run)}_0\b", text, re.MULTILINE), f"no command of {run}"
 
 
+@pytest.mark.slow
 def test_the_cheapest_row_again(tmp_path, monkeypatch):
     """Two epochs of MoCo, seed 0. Where it was stored, with one thread, it is the same to the last digit; two threads, or fp32, round otherwise, which
     grows from step to step (seen: loss 0.06 %, spread 1.4 %, positive 0.01)."""

@@ -15,8 +15,9 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from test_distributed import ALONE, ROOT, TINY, free_port
-from test_faults import QUICK, SERVER, there
+from processes import ROOT, SERVER, free_port
+from test_distributed import ALONE, TINY
+from test_faults import QUICK, there
 from test_pairs import PAIRS
 from test_scripts import same
 from torch.nn import functional as F

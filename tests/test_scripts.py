@@ -11,25 +11,15 @@ import torch
 import torchvision
 import yaml
 from PIL import Image
+from processes import ROOT, run
 
 import train_linear
 import train_pretrain
 from data.shapes import shapes
 from engine import config
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 QUICK = os.path.join(ROOT, "yaml", "quickstart.yaml")
 TINY = ["data.limit=128", "optim.batch_size=32", "optim.epochs=3", "model.width=8", "knn.every=0", "linear.epochs=5", "linear.batch_size=64"]
-
-
-def command(script, *arguments):
-    return [sys.executable, os.path.join(ROOT, script), *arguments]
-
-
-def run(folder, script, *arguments, check=True):
-    done = subprocess.run(command(script, *arguments), cwd=folder, capture_output=True, text=True)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
 
 
 def state(folder, name):
@@ -116,6 +106,7 @@ def test_the_probe_finds_a_linear_rule_and_nothing_where_there_is_none(tmp_path)
     assert top1["colour"] > 95 and top1["lot"] < 60        # chance is 33
 
 
+@pytest.mark.slow
 def test_cmc_is_probed_on_both_streams_side_by_side(tmp_path):
     settings = [*TINY, "model.host=cmc", "optim.epochs=1", "knn.every=1", "name=a"]
     out = run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *settings).stdout

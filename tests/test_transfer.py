@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_scripts import QUICK, ROOT, TINY, run
+from processes import ROOT, run
+from test_scripts import QUICK, TINY
 
 from data.datasets import FolderSet, load
 from train_linear import Probe
@@ -95,7 +96,7 @@ def test_what_makes_no_sense_is_refused(tmp_path):
             load(part, 0, name=name, root=str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["imagenette96", "tiny_imagenet_10"])
+@pytest.mark.parametrize("name", [pytest.param("imagenette96", marks=pytest.mark.slow), "tiny_imagenet_10"])
 def test_transfer_to_a_folder_at_its_own_size_with_another_runs_weights(name, trained):
     root = os.path.join(os.environ.get("DATASETS", os.path.join(ROOT, "datasets")), name)
     if not os.path.isdir(root):

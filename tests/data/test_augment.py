@@ -117,7 +117,7 @@ def test_crop_boxes_follow_torchvisions_distribution():
     assert (ours[:, :2] >= 0).all() and (ours[:, 0] + ours[:, 2] <= H).all() and (ours[:, 1] + ours[:, 3] <= W).all()
 
 
-@pytest.mark.parametrize("recipe", ["moco_v1", "moco_v2", "cifar", "crop_flip"])
+@pytest.mark.parametrize("recipe", ["moco_v2", *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in ("moco_v1", "cifar", "crop_flip"))])
 def test_views_have_the_statistics_of_torchvisions(images, recipe):
     """4,000 views of one image by each path: every pixel's mean and spread, how many are grey, and how sharp they are, agree."""
     n, image = 4000, images[:1]

@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 import torch
+from processes import ROOT, run
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -14,7 +15,6 @@ from benchmarks.kmeans import greedy_rows, grouped, smooth
 from engine import kmeans as module
 from engine.kmeans import confidence, kmeans, validity
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 BOTH_STARTS = pytest.mark.parametrize("start", ["kmeans++", "random"])
 
 
@@ -230,18 +230,16 @@ JOB = """
 """
 
 
-def run_job(folder, *command):
+def run_job(folder, processes):
     """-> what each process found."""
-    environment = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
     (folder / "job.py").write_text(textwrap.dedent(JOB))
-    subprocess.run([sys.executable, *command, "job.py"], cwd=folder, env=environment, check=True,
-                   capture_output=True)
+    run(folder, folder / "job.py", processes=processes)
     return [torch.load(file) for file in folder.glob("found*.pt")]
 
 
 @pytest.fixture(scope="module")
 def found_by_one(tmp_path_factory):
-    return run_job(tmp_path_factory.mktemp("one"))[0]
+    return run_job(tmp_path_factory.mktemp("one"), 1)[0]
 
 
 def same_bits(a, b):
@@ -254,8 +252,7 @@ def same_bits(a, b):
 def test_several_processes_find_the_clusters_of_one_bit_for_bit(world, found_by_one, tmp_path):
     """gloo, with both starts, with empty clusters, and however many chunks each process has."""
     assert len(found_by_one) == 13 and len(found_by_one[7, "random"][1].unique()) == 20
-    every = run_job(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                    str(world))
+    every = run_job(tmp_path, world)
     assert len(every) == world
     for found in every:
         assert found.keys() == found_by_one.keys()
