@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from data.augment import named
 from data.datasets import balanced, load
+from data.image_files import say_if_dark
 from data.loader import Loader, sensible_size
 from data.workers import or_say_what_is_kept, say_what_is_kept
 from engine import checkpoint, config, distributed
@@ -140,6 +141,7 @@ def main():
 
     torch.manual_seed(cfg["seed"])                         # every process begins with the same weights
     train, test = (build(load, "data", part=part, seed=cfg["seed"]) for part in ("train", "test"))
+    say_if_dark(train)
     if train.labels is None or test is None or test.labels is None:
         raise SystemExit(f"{args.cfg}: fine-tuning needs a labelled train part and test part; {cfg['data']['name']} at {cfg['data']['root']} lacks them")
     if list(train.classes) != list(test.classes):

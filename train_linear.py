@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from data.augment import named
 from data.datasets import load
+from data.image_files import say_if_dark
 from data.loader import Loader, sensible_size
 from data.workers import or_say_what_is_kept
 from engine import config, distributed
@@ -115,6 +116,7 @@ def main():
     source = {**source, **{k: v for k, v in dict(root=probe.root, image_size=probe.image_size).items() if v is not None}}
     config.build(sensible_size, {}, args.cfg, image_size=source["image_size"])         # the Loader would say so, but cached features want none
     train, test = (config.build(load, source, f"{args.cfg}: linear", part=part, seed=cfg["seed"]) for part in ("train", "test"))
+    say_if_dark(train)
     encoder = build(getattr(config.chosen(cfg["model"], "model"), "Encoder", Encoder), "model", device=device, mean=train.mean, std=train.std)
     encoder.eval().requires_grad_(False)
     untrained = copy.deepcopy(encoder)                     # the very weights that the run began with

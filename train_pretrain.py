@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from data.datasets import load
+from data.image_files import say_if_dark
 from data.loader import Loader
 from data.workers import or_say_what_is_kept, say_what_is_kept
 from engine import checkpoint, config, distributed, signals
@@ -50,6 +51,7 @@ def main():
     torch.manual_seed(cfg["seed"])                         # every process begins with the same weights, bank and queue
 
     pretrain = build(load, "data", part="pretrain", seed=cfg["seed"])
+    say_if_dark(pretrain)
     same = cfg["data"]["split"] == "train" and cfg["data"]["on_error"] == "stop"         # what evaluates must not replace an image, whose label would be another's
     train = pretrain if same else build(load, "data", part="train", seed=cfg["seed"])
     test = build(load, "data", part="test", seed=cfg["seed"])

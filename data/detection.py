@@ -14,15 +14,14 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from engine import distributed
 
 from .datasets import inside
-from .image_files import FORMATS
+from .image_files import read_rgb
 from .loader import default_workers, generator, pinned
-from .workers import InputLost, in_workers, shortage
+from .workers import InputLost, in_workers
 
 JSON = {"box": "instances", "mask": "instances", "keypoint": "person_keypoints"}
 
@@ -159,6 +158,11 @@ class Images:
             good = lambda some: any(a["num_keypoints"] for a in some) if task == "keypoint" else len(some)
             self.images = [i for i in self.images if good(self.annotations[i["id"]])][:limit]
 
+    @property
+    def files(self):
+        """The images' paths."""
+        return [info["file"] for info in self.images]
+
     def __len__(self):
         return len(self.images)
 
@@ -166,12 +170,11 @@ class Images:
         row, flipped = want
         info = self.images[row]
         try:
-            with Image.open(info["file"], formats=FORMATS) as image:        # as stored: COCO's annotations know nothing of EXIF's rotation
-                image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-        except Exception as error:                         # PIL raises many kinds
-            if shortage(error):                            # the image may be whole
-                raise
-            raise InputLost(f"{info['file']} cannot be read as an image ({error}); replace it")
+            # As stored: COCO's annotations know nothing of EXIF's rotation.
+            pixels = np.array(read_rgb(info["file"]))
+        except ValueError as error:
+            raise InputLost(str(error))
+        image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
         if tuple(image.shape[1:]) != (info["height"], info["width"]):
             raise InputLost(f"{info['file']} is {image.shape[2]} x {image.shape[1]}, and its annotations are for "
                             f"{info['width']} x {info['height']}; replace one of the two")

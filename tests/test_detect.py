@@ -406,6 +406,19 @@ def test_broken_files_are_named(voc_devkit, file, content, message):
     assert message in str(error.value) and path in str(error.value) and "\n" not in str(error.value)
 
 
+def test_one_decoder_for_detection_and_folders(voc_devkit):
+    """A ramp of 16 bits is read by its upper half, and a float TIFF is refused."""
+    coco, _ = detection.load("voc", voc_devkit, ["VOC2007/trainval"], ["VOC2007/test"], "box")
+    images = detection.Images(coco, "box", training=True)
+    ramp = np.linspace(0, 65535, 60 * 80).astype(np.uint16).reshape(60, 80)
+    Image.fromarray(ramp).save(images.files[0], "PNG")
+    Image.fromarray(ramp.astype(np.float32)).save(images.files[1], "TIFF")
+    read, _ = images[0, False]
+    assert torch.equal(read, torch.from_numpy((ramp >> 8).astype(np.uint8)).expand(3, -1, -1))
+    with pytest.raises(SystemExit, match="trainval_1.jpg cannot be .*it has 32 bits a pixel; store"):
+        images[1, False]
+
+
 @pytest.mark.parametrize("change,message", [
     (lambda c: c.pop("images"), "is not in COCO's form: 'images' is missing"),
     (lambda c: c["annotations"][0].pop("bbox"), "is not in COCO's form: 'bbox' is missing"),
