@@ -20,7 +20,7 @@ from engine import distributed
 
 from . import shapes
 from .cache import cached
-from .folders import list_images
+from .folders import folder_of_part, list_images
 from .image_files import FolderSet, check
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -289,8 +289,9 @@ def inside(folder, file, where):
 
 
 def folder(name, part, root):
-    """A folder of images: ROOT/train and ROOT/val where they exist, else all of it for training.
-    Inside, a folder a class; or flat, no labels. None where there is no such part."""
+    """A folder of images: ROOT/train and ROOT/val where they exist (or what data/folders.py takes
+    for them), else all of it for training. Inside, a folder a class; or flat, no labels. None where
+    there is no such part."""
     path = root if name == "folder" else os.path.join(root, "imagenet")
     path = folder_of_part(path, name, part)
     if path is None:
@@ -300,18 +301,3 @@ def folder(name, part, root):
         with open(os.path.join(os.path.dirname(__file__), "imagenet100.txt")) as f:
             only = f.read().split()
     return FolderSet(*list_images(path, name, only), *IMAGENET)
-
-
-def folder_of_part(path, name, part):
-    """The folder below `path` that holds a part of the set `name`, or None where none does."""
-    parts = {p: os.path.join(path, p) for p in ("train", "val", "test")
-             if os.path.isdir(os.path.join(path, p))}
-    if not os.path.isdir(path):
-        way_out = ("set data.root to a folder of images" if name == "folder" else
-                   "put train/<class>/*.JPEG and val/<class>/*.JPEG there, or set data.root")
-        raise SystemExit(f"{name}: there is no folder {path}; {way_out}")
-    if name != "folder" and not {"train", "val"} <= set(parts):
-        raise SystemExit(f"{name}: {path} must hold train/<class>/*.JPEG and val/<class>/*.JPEG")
-    if part != "test":
-        return parts.get("train", path)
-    return parts.get("val", parts.get("test")) if "train" in parts else None

@@ -20,6 +20,14 @@ OTHER_EXTENSIONS = (".gif", ".jfif", ".jpe", ".heic", ".heif", ".avif", ".jp2", 
 EXTENSIONS_IN_WORDS = ", ".join(IMG_EXTENSIONS)
 
 
+# Each is recognised in small letters, in capitals, and with a capital in front.
+PART_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+
+
 class Listing(NamedTuple):
     """The images below a folder.
 
@@ -159,3 +167,70 @@ def inner_folder(folder, name, inner, is_link):
                          "it, and so on without end; remove the link")
     top = inner if folder.top is None else folder.top
     return Folder(path, top, (*folder.holders, real))
+
+
+def folder_of_part(path, name, part):
+    """The folder below `path` that holds a part of the set `name`, or None where none does.
+
+    part: "pretrain", "train" or "test". Without a folder of training images all of `path` is
+    trained on. SystemExit where two folders could be one part.
+    """
+    if not os.path.isdir(path):
+        way_out = ("set data.root to a folder of images" if name == "folder" else
+                   "put train/<class>/*.JPEG and val/<class>/*.JPEG there, or set data.root")
+        raise SystemExit(f"{name}: there is no folder {path}; {way_out}")
+    parts = find_parts(path, name)
+    if name != "folder" and not {"train", "val"} <= set(parts):
+        raise SystemExit(f"{name}: {path} must hold train/<class>/*.JPEG and val/<class>/*.JPEG")
+    parts, note = sort_out(path, name, parts)
+    if part == "test":
+        return parts.get("val", parts.get("test")) if "train" in parts else None
+    if note:
+        say(f"{name}: {note}")
+    return parts.get("train", path)
+
+
+def find_parts(path, name):
+    """{"train": folder, "val": folder, "test": folder} below `path`, those that are there.
+
+    The names are tried, for to list a flat folder of a million images takes long on a network disk.
+    SystemExit names two folders that could be one part.
+    """
+    parts = {}
+    for part, names in PART_NAMES.items():
+        spellings = [form(word) for word in names for form in (str, str.capitalize, str.upper)]
+        there = []
+        for folder in (os.path.join(path, spelling) for spelling in spellings):
+            # A disk that knows no capitals finds one folder by all of its spellings.
+            if os.path.isdir(folder) and not any(os.path.samefile(folder, f) for f in there):
+                there.append(folder)
+        if len(there) > 1:
+            both = " and ".join(map(os.path.basename, there))
+            raise SystemExit(f"{name}: {path} holds {both}, and only one of them can be its part "
+                             f"{part}; keep that one, named {part}, and move the rest elsewhere")
+        if there:
+            parts[part] = there[0]
+    return parts
+
+
+def sort_out(path, name, parts):
+    """What `find_parts` found -> the parts that count, and what is to be said of them, or None."""
+    odd = {part: folder for part, folder in parts.items() if os.path.basename(folder) != part}
+    if "train" not in parts:
+        if not parts:
+            return parts, None
+        held = " and ".join(os.path.basename(folder) for folder in parts.values())
+        return parts, (f"{path} holds {held} and no train, so all of it is trained on, {held} "
+                       "included; name the folder of the training images train to keep them apart")
+    if len(parts) == 1:
+        beside = [other for other, _ in list_folder(path, name).folders
+                  if other != os.path.basename(parts["train"])]
+        if beside and odd:                                 # Train, Car and Plane may be classes
+            return {}, (f"{odd['train']} is taken as a class, as {printable(beside[0])} beside it; "
+                        "if it holds the training images, name it train")
+        if beside:
+            return parts, (f"{parts['train']} alone is trained on; left out are {len(beside)} "
+                           f"folders beside it, the first is {printable(beside[0])}; name the one "
+                           "with validation images val")
+    note = ", ".join(f"{folder} is taken as its part {part}" for part, folder in odd.items())
+    return parts, f"{note}; the usual name is {', '.join(odd)}" if odd else None
