@@ -20,6 +20,12 @@ OTHER_EXTENSIONS = (".gif", ".jfif", ".jpe", ".heic", ".heif", ".avif", ".jp2", 
 EXTENSIONS_IN_WORDS = ", ".join(IMG_EXTENSIONS)
 
 
+# What systems and programs keep beside people's files, in small letters; and whatever begins with a
+# point, as .Trash-1000 and the ._x.jpg of macOS.
+SYSTEM_NAMES = {
+    "@eadir", "@recycle", "@tmp", "@__thumb", "@recently-snapshot", "#recycle", "#snapshot",
+    "__macosx", "__pycache__", "$recycle.bin", "system volume information", "lost+found",
+}
 # Each is recognised in small letters, in capitals, and with a capital in front.
 PART_NAMES = {
     "train": ("train", "training"),
@@ -60,11 +66,13 @@ class Content(NamedTuple):
     images: everything else that is named as an image. Pipes and broken links may be among them;
         they are refused when they are read.
     others: images of the kinds that we leave out.
+    hidden: folders and images that are a system's or hidden, which we leave out.
     dangling: links that lead nowhere, perhaps to a folder of images that was moved.
     """
     folders: list[tuple[str, bool]]
     images: list[str]
     others: list[str]
+    hidden: list[str]
     dangling: list[str]
 
 
@@ -77,12 +85,16 @@ def list_images(path, name, only=None):
     holds it, or a class without images; and says where there are no images at all.
     """
     prefix = os.path.join(path, "")[:-1]                   # the rest of each path begins with a /
-    names, others, counts = [], [], {}
+    names, others, hidden, counts = [], [], [], {}
     for folder, content in walk(path, name, only):
         below = os.path.join(folder.path, "")
         counts[folder.top] = counts.get(folder.top, 0) + len(content.images)
         names.append("".join(f"{below[len(prefix):]}{image}\0" for image in content.images))
         others += [below + other for other in content.others]
+        hidden += [below + other for other in content.hidden]
+    if hidden:
+        say(f"{name}: {len(hidden)} hidden or system folders and files under {path} left out; "
+            f"the first: {printable(hidden[0])}")
     if others:
         say(f"{name}: {len(others)} files under {path} left out, not named {EXTENSIONS_IN_WORDS}; "
             f"the first: {printable(others[0])}")
@@ -131,12 +143,15 @@ def walk(path, name, only):
 
 def list_folder(path, name):
     """What the folder `path` holds -> its Content."""
-    folders, images, others, dangling = [], [], [], []
+    folders, images, others, hidden, dangling = [], [], [], [], []
     try:
         with os.scandir(path) as entries:
             for entry in entries:
                 ending = entry.name.lower()
-                if is_folder(entry):
+                if is_hidden(entry.name):
+                    if is_folder(entry) or ending.endswith(IMG_EXTENSIONS):
+                        hidden.append(entry.name)
+                elif is_folder(entry):
                     folders.append((entry.name, entry.is_symlink()))
                 elif ending.endswith(IMG_EXTENSIONS):
                     images.append(entry.name)
@@ -147,7 +162,12 @@ def list_folder(path, name):
     except OSError as error:
         where = printable(error.filename or path)
         raise SystemExit(f"{name}: {where} cannot be listed ({error.strerror})")
-    return Content(sorted(folders), sorted(images), sorted(others), sorted(dangling))
+    return Content(*map(sorted, (folders, images, others, hidden, dangling)))
+
+
+def is_hidden(name):
+    """Whether a file or folder of that name is a system's own, or meant not to be seen."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 def is_folder(entry):
@@ -223,8 +243,9 @@ def sort_out(path, name, parts):
         return parts, (f"{path} holds {held} and no train, so all of it is trained on, {held} "
                        "included; name the folder of the training images train to keep them apart")
     if len(parts) == 1:
+        own = os.path.basename(parts["train"])             # its cache lies beside it, too
         beside = [other for other, _ in list_folder(path, name).folders
-                  if other != os.path.basename(parts["train"])]
+                  if other != own and not other.startswith(f"{own}.cache")]
         if beside and odd:                                 # Train, Car and Plane may be classes
             return {}, (f"{odd['train']} is taken as a class, as {printable(beside[0])} beside it; "
                         "if it holds the training images, name it train")
@@ -233,4 +254,4 @@ def sort_out(path, name, parts):
                            f"folders beside it, the first is {printable(beside[0])}; name the one "
                            "with validation images val")
     note = ", ".join(f"{folder} is taken as its part {part}" for part, folder in odd.items())
-    return parts, f"{note}; the usual name is {', '.join(odd)}" if odd else None
+    return parts, f"{note}; the README's names are train and val" if odd else None

@@ -170,6 +170,13 @@ def test_validation_images_are_not_trained_on_without_a_word(tmp_path, capsys):
     assert "holds Valid and no train, so all of it is trained on" in capsys.readouterr().out
 
 
+def test_a_cache_beside_train_is_no_class(tmp_path, capsys):
+    for name in ("Train", "train"):
+        make_files(tmp_path / name, f"{name}/a/1.png", f"{name}/b/2.png", f"{name}.cache64/x.u8")
+        assert images_of(tmp_path / name) == [f"{name}/a/1.png", f"{name}/b/2.png"]
+    assert "left out" not in capsys.readouterr().out
+
+
 def test_folders_beside_train_are_named_and_train_may_be_a_class(tmp_path, capsys):
     make_files(tmp_path, "train/1.png", "held out/2.png")
     assert images_of(tmp_path) == ["train/1.png"]
@@ -179,3 +186,38 @@ def test_folders_beside_train_are_named_and_train_may_be_a_class(tmp_path, capsy
     os.rename(tmp_path / "held out", tmp_path / "Car")
     assert load("pretrain", 0, name="folder", root=str(tmp_path)).classes == ["Car", "Train"]
     assert "Train is taken as a class, as Car beside it; if" in capsys.readouterr().out
+
+
+# -------------------------------------------------- hidden and system folders
+
+
+HIDDEN = (".ipynb_checkpoints", "@eaDir", ".AppleDouble", "__MACOSX", "$RECYCLE.BIN", "lost+found",
+          "System Volume Information", ".Trash-1000", "#recycle", ".git")
+
+
+def test_hidden_and_system_folders_and_files_are_left_out_and_counted_once(tmp_path, capsys):
+    make_files(tmp_path, "train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png")
+    plain = read(tmp_path)
+    assert capsys.readouterr().out == ""
+    make_files(tmp_path, *(f"train/{name}/x/1.png" for name in HIDDEN), "train/a/._1.png",
+               "train/a/@eaDir/1.png/THUMB_M.png", "train/a/.DS_Store", "train/.empty/")
+    data = read(tmp_path)
+    said = capsys.readouterr().out
+    assert f"{len(HIDDEN) + 3} hidden or system folders and files under" in said
+    assert said.count("\n") == 1
+    assert list(data.files) == list(plain.files) and data.classes == plain.classes == ["a", "b"]
+    assert data.labels.tolist() == [0, 1] and data.fingerprint() == plain.fingerprint()
+
+
+def test_a_hidden_folder_may_hold_the_data_set_itself(tmp_path):
+    make_files(tmp_path, ".cache/lost+found/a/1.png", ".cache/lost+found/b/2.png")
+    assert len(read(tmp_path / ".cache" / "lost+found")) == 2
+    with pytest.raises(SystemExit, match="no images"):
+        read(tmp_path)
+
+
+def test_hidden_links_without_end_are_no_fault(tmp_path):
+    make_files(tmp_path, "a/1.png", "b/2.png")
+    os.symlink(tmp_path, tmp_path / ".snapshot")
+    os.symlink("nowhere", tmp_path / ".lock")
+    assert len(read(tmp_path)) == 2
