@@ -110,7 +110,10 @@ def main():
     say(config.text(cfg), end="")
     say(f"{folder}: {len(pretrain)} images, {steps} steps an epoch of {loader.batch} = {distributed.world_size()} processes x {loader.local}; "
         f"lr {schedule.lr:g}, both global; {device}, {encoder.precision}, {sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M parameters")
-    say(f"{monitor}" if monitor.possible else "no kNN: the data set has no labels or no test part")
+    say(f"{monitor}" if monitor.possible else f"no kNN: {monitor.obstacle}")
+    if cfg["data"]["on_error"] == "skip" and monitor.due(epochs, epochs) and hasattr(train, "files"):
+        say("data.on_error=skip is for training alone: kNN stops the run at the first image that cannot be read, as another one in its place would be "
+            "counted under its label; knn.every=0 trains without kNN")
     if resumed:
         say(f"going on after {there(start, place.step)}")
     elif monitor.due(0, epochs):
@@ -222,8 +225,17 @@ def main():
         seen = [(line["epoch"], line["knn"]) for line in lines(log.path) if "knn" in line]
         if seen:
             say(f"\n  kNN    untrained {seen[0][1]:5.1f} %\n  after {epochs:3d} epochs {seen[-1][1]:5.1f} %\n")
-        say(f"{backbone}: the encoder, torchvision's keys\nnext: python train_linear.py --cfg {args.cfg}" + "".join(f" {shlex.quote(o)}" for o in args.overrides))
+        say(f"{backbone}: the encoder, torchvision's keys\nnext: {probe_command(args, cfg, monitor.obstacle)}")
     distributed.stop()
+
+
+def probe_command(args, cfg, obstacle):
+    """How to run the linear probe. obstacle: what keeps it from the data of this run, or None."""
+    words = ["python", "train_linear.py", "--cfg", args.cfg, *args.overrides]
+    if obstacle is None or cfg["linear"]["data"] is not None:
+        return shlex.join(words)
+    command = shlex.join([*words, "linear.data=folder", "linear.root=PATH"])
+    return f"{command}\n      where PATH holds train/<class>/ and val/<class>/, for here {obstacle}"
 
 
 if __name__ == "__main__":

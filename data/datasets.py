@@ -9,6 +9,7 @@ read by workers (data/loader.py), or decoded once for all runs (data/cache.py).
 """
 import hashlib
 import os
+import unicodedata
 from typing import Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from engine import distributed
 from . import shapes
 from .cache import cached
 from .folders import folder_of_part, list_images
-from .image_files import FolderSet, check
+from .image_files import FolderSet, check, printable
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # mean and std a channel, of the training images in [0, 1]
@@ -135,6 +136,55 @@ def load(part, seed, *, name: str, root: str = "datasets", split: str = "train",
     dataset.mean = dataset.mean if mean is None else tuple(mean)
     dataset.std = dataset.std if std is None else tuple(std)
     return dataset
+
+
+def find_obstacle(train, test):
+    """Why there is no evaluation with the data sets `train` and `test`, and the way out; or None.
+
+    test: None where there is no such part. Labels are places in the lists of classes, so these must
+    be the same.
+    """
+    if test is None:
+        return "there are no validation images; a folder has them in val/, beside train/"
+    if train.labels is None:
+        return f"the training images{place_of(train)} are not in two or more class folders"
+    if test.labels is None:
+        return (f"the validation images{place_of(test)} are not in two or more class folders; move "
+                "each into one named as in train/ (ILSVRC2012's: by valprep.sh; tiny-imagenet's: "
+                "by its val_annotations.txt)")
+    own = sorted(set(train.classes) - set(test.classes))
+    if own:
+        return missing_classes(own, "training", test.classes, "validation")
+    own = sorted(set(test.classes) - set(train.classes))
+    if own:
+        return missing_classes(own, "validation", train.classes, "training")
+    if list(train.classes) != list(test.classes):
+        return "the classes of the training images are in another order than the test images'"
+
+
+def place_of(dataset):
+    """" in FOLDER", where its image files lie; "" for one in memory."""
+    if not isinstance(dataset, FolderSet):
+        return ""
+    return " in " + printable(os.fsdecode(dataset.files.common_folder()))
+
+
+def missing_classes(own, part, others, other_part):
+    """A sentence on classes `own` that one part has and the other, of classes `others`, lacks."""
+    twin = next((other for other in others if look_alike(own[0], other)), None)
+    if twin is None:
+        which = f"class {printable(str(own[0]))}"
+    else:
+        which = f"class {ascii(own[0])} (beside {ascii(twin)}, which prints alike)"
+    more = f" and {len(own) - 1} more are" if len(own) > 1 else " is"
+    return (f"{which}{more} among the {part} images and not among the {other_part} images; each "
+            "class needs a folder in both parts")
+
+
+def look_alike(name, other):
+    """Whether two names print alike, though their bytes differ: é is one letter, or e and an
+    accent."""
+    return unicodedata.normalize("NFC", str(name)) == unicodedata.normalize("NFC", str(other))
 
 
 def refuse_settings(part, name, split, limit, cache, on_error, check_files):
