@@ -70,7 +70,8 @@ class FolderSet:
 
     def fingerprint(self):
         """A hash of the images' names below the folder that holds them all, in order: which row
-        is which image. No file is read."""
+        is which image. No file is read, and none is asked for its size: a broken one may be
+        replaced by a good one of its name, as our sentences advise, and the run goes on."""
         return hashlib.sha256(self.files.names_below()).hexdigest()[:16]
 
 

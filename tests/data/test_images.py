@@ -313,6 +313,15 @@ def test_fingerprints_know_files_added_removed_renamed_and_not_where_they_lie(cl
     assert prints[0] == prints[1] and len(set(prints)) == 3                            # labels are no part of it
 
 
+def test_a_run_goes_on_with_a_broken_image_replaced_as_its_sentence_advises(classes):
+    data = load("pretrain", 0, name="folder", root=classes)
+    with pytest.raises(ValueError, match="m2.png cannot be read .*; remove or replace it"):
+        data.decode(2)
+    RGB.save(data.files[2])
+    again = load("pretrain", 0, name="folder", root=classes)
+    assert again.fingerprint() == data.fingerprint() and again.decode(2).size == RGB.size
+
+
 def test_data_check_files_looks_once_at_each_file_and_opens_none(tmp_path, monkeypatch):
     """One stat and one access each, in one process of each node; the first in order is named."""
     files = [str(tmp_path / f"{i:04d}.jpg") for i in range(1200)]
