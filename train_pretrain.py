@@ -230,12 +230,12 @@ def main():
 
 
 def probe_command(args, cfg, obstacle):
-    """How to run the linear probe. obstacle: what keeps it from the data of this run, or None."""
+    """How to run the linear probe. obstacle: why the data of this run allow none, or None."""
     words = ["python", "train_linear.py", "--cfg", args.cfg, *args.overrides]
     if obstacle is None or cfg["linear"]["data"] is not None:
         return shlex.join(words)
     command = shlex.join([*words, "linear.data=folder", "linear.root=PATH"])
-    return f"{command}\n      where PATH holds train/<class>/ and val/<class>/, for here {obstacle}"
+    return f"{command}\n      where PATH holds train/<class>/ and val/<class>/, which this run's data do not"
 
 
 if __name__ == "__main__":
