@@ -76,10 +76,11 @@ class Content(NamedTuple):
     dangling: list[str]
 
 
-def list_images(path, name, only=None):
+def list_images(path, name, only=None, empty="refuse"):
     """The images below the folder `path` -> a Listing. Every process calls it, each for itself.
 
-    name: of the data set, for what is said. only: the classes wanted; None takes all.
+    name: of the data set, for what is said. only: the classes wanted; None takes all. empty: what
+    becomes of a class folder without images, "refuse" or "drop".
 
     SystemExit names a folder that cannot be listed, a link that leads nowhere or to a folder that
     holds it, or a class without images; and says where there are no images at all.
@@ -101,10 +102,10 @@ def list_images(path, name, only=None):
     if not any(names):
         raise SystemExit(f"{name}: no images ({EXTENSIONS_IN_WORDS}) under {path}")
     paths = Paths(prefix, os.fsencode("".join(names)))
-    return Listing(paths, *label(path, name, counts, only))
+    return Listing(paths, *label(path, name, counts, only, empty))
 
 
-def label(path, name, counts, only):
+def label(path, name, counts, only, empty):
     """(labels, classes) of a Listing.
 
     counts: class -> its number of images, in the order of the images; None -> those in no class.
@@ -117,9 +118,9 @@ def label(path, name, counts, only):
                          f"the first is {missing[0]}")
     if loose or len(classes) < 2:
         return None, None
-    empty = [top for top, count in counts.items() if not count]
-    if empty:
-        raise SystemExit(f"{name}: {printable(os.path.join(path, empty[0]))} holds no images "
+    unfilled = [top for top, count in counts.items() if not count]
+    if unfilled and empty == "refuse":
+        raise SystemExit(f"{name}: {printable(os.path.join(path, unfilled[0]))} holds no images "
                          f"({EXTENSIONS_IN_WORDS}), and a folder here is a class; fill it or "
                          "remove it")
     sizes = torch.tensor([counts[top] for top in classes])

@@ -62,6 +62,7 @@ def test_validation_images_without_class_folders(start):
 def test_a_class_that_one_part_lacks_does_not_stop_training(start):
     for folder in ("train/a", "train/b", "train/c", "val/a", "val/b"):
         put_images(f"data/{folder}")
+    os.mkdir("data/val/c")                                 # empty, it is no class either
     out = start(train_pretrain)
     reason = "class c is among the training images and not among the validation images"
     assert f"no kNN: {reason}" in out and "epoch   1/1" in out
