@@ -33,6 +33,7 @@ from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmenta
 from tqdm import tqdm
 
 from data import detection
+from data.image_files import say_if_dark
 from data.workers import or_say_what_is_kept, say_what_is_kept
 from engine import checkpoint, config
 from engine import device as devices
@@ -140,6 +141,7 @@ def main():
 
     coco, truth = detection.load(detect.layout, detect.data, detect.train, detect.val, detect.task)
     train, val = detection.Images(coco, detect.task, training=True, limit=detect.limit), detection.Images(truth, detect.task)
+    say_if_dark(train)
     if len(train) < detect.batch_size:
         raise SystemExit(f"{args.cfg}: detect.batch_size {detect.batch_size} is larger than the {len(train)} training images with annotations")
     classes = truth["categories"]                          # label 1 is the first, 0 the background

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data.augment import named
-from data.datasets import balanced, load
+from data.datasets import balanced, find_obstacle, load
+from data.image_files import say_if_dark
 from data.loader import Loader, sensible_size
 from data.workers import or_say_what_is_kept, say_what_is_kept
 from engine import checkpoint, config, distributed
@@ -140,11 +141,10 @@ def main():
 
     torch.manual_seed(cfg["seed"])                         # every process begins with the same weights
     train, test = (build(load, "data", part=part, seed=cfg["seed"]) for part in ("train", "test"))
-    if train.labels is None or test is None or test.labels is None:
-        raise SystemExit(f"{args.cfg}: fine-tuning needs a labelled train part and test part; {cfg['data']['name']} at {cfg['data']['root']} lacks them")
-    if list(train.classes) != list(test.classes):
-        raise SystemExit(f"{args.cfg}: the classes of the training images ({len(train.classes)}) are not those of the test images ({len(test.classes)}); "
-                         "both parts need the same class folders")
+    say_if_dark(train)
+    obstacle = find_obstacle(train, test)
+    if obstacle:
+        raise SystemExit(f"{args.cfg}: no fine-tuning on {cfg['data']['name']} at {cfg['data']['root']}: {obstacle}")
     classes, size = len(train.classes), cfg["data"]["image_size"]
     config.build(sensible_size, {}, args.cfg, image_size=size)                         # the Loader would say so, but the encoder meets it first
     rows = config.build(how.choose, {}, f"{args.cfg}: finetune", train=train, seed=cfg["seed"])

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data.augment import named
-from data.datasets import load
+from data.datasets import find_obstacle, load
+from data.image_files import say_if_dark
 from data.loader import Loader, sensible_size
 from data.workers import or_say_what_is_kept
 from engine import config, distributed
@@ -115,6 +116,7 @@ def main():
     source = {**source, **{k: v for k, v in dict(root=probe.root, image_size=probe.image_size).items() if v is not None}}
     config.build(sensible_size, {}, args.cfg, image_size=source["image_size"])         # the Loader would say so, but cached features want none
     train, test = (config.build(load, source, f"{args.cfg}: linear", part=part, seed=cfg["seed"]) for part in ("train", "test"))
+    say_if_dark(train)
     encoder = build(getattr(config.chosen(cfg["model"], "model"), "Encoder", Encoder), "model", device=device, mean=train.mean, std=train.std)
     encoder.eval().requires_grad_(False)
     untrained = copy.deepcopy(encoder)                     # the very weights that the run began with
@@ -123,13 +125,12 @@ def main():
         export(*args.export, encoder.backbone, weights)
         return say(f"{args.export[1]}: {weights}, for {args.export[0]}")
     before = copy.deepcopy(encoder.backbone.state_dict())
-    if train.labels is None or test is None:
-        raise SystemExit(f"{args.cfg}: a linear probe needs a labelled train part and test part; {source['name']} at {source['root']} lacks them")
+    obstacle = find_obstacle(train, test)
+    if obstacle:
+        raise SystemExit(f"{args.cfg}: no linear probe on {source['name']} at {source['root']}: {obstacle}; or take another set: "
+                         "linear.data=folder linear.root=PATH, which holds train/<class>/ and val/<class>/")
     if len(train) < 2:
         raise SystemExit(f"{args.cfg}: a linear probe needs more training images than {len(train)}; raise data.limit")
-    if list(train.classes) != list(test.classes):
-        raise SystemExit(f"{args.cfg}: the classes of the training images ({len(train.classes)}) are not those of the test images ({len(test.classes)}); "
-                         f"each class wants a folder in both parts of {source['root']}")
     train, test = train.to(device), test.to(device)
     size, workers = source["image_size"], source["workers"]
     classes = len(train.classes)

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from data.datasets import load
+from data.image_files import say_if_dark
 from data.loader import Loader
 from data.workers import or_say_what_is_kept, say_what_is_kept
 from engine import checkpoint, config, distributed, signals
@@ -50,6 +51,7 @@ def main():
     torch.manual_seed(cfg["seed"])                         # every process begins with the same weights, bank and queue
 
     pretrain = build(load, "data", part="pretrain", seed=cfg["seed"])
+    say_if_dark(pretrain)
     same = cfg["data"]["split"] == "train" and cfg["data"]["on_error"] == "stop"         # what evaluates must not replace an image, whose label would be another's
     train = pretrain if same else build(load, "data", part="train", seed=cfg["seed"])
     test = build(load, "data", part="test", seed=cfg["seed"])
@@ -108,7 +110,10 @@ def main():
     say(config.text(cfg), end="")
     say(f"{folder}: {len(pretrain)} images, {steps} steps an epoch of {loader.batch} = {distributed.world_size()} processes x {loader.local}; "
         f"lr {schedule.lr:g}, both global; {device}, {encoder.precision}, {sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M parameters")
-    say(f"{monitor}" if monitor.possible else "no kNN: the data set has no labels or no test part")
+    say(f"{monitor}" if monitor.possible else f"no kNN: {monitor.obstacle}")
+    if cfg["data"]["on_error"] == "skip" and monitor.due(epochs, epochs) and hasattr(train, "files"):
+        say("data.on_error=skip is for training alone: kNN stops the run at the first image that cannot be read, as another one in its place would be "
+            "counted under its label; knn.every=0 trains without kNN")
     if resumed:
         say(f"going on after {there(start, place.step)}")
     elif monitor.due(0, epochs):
@@ -220,8 +225,17 @@ def main():
         seen = [(line["epoch"], line["knn"]) for line in lines(log.path) if "knn" in line]
         if seen:
             say(f"\n  kNN    untrained {seen[0][1]:5.1f} %\n  after {epochs:3d} epochs {seen[-1][1]:5.1f} %\n")
-        say(f"{backbone}: the encoder, torchvision's keys\nnext: python train_linear.py --cfg {args.cfg}" + "".join(f" {shlex.quote(o)}" for o in args.overrides))
+        say(f"{backbone}: the encoder, torchvision's keys\nnext: {probe_command(args, cfg, monitor.obstacle)}")
     distributed.stop()
+
+
+def probe_command(args, cfg, obstacle):
+    """How to run the linear probe. obstacle: why the data of this run allow none, or None."""
+    words = ["python", "train_linear.py", "--cfg", args.cfg, *args.overrides]
+    if obstacle is None or cfg["linear"]["data"] is not None:
+        return shlex.join(words)
+    command = shlex.join([*words, "linear.data=folder", "linear.root=PATH"])
+    return f"{command}\n      where PATH holds train/<class>/ and val/<class>/, which this run's data do not"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ read by workers (data/loader.py), or decoded once for all runs (data/cache.py).
 """
 import hashlib
 import os
+import unicodedata
 from typing import Literal
 
 import numpy as np
@@ -20,8 +21,8 @@ from engine import distributed
 
 from . import shapes
 from .cache import cached
-from .folders import list_images
-from .image_files import FolderSet, check
+from .folders import folder_of_part, list_images
+from .image_files import FolderSet, check, printable
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # mean and std a channel, of the training images in [0, 1]
@@ -135,6 +136,55 @@ def load(part, seed, *, name: str, root: str = "datasets", split: str = "train",
     dataset.mean = dataset.mean if mean is None else tuple(mean)
     dataset.std = dataset.std if std is None else tuple(std)
     return dataset
+
+
+def find_obstacle(train, test):
+    """Why there is no evaluation with the data sets `train` and `test`, and the way out; or None.
+
+    test: None where there is no such part. Labels are places in the lists of classes, so these must
+    be the same.
+    """
+    if test is None:
+        return "there are no validation images; a folder has them in val/, beside train/"
+    if train.labels is None:
+        return f"the training images{place_of(train)} are not in two or more class folders"
+    if test.labels is None:
+        return (f"the validation images{place_of(test)} are not in two or more class folders; move "
+                "each into one named as in train/ (ILSVRC2012's: by valprep.sh; tiny-imagenet's: "
+                "by its val_annotations.txt)")
+    own = sorted(set(train.classes) - set(test.classes))
+    if own:
+        return missing_classes(own, "training", test.classes, "validation")
+    own = sorted(set(test.classes) - set(train.classes))
+    if own:
+        return missing_classes(own, "validation", train.classes, "training")
+    if list(train.classes) != list(test.classes):
+        return "the classes of the training images are in another order than the test images'"
+
+
+def place_of(dataset):
+    """" in FOLDER", where its image files lie; "" for one in memory."""
+    if not isinstance(dataset, FolderSet):
+        return ""
+    return " in " + printable(os.fsdecode(dataset.files.common_folder()))
+
+
+def missing_classes(own, part, others, other_part):
+    """A sentence on classes `own` that one part has and the other, of classes `others`, lacks."""
+    twin = next((other for other in others if look_alike(own[0], other)), None)
+    if twin is None:
+        which = f"class {printable(str(own[0]))}"
+    else:
+        which = f"class {ascii(own[0])} (beside {ascii(twin)}, which prints alike)"
+    more = f" and {len(own) - 1} more are" if len(own) > 1 else " is"
+    return (f"{which}{more} among the {part} images and not among the {other_part} images; each "
+            "class needs a folder in both parts")
+
+
+def look_alike(name, other):
+    """Whether two names print alike, though their bytes differ: é is one letter, or e and an
+    accent."""
+    return unicodedata.normalize("NFC", str(name)) == unicodedata.normalize("NFC", str(other))
 
 
 def refuse_settings(part, name, split, limit, cache, on_error, check_files):
@@ -289,8 +339,9 @@ def inside(folder, file, where):
 
 
 def folder(name, part, root):
-    """A folder of images: ROOT/train and ROOT/val where they exist, else all of it for training.
-    Inside, a folder a class; or flat, no labels. None where there is no such part."""
+    """A folder of images: ROOT/train and ROOT/val where they exist (or what data/folders.py takes
+    for them), else all of it for training. Inside, a folder a class; or flat, no labels. None where
+    there is no such part."""
     path = root if name == "folder" else os.path.join(root, "imagenet")
     path = folder_of_part(path, name, part)
     if path is None:
@@ -299,19 +350,6 @@ def folder(name, part, root):
     if name == "imagenet100":                              # a selection of imagenet's classes
         with open(os.path.join(os.path.dirname(__file__), "imagenet100.txt")) as f:
             only = f.read().split()
-    return FolderSet(*list_images(path, name, only), *IMAGENET)
-
-
-def folder_of_part(path, name, part):
-    """The folder below `path` that holds a part of the set `name`, or None where none does."""
-    parts = {p: os.path.join(path, p) for p in ("train", "val", "test")
-             if os.path.isdir(os.path.join(path, p))}
-    if not os.path.isdir(path):
-        way_out = ("set data.root to a folder of images" if name == "folder" else
-                   "put train/<class>/*.JPEG and val/<class>/*.JPEG there, or set data.root")
-        raise SystemExit(f"{name}: there is no folder {path}; {way_out}")
-    if name != "folder" and not {"train", "val"} <= set(parts):
-        raise SystemExit(f"{name}: {path} must hold train/<class>/*.JPEG and val/<class>/*.JPEG")
-    if part != "test":
-        return parts.get("train", path)
-    return parts.get("val", parts.get("test")) if "train" in parts else None
+    # A class that has training images alone is no reason not to train: `find_obstacle` tells it.
+    empty = "drop" if part == "test" else "refuse"
+    return FolderSet(*list_images(path, name, only, empty), *IMAGENET)

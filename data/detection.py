@@ -14,15 +14,14 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from engine import distributed
 
 from .datasets import inside
-from .image_files import FORMATS
+from .image_files import read_rgb
 from .loader import default_workers, generator, pinned
-from .workers import InputLost, in_workers, shortage
+from .workers import InputLost, in_workers
 
 JSON = {"box": "instances", "mask": "instances", "keypoint": "person_keypoints"}
 
@@ -41,13 +40,39 @@ def load(layout, root, train, val, task):
             part["categories"] = [{"id": i, "name": name} for i, name in enumerate(names, 1)]
             for a in part["annotations"]:
                 a["category_id"] = names.index(a.pop("category")) + 1
-        return found
+        return drop_empty_boxes(found, parts)
     if len(parts[0]) != 1 or len(parts[1]) != 1:
         raise SystemExit(f"layout coco takes one name for detect.train and one for detect.val, not {train!r} and {val!r}")
     found = [coco(root, *part, task) for part in parts]
     if found[0]["categories"] != found[1]["categories"]:
         raise SystemExit(f"{root}: the categories of {JSON[task]}_{parts[0][0]}.json are not those of {JSON[task]}_{parts[1][0]}.json")
+    return drop_empty_boxes(found, parts)
+
+
+def drop_empty_boxes(found, parts):
+    """Leave out the annotations whose box has no area inside its image, such as VOC's with xmax
+    below xmin: nothing can be learned from one, and no detection can match it.
+
+    found: COCO's dict of each part, changed in place. parts: the lists of their names.
+    """
+    for coco, names in zip(found, parts):
+        images = {i["id"]: i for i in coco["images"]}
+        empty = [a for a in coco["annotations"] if not has_area(a["bbox"], images[a["image_id"]])]
+        if not empty:
+            continue
+        coco["annotations"] = [a for a in coco["annotations"]
+                               if has_area(a["bbox"], images[a["image_id"]])]
+        distributed.say(f"{', '.join(names)}: {len(empty)} boxes have no area inside their image "
+                        "and are left out of training and evaluation; the first is in "
+                        f"{images[empty[0]['image_id']]['file']}: x, y, width, height "
+                        f"{', '.join(f'{value:g}' for value in empty[0]['bbox'])}")
     return found
+
+
+def has_area(bbox, image):
+    """Whether a box [x, y, w, h] covers a part of its image."""
+    x1, y1, x2, y2 = corners(bbox, image["width"], image["height"])
+    return x2 > x1 and y2 > y1
 
 
 def coco(root, name, task):
@@ -151,13 +176,17 @@ class Images:
         self.pairs = pairs(coco["categories"][0]["keypoints"]) if task == "keypoint" else None
         self.images, self.annotations = coco["images"], {i["id"]: [] for i in coco["images"]}
         if training:
-            size = {i["id"]: (i["width"], i["height"]) for i in self.images}
+            by_id = {i["id"]: i for i in self.images}
             for a in coco["annotations"]:
-                x1, y1, x2, y2 = corners(a["bbox"], *size[a["image_id"]])
-                if not a["iscrowd"] and x2 > x1 and y2 > y1 and (task != "mask" or len(a.get("segmentation", ()))):
+                if not a["iscrowd"] and has_area(a["bbox"], by_id[a["image_id"]]) and (task != "mask" or len(a.get("segmentation", ()))):
                     self.annotations[a["image_id"]].append(a)
             good = lambda some: any(a["num_keypoints"] for a in some) if task == "keypoint" else len(some)
             self.images = [i for i in self.images if good(self.annotations[i["id"]])][:limit]
+
+    @property
+    def files(self):
+        """The images' paths."""
+        return [info["file"] for info in self.images]
 
     def __len__(self):
         return len(self.images)
@@ -166,12 +195,11 @@ class Images:
         row, flipped = want
         info = self.images[row]
         try:
-            with Image.open(info["file"], formats=FORMATS) as image:        # as stored: COCO's annotations know nothing of EXIF's rotation
-                image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-        except Exception as error:                         # PIL raises many kinds
-            if shortage(error):                            # the image may be whole
-                raise
-            raise InputLost(f"{info['file']} cannot be read as an image ({error}); replace it")
+            # As stored: COCO's annotations know nothing of EXIF's rotation.
+            pixels = np.array(read_rgb(info["file"]))
+        except ValueError as error:
+            raise InputLost(str(error))
+        image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
         if tuple(image.shape[1:]) != (info["height"], info["width"]):
             raise InputLost(f"{info['file']} is {image.shape[2]} x {image.shape[1]}, and its annotations are for "
                             f"{info['width']} x {info['height']}; replace one of the two")

@@ -20,6 +20,20 @@ OTHER_EXTENSIONS = (".gif", ".jfif", ".jpe", ".heic", ".heif", ".avif", ".jp2", 
 EXTENSIONS_IN_WORDS = ", ".join(IMG_EXTENSIONS)
 
 
+# What systems and programs keep beside people's files, in small letters; and whatever begins with a
+# point, as .Trash-1000 and the ._x.jpg of macOS.
+SYSTEM_NAMES = {
+    "@eadir", "@recycle", "@tmp", "@__thumb", "@recently-snapshot", "#recycle", "#snapshot",
+    "__macosx", "__pycache__", "$recycle.bin", "system volume information", "lost+found",
+}
+# Each is recognised in small letters, in capitals, and with a capital in front.
+PART_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+
+
 class Listing(NamedTuple):
     """The images below a folder.
 
@@ -52,39 +66,46 @@ class Content(NamedTuple):
     images: everything else that is named as an image. Pipes and broken links may be among them;
         they are refused when they are read.
     others: images of the kinds that we leave out.
+    hidden: folders and images that are a system's or hidden, which we leave out.
     dangling: links that lead nowhere, perhaps to a folder of images that was moved.
     """
     folders: list[tuple[str, bool]]
     images: list[str]
     others: list[str]
+    hidden: list[str]
     dangling: list[str]
 
 
-def list_images(path, name, only=None):
+def list_images(path, name, only=None, empty="refuse"):
     """The images below the folder `path` -> a Listing. Every process calls it, each for itself.
 
-    name: of the data set, for what is said. only: the classes wanted; None takes all.
+    name: of the data set, for what is said. only: the classes wanted; None takes all. empty: what
+    becomes of a class folder without images, "refuse" or "drop".
 
     SystemExit names a folder that cannot be listed, a link that leads nowhere or to a folder that
     holds it, or a class without images; and says where there are no images at all.
     """
     prefix = os.path.join(path, "")[:-1]                   # the rest of each path begins with a /
-    names, others, counts = [], [], {}
+    names, others, hidden, counts = [], [], [], {}
     for folder, content in walk(path, name, only):
         below = os.path.join(folder.path, "")
         counts[folder.top] = counts.get(folder.top, 0) + len(content.images)
         names.append("".join(f"{below[len(prefix):]}{image}\0" for image in content.images))
         others += [below + other for other in content.others]
+        hidden += [below + other for other in content.hidden]
+    if hidden:
+        say(f"{name}: {len(hidden)} hidden or system folders and files under {path} left out; "
+            f"the first: {printable(hidden[0])}")
     if others:
         say(f"{name}: {len(others)} files under {path} left out, not named {EXTENSIONS_IN_WORDS}; "
             f"the first: {printable(others[0])}")
     if not any(names):
         raise SystemExit(f"{name}: no images ({EXTENSIONS_IN_WORDS}) under {path}")
     paths = Paths(prefix, os.fsencode("".join(names)))
-    return Listing(paths, *label(path, name, counts, only))
+    return Listing(paths, *label(path, name, counts, only, empty))
 
 
-def label(path, name, counts, only):
+def label(path, name, counts, only, empty):
     """(labels, classes) of a Listing.
 
     counts: class -> its number of images, in the order of the images; None -> those in no class.
@@ -97,9 +118,9 @@ def label(path, name, counts, only):
                          f"the first is {missing[0]}")
     if loose or len(classes) < 2:
         return None, None
-    empty = [top for top, count in counts.items() if not count]
-    if empty:
-        raise SystemExit(f"{name}: {printable(os.path.join(path, empty[0]))} holds no images "
+    unfilled = [top for top, count in counts.items() if not count]
+    if unfilled and empty == "refuse":
+        raise SystemExit(f"{name}: {printable(os.path.join(path, unfilled[0]))} holds no images "
                          f"({EXTENSIONS_IN_WORDS}), and a folder here is a class; fill it or "
                          "remove it")
     sizes = torch.tensor([counts[top] for top in classes])
@@ -123,12 +144,15 @@ def walk(path, name, only):
 
 def list_folder(path, name):
     """What the folder `path` holds -> its Content."""
-    folders, images, others, dangling = [], [], [], []
+    folders, images, others, hidden, dangling = [], [], [], [], []
     try:
         with os.scandir(path) as entries:
             for entry in entries:
                 ending = entry.name.lower()
-                if is_folder(entry):
+                if is_hidden(entry.name):
+                    if is_folder(entry) or ending.endswith(IMG_EXTENSIONS):
+                        hidden.append(entry.name)
+                elif is_folder(entry):
                     folders.append((entry.name, entry.is_symlink()))
                 elif ending.endswith(IMG_EXTENSIONS):
                     images.append(entry.name)
@@ -139,7 +163,12 @@ def list_folder(path, name):
     except OSError as error:
         where = printable(error.filename or path)
         raise SystemExit(f"{name}: {where} cannot be listed ({error.strerror})")
-    return Content(sorted(folders), sorted(images), sorted(others), sorted(dangling))
+    return Content(*map(sorted, (folders, images, others, hidden, dangling)))
+
+
+def is_hidden(name):
+    """Whether a file or folder of that name is a system's own, or meant not to be seen."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 def is_folder(entry):
@@ -159,3 +188,71 @@ def inner_folder(folder, name, inner, is_link):
                          "it, and so on without end; remove the link")
     top = inner if folder.top is None else folder.top
     return Folder(path, top, (*folder.holders, real))
+
+
+def folder_of_part(path, name, part):
+    """The folder below `path` that holds a part of the set `name`, or None where none does.
+
+    part: "pretrain", "train" or "test". Without a folder of training images all of `path` is
+    trained on. SystemExit where two folders could be one part.
+    """
+    if not os.path.isdir(path):
+        way_out = ("set data.root to a folder of images" if name == "folder" else
+                   "put train/<class>/*.JPEG and val/<class>/*.JPEG there, or set data.root")
+        raise SystemExit(f"{name}: there is no folder {path}; {way_out}")
+    parts = find_parts(path, name)
+    if name != "folder" and not {"train", "val"} <= set(parts):
+        raise SystemExit(f"{name}: {path} must hold train/<class>/*.JPEG and val/<class>/*.JPEG")
+    parts, note = sort_out(path, name, parts)
+    if part == "test":
+        return parts.get("val", parts.get("test")) if "train" in parts else None
+    if note:
+        say(f"{name}: {note}")
+    return parts.get("train", path)
+
+
+def find_parts(path, name):
+    """{"train": folder, "val": folder, "test": folder} below `path`, those that are there.
+
+    The names are tried, for to list a flat folder of a million images takes long on a network disk.
+    SystemExit names two folders that could be one part.
+    """
+    parts = {}
+    for part, names in PART_NAMES.items():
+        spellings = [form(word) for word in names for form in (str, str.capitalize, str.upper)]
+        there = []
+        for folder in (os.path.join(path, spelling) for spelling in spellings):
+            # A disk that knows no capitals finds one folder by all of its spellings.
+            if os.path.isdir(folder) and not any(os.path.samefile(folder, f) for f in there):
+                there.append(folder)
+        if len(there) > 1:
+            both = " and ".join(map(os.path.basename, there))
+            raise SystemExit(f"{name}: {path} holds {both}, and only one of them can be its part "
+                             f"{part}; keep that one, named {part}, and move the rest elsewhere")
+        if there:
+            parts[part] = there[0]
+    return parts
+
+
+def sort_out(path, name, parts):
+    """What `find_parts` found -> the parts that count, and what is to be said of them, or None."""
+    odd = {part: folder for part, folder in parts.items() if os.path.basename(folder) != part}
+    if "train" not in parts:
+        if not parts:
+            return parts, None
+        held = " and ".join(os.path.basename(folder) for folder in parts.values())
+        return parts, (f"{path} holds {held} and no train, so all of it is trained on, {held} "
+                       "included; name the folder of the training images train to keep them apart")
+    if len(parts) == 1:
+        own = os.path.basename(parts["train"])             # its cache lies beside it, too
+        beside = [other for other, _ in list_folder(path, name).folders
+                  if other != own and not other.startswith(f"{own}.cache")]
+        if beside and odd:                                 # Train, Car and Plane may be classes
+            return {}, (f"{odd['train']} is taken as a class, as {printable(beside[0])} beside it; "
+                        "if it holds the training images, name it train")
+        if beside:
+            return parts, (f"{parts['train']} alone is trained on; left out are {len(beside)} "
+                           f"folders beside it, the first is {printable(beside[0])}; name the one "
+                           "with validation images val")
+    note = ", ".join(f"{folder} is taken as its part {part}" for part, folder in odd.items())
+    return parts, f"{note}; the README's names are train and val" if odd else None

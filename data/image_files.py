@@ -21,6 +21,8 @@ from .workers import shortage
 # programs.
 FORMATS = "JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP"
 THREADS = 16                                               # files that are looked at side by side
+LOOKED_AT = 16                                             # files in which `say_if_dark` looks
+BRIGHT_ENOUGH = 2 ** 14                                    # below it, 8 bits are below 64
 
 
 class FolderSet:
@@ -50,23 +52,8 @@ class FolderSet:
         return self
 
     def decode(self, i):
-        """Image i as PIL's, RGB. ValueError names a file that is no image.
-
-        Other than in ImageFolder, 16 bits become 8 by their upper half (PIL's convert makes all
-        above 255 white), and 32 bits a pixel, whose range nobody knows, are refused. PIL refuses
-        above 179 million pixels (0.7 GB).
-        """
-        file = self.files[i]
-        try:
-            problem = problem_of(file)                     # a pipe would be waited for
-            if problem:
-                raise ValueError(problem)
-            with Image.open(file, formats=FORMATS) as image:
-                return to_rgb(image)
-        except Exception as error:                         # PIL raises many kinds
-            if shortage(error):                            # the image may be whole
-                raise
-            raise unreadable(file, error)
+        """Image i as PIL's, RGB. ValueError names a file that is no image."""
+        return read_rgb(self.files[i])
 
     def instead(self, i, broken):
         """Image i; or with `skip`, where it cannot be read, the next one that can, and broken[i]
@@ -83,8 +70,33 @@ class FolderSet:
 
     def fingerprint(self):
         """A hash of the images' names below the folder that holds them all, in order: which row
-        is which image. No file is read."""
+        is which image. No file is read, and none is asked for its size: a broken one may be
+        replaced by a good one of its name, as our sentences advise, and the run goes on."""
         return hashlib.sha256(self.files.names_below()).hexdigest()[:16]
+
+
+def read_rgb(file):
+    """The image in a file as PIL's, RGB. ValueError names a file that is no image.
+
+    Other than in ImageFolder, 16 bits become 8 by their upper half (PIL's convert makes all above
+    255 white), and 32 bits a pixel, whose range nobody knows, are refused. PIL refuses above 179
+    million pixels (0.7 GB).
+    """
+    try:
+        with open_image(file) as image:
+            return to_rgb(image)
+    except Exception as error:                             # PIL raises many kinds
+        if shortage(error):                                # the image may be whole
+            raise
+        raise unreadable(file, error)
+
+
+def open_image(file):
+    """A file as PIL's image, whose pixels are not read yet. Many kinds of error."""
+    problem = problem_of(file)                             # a pipe would be waited for
+    if problem:
+        raise ValueError(problem)
+    return Image.open(file, formats=FORMATS)
 
 
 def to_rgb(image):
@@ -96,6 +108,46 @@ def to_rgb(image):
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")                      # straight to RGB is the same, and warns
     return image.convert("RGB")
+
+
+def say_if_dark(dataset):
+    """Say so where files of 16 bits a value use the lower bits alone, as those of microscopes and
+    X-ray do: by their upper 8 bits they are nearly black.
+
+    dataset: one with `files`; of others nothing is said. Every process may call it; one of them
+    looks, at LOOKED_AT files at most, evenly spaced.
+    """
+    files = getattr(dataset, "files", ())
+    if not files or not distributed.is_main():
+        return
+    every = -(-len(files) // LOOKED_AT)
+    highest = {files[row]: highest_of_16_bits(files[row]) for row in range(0, len(files), every)}
+    highest = {file: value for file, value in highest.items() if value is not None}
+    file = max(highest, key=highest.get, default=None)
+    if file is None or not 0 < highest[file] < BRIGHT_ENOUGH:
+        return
+    factor = 2 ** (16 - highest[file].bit_length())
+    distributed.say(f"WARNING: {printable(file)} has 16 bits a value, of which the upper 8 are "
+                    f"taken, but its highest value is {highest[file]} of 65535, the highest in "
+                    f"{len(highest)} such images that were looked at: they come out nearly black; "
+                    f"store them anew, multiplied by {factor}")
+
+
+def highest_of_16_bits(file):
+    """The highest value in an image of 16 bits a value, of 65535; in one of several channels, of
+    which PIL gives the upper 8 bits alone, at most that.
+
+    None for any other image, whose pixels are not read, and for one that cannot be read.
+    """
+    try:
+        with open_image(file) as image:
+            if image.mode.startswith("I;16") or image.mode == "I" and image.format != "TIFF":
+                return int(np.asarray(image).max())
+            if image.format in ("PNG", "TIFF") and ";16" in str(image.tile):
+                return int(np.asarray(image.convert("RGB")).max()) << 8 | 255
+    except Exception:                                      # it is told when the image is wanted
+        pass
+    return None
 
 
 def printable(path):

@@ -4,6 +4,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+from data.datasets import find_obstacle
 from data.loader import in_order
 
 from . import distributed
@@ -67,10 +68,8 @@ class KNN:
             raise ValueError(f"knn: every {every} must be at least 0, k {k} at least 1, temperature {temperature} above 0")
         self.train, self.test, self.how = train, test, (image_size, device, workers)
         self.every, self.k, self.temperature, self.feature = every, k, temperature, feature
-        self.possible = test is not None and train.labels is not None and test.labels is not None
-        if self.possible and list(train.classes) != list(test.classes):                # labels are places in these lists
-            raise ValueError(f"the classes of the training images ({len(train.classes)}) are not those of the test images ({len(test.classes)}); each class "
-                             "wants a folder in both parts")
+        self.obstacle = find_obstacle(train, test)
+        self.possible = self.obstacle is None
 
     def due(self, epoch, epochs):
         """After `epoch` epochs of `epochs`?"""

@@ -406,6 +406,37 @@ def test_broken_files_are_named(voc_devkit, file, content, message):
     assert message in str(error.value) and path in str(error.value) and "\n" not in str(error.value)
 
 
+def test_boxes_without_area_neither_train_nor_are_evaluated(voc_devkit, capsys):
+    """xmax below xmin, or beside the image; of one pixel's width it is a box."""
+    for stem, xmin, xmax in (("trainval_0", 60, 21), ("test_0", 60, 21), ("test_1", 90, 99), ("test_2", 21, 21)):
+        path = os.path.join(voc_devkit, "VOC2007", "Annotations", f"{stem}.xml")
+        with open(path) as f:
+            text = f.read().replace("<xmin>21<", f"<xmin>{xmin}<").replace("<xmax>60<", f"<xmax>{xmax}<")
+        with open(path, "w") as f:
+            f.write(text)
+    train, val = detection.load("voc", voc_devkit, ["VOC2007/trainval"], ["VOC2007/test"], "box")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("VOC2007/trainval: 1 boxes have no area") and "trainval_0.jpg: x, y, width, height 59, 10, -38, 30" in first
+    assert second.startswith("VOC2007/test: 2 boxes have no area")
+    assert len(detection.Images(train, "box", training=True)) == 3 and len(detection.Images(val, "box")) == 4
+    assert [a["image_id"] for a in val["annotations"]] == [3, 4] and val["annotations"][0]["bbox"][2] == 1
+    found = [{**{k: a[k] for k in ("image_id", "category_id", "bbox")}, "score": 1.0} for a in val["annotations"]]
+    assert average_precision(val, found, "box")["box AP"] == pytest.approx(100)
+
+
+def test_one_decoder_for_detection_and_folders(voc_devkit):
+    """A ramp of 16 bits is read by its upper half, and a float TIFF is refused."""
+    coco, _ = detection.load("voc", voc_devkit, ["VOC2007/trainval"], ["VOC2007/test"], "box")
+    images = detection.Images(coco, "box", training=True)
+    ramp = np.linspace(0, 65535, 60 * 80).astype(np.uint16).reshape(60, 80)
+    Image.fromarray(ramp).save(images.files[0], "PNG")
+    Image.fromarray(ramp.astype(np.float32)).save(images.files[1], "TIFF")
+    read, _ = images[0, False]
+    assert torch.equal(read, torch.from_numpy((ramp >> 8).astype(np.uint8)).expand(3, -1, -1))
+    with pytest.raises(SystemExit, match="trainval_1.jpg cannot be .*it has 32 bits a pixel; store"):
+        images[1, False]
+
+
 @pytest.mark.parametrize("change,message", [
     (lambda c: c.pop("images"), "is not in COCO's form: 'images' is missing"),
     (lambda c: c["annotations"][0].pop("bbox"), "is not in COCO's form: 'bbox' is missing"),

@@ -128,3 +128,96 @@ def test_a_selection_of_classes_looks_into_no_other(tmp_path):
     assert list(listing.paths) == [f"{tmp_path}/b/a/1.png", f"{tmp_path}/c/1.png"]
     with pytest.raises(SystemExit, match="some: 1 of its 2 classes are not under .*is x"):
         list_images(str(tmp_path), "some", ["b", "x"])
+
+
+# -------------------------------------------------- the parts' names
+
+
+def images_of(root, part="pretrain"):
+    """The paths below root of a part's images, or None."""
+    data = load(part, 0, name="folder", root=str(root))
+    return None if data is None else [os.path.relpath(file, root) for file in data.files]
+
+
+@pytest.mark.parametrize("train,val", [
+    ("train", "val"), ("Train", "Val"), ("TRAIN", "VALID"), ("training", "validation"),
+    ("Training", "Test"), ("train", "testing"),
+])
+def test_parts_by_other_names(tmp_path, capsys, train, val):
+    make_files(tmp_path, f"{train}/a/1.png", f"{train}/b/2.png", f"{val}/a/3.png", f"{val}/b/4.png")
+    assert images_of(tmp_path) == [f"{train}/a/1.png", f"{train}/b/2.png"]
+    said = capsys.readouterr().out
+    assert images_of(tmp_path, "test") == [f"{val}/a/3.png", f"{val}/b/4.png"]
+    assert capsys.readouterr().out == ""                   # it was said of the training part
+    for name, right in ((train, ("train",)), (val, ("val", "test"))):
+        assert (f"{name} is taken as its part" in said) == (name not in right)
+
+
+def test_two_folders_for_one_part_are_refused_and_links_are_not(tmp_path):
+    make_files(tmp_path, "train/1.png", "val/1.png", "Valid/1.png")
+    for part in ("pretrain", "test"):
+        with pytest.raises(SystemExit, match="holds val and Valid, and only one .* named val, and"):
+            images_of(tmp_path, part)
+    os.rename(tmp_path / "Valid" / "1.png", tmp_path / "2.png")
+    os.rmdir(tmp_path / "Valid")
+    os.symlink("val", tmp_path / "Valid")
+    assert images_of(tmp_path, "test") == ["val/1.png"]
+
+
+def test_validation_images_are_not_trained_on_without_a_word(tmp_path, capsys):
+    make_files(tmp_path, "pictures/1.png", "Valid/2.png")
+    assert len(images_of(tmp_path)) == 2 and images_of(tmp_path, "test") is None
+    assert "holds Valid and no train, so all of it is trained on" in capsys.readouterr().out
+
+
+def test_a_cache_beside_train_is_no_class(tmp_path, capsys):
+    for name in ("Train", "train"):
+        make_files(tmp_path / name, f"{name}/a/1.png", f"{name}/b/2.png", f"{name}.cache64/x.u8")
+        assert images_of(tmp_path / name) == [f"{name}/a/1.png", f"{name}/b/2.png"]
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_folders_beside_train_are_named_and_train_may_be_a_class(tmp_path, capsys):
+    make_files(tmp_path, "train/1.png", "held out/2.png")
+    assert images_of(tmp_path) == ["train/1.png"]
+    said = capsys.readouterr().out
+    assert "train alone is trained on; left out are 1 folders" in said and "is held out;" in said
+    os.rename(tmp_path / "train", tmp_path / "Train")
+    os.rename(tmp_path / "held out", tmp_path / "Car")
+    assert load("pretrain", 0, name="folder", root=str(tmp_path)).classes == ["Car", "Train"]
+    assert "Train is taken as a class, as Car beside it; if" in capsys.readouterr().out
+
+
+# -------------------------------------------------- hidden and system folders
+
+
+HIDDEN = (".ipynb_checkpoints", "@eaDir", ".AppleDouble", "__MACOSX", "$RECYCLE.BIN", "lost+found",
+          "System Volume Information", ".Trash-1000", "#recycle", ".git")
+
+
+def test_hidden_and_system_folders_and_files_are_left_out_and_counted_once(tmp_path, capsys):
+    make_files(tmp_path, "train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png")
+    plain = read(tmp_path)
+    assert capsys.readouterr().out == ""
+    make_files(tmp_path, *(f"train/{name}/x/1.png" for name in HIDDEN), "train/a/._1.png",
+               "train/a/@eaDir/1.png/THUMB_M.png", "train/a/.DS_Store", "train/.empty/")
+    data = read(tmp_path)
+    said = capsys.readouterr().out
+    assert f"{len(HIDDEN) + 3} hidden or system folders and files under" in said
+    assert said.count("\n") == 1
+    assert list(data.files) == list(plain.files) and data.classes == plain.classes == ["a", "b"]
+    assert data.labels.tolist() == [0, 1] and data.fingerprint() == plain.fingerprint()
+
+
+def test_a_hidden_folder_may_hold_the_data_set_itself(tmp_path):
+    make_files(tmp_path, ".cache/lost+found/a/1.png", ".cache/lost+found/b/2.png")
+    assert len(read(tmp_path / ".cache" / "lost+found")) == 2
+    with pytest.raises(SystemExit, match="no images"):
+        read(tmp_path)
+
+
+def test_hidden_links_without_end_are_no_fault(tmp_path):
+    make_files(tmp_path, "a/1.png", "b/2.png")
+    os.symlink(tmp_path, tmp_path / ".snapshot")
+    os.symlink("nowhere", tmp_path / ".lock")
+    assert len(read(tmp_path)) == 2

@@ -313,6 +313,15 @@ def test_fingerprints_know_files_added_removed_renamed_and_not_where_they_lie(cl
     assert prints[0] == prints[1] and len(set(prints)) == 3                            # labels are no part of it
 
 
+def test_a_run_goes_on_with_a_broken_image_replaced_as_its_sentence_advises(classes):
+    data = load("pretrain", 0, name="folder", root=classes)
+    with pytest.raises(ValueError, match="m2.png cannot be read .*; remove or replace it"):
+        data.decode(2)
+    RGB.save(data.files[2])
+    again = load("pretrain", 0, name="folder", root=classes)
+    assert again.fingerprint() == data.fingerprint() and again.decode(2).size == RGB.size
+
+
 def test_data_check_files_looks_once_at_each_file_and_opens_none(tmp_path, monkeypatch):
     """One stat and one access each, in one process of each node; the first in order is named."""
     files = [str(tmp_path / f"{i:04d}.jpg") for i in range(1200)]
@@ -336,3 +345,52 @@ def test_data_check_files_looks_once_at_each_file_and_opens_none(tmp_path, monke
         image_files.check(files)
     with pytest.raises(SystemExit, match="1100.jpg cannot be read as an image .it is empty"):
         load("pretrain", 0, name="folder", root=str(tmp_path), check_files=True)
+
+
+# ---------------------------------------------------------------------------------------------------- 16 bits
+
+def sixteen_bits(folder, bits, n=40):
+    """n grey images whose values go up to all of that many bits."""
+    os.makedirs(folder, exist_ok=True)
+    for i in range(n):
+        ramp = np.linspace(0, 2 ** bits - 1 - i, 64).astype(np.uint16).reshape(8, 8)
+        Image.fromarray(ramp).save(os.path.join(folder, f"{i:02d}.png"))
+    return load("pretrain", 0, name="folder", root=str(folder))
+
+
+def test_few_bits_in_a_file_of_16_are_told_once(tmp_path, capsys, monkeypatch):
+    opened, plain = [], image_files.open_image
+    monkeypatch.setattr(image_files, "open_image", lambda file: opened.append(file) or plain(file))
+    image_files.say_if_dark(sixteen_bits(tmp_path / "12", 12))
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and len(opened) == 14     # every third of 40
+    assert f"{tmp_path}/12/00.png has 16 bits" in said
+    assert "highest value is 4095 of 65535" in said and "multiplied by 16\n" in said
+    image_files.say_if_dark(sixteen_bits(tmp_path / "8", 8, 2))
+    assert "multiplied by 256\n" in capsys.readouterr().out
+
+
+def test_nothing_is_told_of_bright_broken_or_8_bit_images(tmp_path, capsys, monkeypatch):
+    bright = sixteen_bits(tmp_path / "all", 16, 3)
+    put(bright.files[1], b"broken")
+    for made in (bright, load("pretrain", 0, name="shapes", limit=12)):
+        image_files.say_if_dark(made)
+    rgb = load("pretrain", 0, name="folder", root=good(tmp_path / "rgb"))
+    monkeypatch.setattr(np, "asarray", None)               # the pixels of 8 bits are not read
+    image_files.say_if_dark(rgb)
+    assert not capsys.readouterr().out
+
+
+def rgb_png_of_16_bits(path, value):
+    """8 x 8 pixels, all channels of that value; PIL itself writes none."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    rows = zlib.compress((b"\0" + struct.pack(">H", value) * 24) * 8)
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    put(path, b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
+
+
+def test_colours_of_16_bits_are_looked_at_too(tmp_path):
+    for value in (300, 4000, 65535):
+        rgb_png_of_16_bits(tmp_path / "x.png", value)
+        assert image_files.highest_of_16_bits(str(tmp_path / "x.png")) == value | 255
