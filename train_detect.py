@@ -220,8 +220,10 @@ def main():
         if evaluate:
             with say_what_is_kept(kept_and_how_on):
                 found = predictions(model, val, classes, detect.task, device, detect.workers)
+            detections = [record for records in found.values() for record in records]
+            # It takes minutes on COCO, for which a collective would not wait.
+            ap = distributed.run_on_first(lambda: average_precision(truth, detections, detect.task))
             if main_process:
-                ap = average_precision(truth, [d for one in found.values() for d in one], detect.task)
                 say("\n".join([f"{'':12}" + "".join(f"{c:>8}" for c in ("AP", "AP50", "AP75"))]
                               + [f"{kind:12}" + "".join(f"{ap[f'{kind} {c}']:8.2f}" for c in ("AP", "AP50", "AP75")) for kind in KINDS[detect.task]]))
                 figures |= ap

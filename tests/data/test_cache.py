@@ -252,7 +252,7 @@ def test_two_processes_build_once_and_read_the_same(jpegs, tmp_path):
             return list(did), [torch.from_numpy(np.array(data.decode(i))) for i in range(15)]
 
         shared, own = seen({jpegs!r}), seen(f"own{{rank}}")
-        os.environ["LOCAL_RANK"] = str(rank)               # from here on, two of one node
+        distributed.node_firsts = [0, 0]                   # from here on, two of one node
         node = seen({jpegs!r})
         few = pickle.load(open("test.pkl", "rb"))
         few = [torch.from_numpy(np.array(few.decode(i))) for i in range(2)]
@@ -266,7 +266,8 @@ def test_two_processes_build_once_and_read_the_same(jpegs, tmp_path):
     env = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
            "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
            "MASTER_PORT": str(port)}
-    jobs = [subprocess.Popen([sys.executable, "job.py"], cwd=tmp_path, env={**env, "RANK": str(r)},
+    jobs = [subprocess.Popen([sys.executable, "job.py"], cwd=tmp_path,
+                             env={**env, "RANK": str(r), "GROUP_RANK": str(r)},
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             for r in range(2)]
     said = [job.communicate(timeout=120)[0] for job in jobs]
