@@ -155,7 +155,10 @@ def save(path, settings, epoch, **parts):
 def not_finite(value, name=""):
     """The name of the first tensor, in nested dicts and lists, with an inf or a NaN; or None."""
     if isinstance(value, torch.Tensor):
-        return name if value.is_floating_point() and not value.isfinite().all() else None
+        if not value.is_floating_point() or not value.numel():
+            return None
+        # A NaN comes out of aminmax as NaN. isfinite would make a copy of a whole bank.
+        return None if torch.stack(value.aminmax()).isfinite().all() else name
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     return next((found for key, v in inside if (found := not_finite(v, f"{name}.{key}".lstrip(".")))), None)
 

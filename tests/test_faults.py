@@ -645,6 +645,36 @@ def test_nothing_that_is_not_finite_can_be_saved(tmp_path):
     assert checkpoint.resume(path, {}, **parts(0)) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_one_value_that_is_not_finite_is_found(dtype):
+    """By aminmax alone, in every shape that a state has; of integers and of nothing there is none."""
+    fine = {"scalar": torch.zeros((), dtype=dtype), "empty": torch.zeros(0, 3, dtype=dtype), "step": torch.arange(3)}
+    assert checkpoint.not_finite(fine) is None
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        for shape, row in (((), ()), ((999, 33), (998, 32)), ((999, 33), (0, 0)), ((999, 33), (500, 7))):
+            value = torch.randn(shape).to(dtype)
+            value[row] = bad
+            assert checkpoint.not_finite({**fine, "host": [{"bank": value}]}) == "host.0.bank"
+            if shape:
+                assert checkpoint.not_finite({"bank": value.T}) == "bank"
+
+
+def test_looking_for_what_is_not_finite_takes_no_memory():
+    """A bank of 64 MiB: nothing of its size is made beside it, on no device."""
+    made = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+            result = function(*arguments, **(kwargs or {}))
+            made.extend(x.numel() for x in (result if isinstance(result, (list, tuple)) else [result]) if torch.is_tensor(x))
+            return result
+
+    bank = torch.zeros(131072, 128)
+    with Count():
+        assert checkpoint.not_finite({"bank": bank}) is None
+    assert made and max(made) <= 2
+
+
 def test_a_skipped_step_of_fp16_is_no_fault(images, tmp_path):
     run(tmp_path, "fp16", images, fault=scales_too_far)
     scaler = state(tmp_path, "fp16")["scaler"]
