@@ -217,11 +217,25 @@ def main():
     if main_process:
         backbone = os.path.join(folder, "backbone.pt")
         checkpoint.write(backbone, encoder.backbone.state_dict())
-        seen = [(line["epoch"], line["knn"]) for line in lines(log.path) if "knn" in line]
-        if seen:
-            say(f"\n  kNN    untrained {seen[0][1]:5.1f} %\n  after {epochs:3d} epochs {seen[-1][1]:5.1f} %\n")
+        say(knn_summary(lines(log.path)), end="")
         say(f"{backbone}: the encoder, torchvision's keys\nnext: python train_linear.py --cfg {args.cfg}" + "".join(f" {shlex.quote(o)}" for o in args.overrides))
     distributed.stop()
+
+
+def knn_summary(log):
+    """kNN before training and at the end, as words; "" if a log's lines have none.
+
+    A run that began with knn.every 0 has no line of epoch 0: what stands first is not untrained.
+    """
+    measured = {line["epoch"]: line["knn"] for line in log if "knn" in line}
+    rows = []
+    if 0 in measured:
+        rows.append(f"  kNN    untrained {measured[0]:5.1f} %")
+    if any(measured):
+        last = max(measured)
+        first_words = "  after" if rows else "  kNN after"
+        rows.append(f"{first_words} {last:3d} epochs {measured[last]:5.1f} %")
+    return "\n" + "\n".join(rows) + "\n\n" if rows else ""
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from test_pairs import PAIRS
 from test_scripts import QUICK, same, state
 from torch import nn
 
+import train_pretrain
 from data.loader import Loader
 from data.shapes import shapes
 from engine import checkpoint, signals
@@ -685,3 +686,19 @@ def test_a_collapse_is_warned_of_once(images, tmp_path):
     """So strong a weight decay leaves no weights, and all images look alike."""
     said = run(tmp_path, "point", images, "optim.weight_decay=20", "loss.name=nce")
     assert said.count("WARNING: the embeddings collapse: their spread is 0.0") == 1 and log(tmp_path, "point")[2]["spread"] < 0.05
+
+
+# ---------------------------------------------------------------------------------------------------- what the end says
+
+@pytest.mark.parametrize("log, words", [
+    ([{"epoch": 0, "knn": 12.0}, {"epoch": 1, "knn": 17.0}, {"epoch": 2, "knn": 43.0}],
+     "\n  kNN    untrained  12.0 %\n  after   2 epochs  43.0 %\n\n"),
+    # knn.every was 0 at first, and 1 after a resume.
+    ([{"epoch": 1}, {"epoch": 2, "knn": 17.0}, {"epoch": 3, "knn": 43.0}], "\n  kNN after   3 epochs  43.0 %\n\n"),
+    # knn.every was 1 at first, and 0 after a resume: the last figure is not the end's.
+    ([{"epoch": 0, "knn": 12.0}, {"epoch": 1, "knn": 17.0}, {"epoch": 2}], "\n  kNN    untrained  12.0 %\n  after   1 epochs  17.0 %\n\n"),
+    ([{"epoch": 0, "knn": 12.0}, {"epoch": 1}], "\n  kNN    untrained  12.0 %\n\n"),
+    ([{"epoch": 1}], ""),
+])
+def test_only_epoch_0_is_untrained(log, words):
+    assert train_pretrain.knn_summary(log) == words
