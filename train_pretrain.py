@@ -43,10 +43,15 @@ def main():
 
     # ------------------------------------------------------------------------------------------------ who takes part
     device = distributed.start(args.device)
+    folder = os.path.join("runs", cfg["name"])
+    with checkpoint.claim(folder):                         # meanwhile no second process trains there
+        run(args, cfg, device, folder)
+
+
+def run(args, cfg, device, folder):
+    """Training, in a folder that is this run's alone."""
     main_process = distributed.is_main()
     build = lambda target, section, **given: config.build(target, cfg[section], f"{args.cfg}: {section}", **given)
-    folder = os.path.join("runs", cfg["name"])
-    lock = checkpoint.claim(folder)                        # as long as main() runs, no second process trains there
     torch.manual_seed(cfg["seed"])                         # every process begins with the same weights, bank and queue
 
     pretrain = build(load, "data", part="pretrain", seed=cfg["seed"])

@@ -102,31 +102,76 @@ def read(path):
 
 # ---------------------------------------------------------------------------------------------------- a run's folder and state
 
+@contextlib.contextmanager
 def claim(folder):
-    """Make a run's folder, and let no other process train there as long as what comes back lives. Every process calls it; the first one locks."""
-    held = None
+    """Make a run's folder, and let no other process train there until the block has ended.
+
+    Every process calls it; the first one locks. A run that is refused leaves no lock behind, and no
+    folder that it made for nothing: the program may be a notebook, which lives on.
+    """
+    held, made = None, False
     with distributed.agreeing():
         if distributed.is_main():
             with writing(folder):
+                made = not os.path.isdir(folder)
                 os.makedirs(folder, exist_ok=True)
                 held = lock(folder)
-    return held
+    try:
+        yield
+    finally:
+        if held:
+            unlock(held)
+        if made:
+            with contextlib.suppress(OSError):             # it is not empty: the run has begun
+                os.rmdir(folder)
 
 
 def lock(folder):
-    """lockf, not flock: workers that decode images do not inherit it, and they may live on for some seconds after this process was killed."""
-    file = open(os.path.join(folder, "lock"), "a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        raise SystemExit(f"{folder} is in use: {file.read().strip() or 'another process'} trains there; stop it, wait for it, or choose another name=...")
-    except (AttributeError, OSError) as error:             # Windows, or a network disk without locks
-        return say(f"{folder} cannot be locked ({error}): see to it yourself that no second process trains there")
+    """-> the locked file, or None on a disk without locks.
+
+    lockf, not flock: workers that decode images do not inherit it, and they may live on for some
+    seconds after this process was killed.
+    """
+    while True:
+        file = open(os.path.join(folder, "lock"), "a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            who = file.read().strip() or "another process"
+            file.close()
+            raise SystemExit(
+                f"{folder} is in use: {who} trains there; stop it, wait for it, or choose another name=..."
+            )
+        except (AttributeError, OSError) as error:         # Windows, or a network disk without locks
+            file.close()
+            say(f"{folder} cannot be locked ({error}): see to it yourself that no second process trains there")
+            return None
+        if still_there(file):
+            break
+        # Its owner removed it after it was opened here, so that the next one would lock another.
+        file.close()
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+def unlock(file):
+    """Remove a locked file while it is still locked: whoever opened it before sees in `lock` that it
+    is gone, whoever comes later makes a new one."""
+    with contextlib.suppress(OSError):
+        if still_there(file):
+            os.remove(file.name)
+    file.close()
+
+
+def still_there(file):
+    """Is an open file the one that has its name on the disk?"""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except FileNotFoundError:
+        return False
 
 
 def before(path):

@@ -607,11 +607,57 @@ def test_a_second_process_on_one_folder_is_refused(images, tmp_path):
     run(tmp_path, "a", images)
 
 
+def test_a_run_that_is_refused_leaves_no_lock(tmp_path, monkeypatch):
+    """In a notebook, which keeps the traceback and all that the frames in it hold."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_pretrain.py", *SMALL, "data.root=nowhere", "name=a"])
+    with pytest.raises(SystemExit, match="there is no folder nowhere") as kept:
+        train_pretrain.main()
+    assert kept.traceback and not os.path.exists("runs/a")
+    os.makedirs("runs/a")                                  # a folder that was there before stays
+    with pytest.raises(SystemExit, match="there is no folder nowhere"):
+        train_pretrain.main()
+    assert os.listdir("runs/a") == []
+
+
+def others_may_lock(folder):
+    """Does a process of its own get the lock? (To this one its own locks are no obstacle.)"""
+    if not (child := os.fork()):
+        try:
+            checkpoint.lock(folder)
+        except SystemExit:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def test_a_lock_that_is_removed_does_not_let_two_in(tmp_path, monkeypatch):
+    """One process has opened the file when its owner removes it; another comes and makes a new one."""
+    folder, path = str(tmp_path), str(tmp_path / "lock")
+    owner, plain, opened = checkpoint.lock(folder), checkpoint.fcntl.lockf, []
+    assert not others_may_lock(folder)
+
+    def owner_ends_first(file, how):
+        opened.append(os.fstat(file.fileno()).st_ino)
+        if len(opened) == 1:
+            checkpoint.unlock(owner)
+            assert not os.path.exists(path)
+        plain(file, how)
+    monkeypatch.setattr(checkpoint.fcntl, "lockf", owner_ends_first)
+    held = checkpoint.lock(folder)
+    monkeypatch.undo()
+    assert len(opened) == 2 and os.stat(path).st_ino == opened[1] == os.fstat(held.fileno()).st_ino
+    assert not others_may_lock(folder)                     # as it would, if that first file counted
+    checkpoint.unlock(held)
+    assert os.listdir(folder) == [] and others_may_lock(folder)
+
+
 def test_a_disk_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(37, "No locks available")
     monkeypatch.setattr(checkpoint.fcntl, "lockf", no_locks)
-    checkpoint.claim(str(tmp_path / "a"))
+    with checkpoint.claim(str(tmp_path / "a")):
+        pass
     assert "cannot be locked ([Errno 37] No locks available): see to it yourself that no second process trains there" in capsys.readouterr().out
 
 
