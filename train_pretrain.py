@@ -28,6 +28,7 @@ from engine.features import KNN, embeddings
 from engine.log import Log, lines
 from engine.place import Place
 from engine.schedule import Schedule, sgd
+from engine.weights import save_backbone
 from losses.together import Together
 from models.resnet import Encoder
 
@@ -102,13 +103,12 @@ def run(args, cfg, device, folder):
     there = lambda epoch, step: f"step {step} of {steps} of epoch {epoch + 1}" if step else f"epoch {epoch} of {epochs}"
     if main_process:
         with checkpoint.writing(folder):
+            if not resumed:
+                checkpoint.move_aside(folder)
             with open(os.path.join(folder, "config.yaml"), "w") as f:
                 f.write(config.text(cfg))
             log = Log(folder, start, within=place.step > 0)
             if not resumed:
-                for stale in os.listdir(folder):           # figures and checkpoints of the weights that --fresh forgets
-                    if stale.endswith(".jsonl") and stale != "log.jsonl" or stale in ("last.pt", "previous.pt"):
-                        os.replace(os.path.join(folder, stale), os.path.join(folder, stale + ".before"))
                 log.picture(os.path.join(folder, "augmentation.png"), loader.examples(), columns=8)
     say(config.text(cfg), end="")
     say(f"{folder}: {len(pretrain)} images, {steps} steps an epoch of {loader.batch} = {distributed.world_size()} processes x {loader.local}; "
@@ -221,7 +221,7 @@ def run(args, cfg, device, folder):
 
     if main_process:
         backbone = os.path.join(folder, "backbone.pt")
-        checkpoint.write(backbone, encoder.backbone.state_dict())
+        save_backbone(backbone, encoder.backbone, cfg)
         say(knn_summary(lines(log.path)), end="")
         say(f"{backbone}: the encoder, torchvision's keys\nnext: python train_linear.py --cfg {args.cfg}" + "".join(f" {shlex.quote(o)}" for o in args.overrides))
     distributed.stop()

@@ -2,6 +2,7 @@
 noticed; read without unpickling code."""
 import contextlib
 import os
+import shutil
 import socket
 import zlib
 
@@ -172,6 +173,26 @@ def still_there(file):
         return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
     except FileNotFoundError:
         return False
+
+
+def move_aside(folder):
+    """What a run's folder holds of weights that it starts over without gets names ending in .before,
+    so that nothing takes it for the new run's; what had such a name before is lost.
+
+    That is the weights, what was evaluated and trained from them, their settings and their log. The
+    weights come last: a start that is killed here does the rest the next time.
+    """
+    present = os.listdir(folder)
+    weights = [name for name in ("backbone.pt", "previous.pt", "last.pt") if name in present]
+    results = [name for name in present if name.endswith(".jsonl") and name != "log.jsonl"]
+    results += [name for name in ("finetune", "detect") if name in present]
+    # Without weights these two are of a start that saved nothing yet, and are written anew.
+    records = [name for name in ("config.yaml", "log.jsonl") if name in present and weights]
+    for name in results + records + weights:
+        path = os.path.join(folder, name)
+        if os.path.isdir(path + ".before"):
+            shutil.rmtree(path + ".before")
+        os.replace(path, path + ".before")
 
 
 def before(path):

@@ -30,7 +30,7 @@ from torch import nn
 import train_pretrain
 from data.loader import Loader
 from data.shapes import shapes
-from engine import checkpoint, signals
+from engine import checkpoint, signals, weights
 from engine.log import Log
 from losses.nce import NCE
 
@@ -591,6 +591,33 @@ def test_another_runs_checkpoint_is_refused(settings, difference, undisturbed, i
         Image.new("RGB", (16, 16)).save(tmp_path / "images" / "00" / "more.png")
         images = f"data.root={tmp_path / 'images'}"
     assert difference in refused(tmp_path, "whole", images, *settings)
+
+
+def test_fresh_leaves_nothing_of_the_old_weights_to_be_taken(undisturbed, images, tmp_path, monkeypatch):
+    """The new run is killed in its first epoch, and once more: what the old one left is there under other names, and nothing of it is evaluated."""
+    whole, _ = undisturbed(*PAIRS["moco-nce"])
+    folder = tmp_path / "runs" / "whole"
+    shutil.copytree(whole / "runs" / "whole", folder)
+    for part in ("finetune", "detect"):
+        os.makedirs(folder / part)
+        (folder / part / "last.pt").write_text(part)
+        (folder / f"{part}.jsonl").write_text(part)
+        os.makedirs(folder / f"{part}.before" / "of an older run")
+    old = {name: (folder / name).read_bytes() for name in ("backbone.pt", "last.pt", "previous.pt", "config.yaml", "log.jsonl", "detect.jsonl")}
+    dies = {"fault": gets(signal.SIGKILL, 0, 3), "code": -signal.SIGKILL}
+    run(tmp_path, "whole", images, *PAIRS["moco-nce"], "loss.temperature=0.3", "--fresh", **dies)
+    run(tmp_path, "whole", images, *PAIRS["moco-nce"], "loss.temperature=0.3", **dies)
+    assert all((folder / f"{name}.before").read_bytes() == value for name, value in old.items())
+    for part in ("finetune", "detect"):
+        assert (folder / f"{part}.before" / "last.pt").read_text() == part and not (folder / part).exists()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="runs/whole holds no backbone.pt; first run"):
+        weights.of_run(None, "runs/whole", "FILE")
+    # An older version left backbone.pt where it was: then it is refused by what it says of itself.
+    with pytest.raises(SystemExit, match=r"backbone.pt.before was not trained with the settings of runs/whole/config.yaml: loss.temperature was 0.2 and is now 0.3"):
+        weights.backbone_of("runs/whole/backbone.pt.before")
+    run(tmp_path, "whole", images, *PAIRS["moco-nce"], "loss.temperature=0.3")
+    assert weights.backbone_of("runs/whole/backbone.pt")[0]
 
 
 def test_a_second_process_on_one_folder_is_refused(images, tmp_path):
