@@ -17,7 +17,12 @@ try:
 except ImportError:                                        # not on Windows
     fcntl = None
 
-MAY_CHANGE = ("name", "paper", "knn", "linear", "finetune", "detect", "data.workers", "data.root", "data.on_error", "data.check_files")     # on resuming; nothing else of the settings may
+# On resuming these settings may change, and no others. What precision a device has is its own affair:
+# `auto` means another one on other hardware, and whoever names it instead means no other run.
+MAY_CHANGE = (
+    "name", "paper", "knn", "linear", "finetune", "detect", "model.precision",
+    "data.workers", "data.root", "data.on_error", "data.check_files",
+)
 
 
 # ---------------------------------------------------------------------------------------------------- one file
@@ -215,7 +220,8 @@ def save(path, settings, epoch, **parts):
             broken = not_finite({k: v for k, v in value.items() if k != "place"})      # whose figures may be
             if broken:
                 raise SystemExit(f"{path} is not written, for {broken} is not finite; what was there before is as it was")
-            write(path, {"epoch": epoch, "settings": settings, "rng": rng, **value}, keep=before(path))
+            precision = getattr(parts.get("encoder"), "precision", None)
+            write(path, {"epoch": epoch, "settings": settings, "rng": rng, "precision": precision, **value}, keep=before(path))
 
 
 def not_finite(value, name=""):
@@ -257,12 +263,36 @@ def resume(path, settings, **parts):
     if other:
         raise SystemExit(f"{candidate} is of another run: {other}; choose another name=..., or start this one over with --fresh")
     for name, part in parts.items():
+        if name == "scaler" and not saved[name]:
+            continue  # written in a precision without loss scaling, which begins now if it is needed
         try:
             part.load_state_dict(saved.get(name, {}))
         except (RuntimeError, ValueError) as error:
             raise SystemExit(f"{candidate} does not fit: {' '.join(str(error).split())[:300]}; was the data set changed? start over with --fresh")
-    if len(saved["rng"]) == distributed.world_size():
-        devices.set_rng_state(saved["rng"][distributed.rank()])
-    elif distributed.is_main():
-        print(f"{path} is of {len(saved['rng'])} processes, now there are {distributed.world_size()}: it goes on with fresh random numbers")
+    say_other_precision(candidate, saved.get("precision"), getattr(parts.get("encoder"), "precision", None))
+    resume_random_numbers(candidate, saved["rng"])
     return saved["epoch"]
+
+
+def say_other_precision(path, old, new):
+    """old: None in a file of before it was noted."""
+    if None not in (old, new) and old != new:
+        say(f"{path} was trained in {old} so far, and goes on in {new}")
+
+
+def resume_random_numbers(path, states):
+    """states: of each process that wrote the file, as device.rng_state() gives them.
+
+    Other processes or another kind of device have other random numbers. That is no fault, and said.
+    """
+    if len(states) != distributed.world_size():
+        say(f"{path} is of {len(states)} processes, now there are {distributed.world_size()}: it goes on with fresh random numbers")
+        return
+    state, new = states[distributed.rank()], devices.current.type
+    old = next((kind for kind in state if kind != "cpu"), "cpu")
+    try:
+        devices.set_rng_state(state)
+    except (RuntimeError, TypeError):                      # of a generator that keeps another state
+        old = f"another kind of {old}"
+    if old != new:
+        say(f"{path} was written on {old}, and goes on on {new}: from here on its random numbers are others")

@@ -755,6 +755,45 @@ def test_a_skipped_step_of_fp16_is_no_fault(images, tmp_path):
     assert scaler["scale"] < 2.0 ** 127 and [line["epoch"] for line in log(tmp_path, "fp16")] == [1, 2, 3]
 
 
+def scales_the_loss():
+    """As fp16 does, on a CPU, whose other precisions need no scaling."""
+    plain = torch.amp.GradScaler
+    torch.amp.GradScaler = lambda device, enabled: plain(device, init_scale=2.0)
+
+
+@pytest.mark.parametrize("first, then", [("fp32", "bf16"), ("bf16", "fp32")])
+def test_a_run_goes_on_on_hardware_of_another_precision(first, then, images, tmp_path):
+    """fp32 stands for fp16, the one with loss scaling. Begun without it, the scaler starts afresh; begun with it, its state is left out."""
+    faults = {"fp32": [scales_the_loss], "bf16": []}
+    stops = gets(signal.SIGTERM, 1, 3)
+    run(tmp_path, "a", images, f"model.precision={first}", fault=functools.partial(both, *faults[first], stops), code=75)
+    assert bool(state(tmp_path, "a")["scaler"]) == (first == "fp32")
+    said = run(tmp_path, "a", images, f"model.precision={then}", fault=functools.partial(both, *faults[then]))
+    assert f"runs/a/last.pt was trained in {first} so far, and goes on in {then}" in said and "going on after step 4 of 8 of epoch 2" in said
+    saved = state(tmp_path, "a")
+    assert saved["epoch"] == 3 and bool(saved["scaler"]) == (then == "fp32") and [line["epoch"] for line in log(tmp_path, "a")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("old, new", [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "mps"), ("cpu", "cpu")])
+def test_random_states_of_another_device_are_no_obstacle(old, new, tmp_path, monkeypatch, capsys):
+    """Those of the CPU are taken, the others left alone; a state that does not fit its generator is too."""
+    path = str(tmp_path / "last.pt")
+    checkpoint.save(path, {}, 1, **parts(1))
+    expected, saved = torch.rand(3), checkpoint.read(path)
+    if old != "cpu":
+        saved["rng"][0][old] = torch.zeros(16, dtype=torch.uint8)
+        torch.save(saved, path)
+    monkeypatch.setattr(checkpoint.devices, "current", torch.device(new))
+    assert checkpoint.resume(path, {}, **parts(0)) == 1 and torch.equal(torch.rand(3), expected)
+    words = f"{path} was written on {old}, and goes on on {new}: from here on its random numbers are others\n"
+    assert capsys.readouterr().out == (words if old != new else "")
+
+    saved["rng"][0]["cpu"] = torch.zeros(3, dtype=torch.uint8)
+    torch.save(saved, path)
+    assert checkpoint.resume(path, {}, **parts(0)) == 1
+    assert f"was written on another kind of {old}, and goes on on {new}" in capsys.readouterr().out
+
+
 def test_a_collapse_is_warned_of_once(images, tmp_path):
     """So strong a weight decay leaves no weights, and all images look alike."""
     said = run(tmp_path, "point", images, "optim.weight_decay=20", "loss.name=nce")
