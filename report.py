@@ -1,6 +1,7 @@
 """What was run, beside what the papers report: their tables as text and Markdown, and curves as a picture.
 
-    python report.py                                           all of runs/
+    python report.py                                           all of runs/, and those of the papers' tables in which a run stands
+    python report.py --all                                     all of the papers' tables
     python report.py runs /data/runs runs/one                  folders of runs, or single runs
     python report.py --markdown report.md --png curves.png     the tables and the curves as files, too
     python report.py --own own.png                             what the methods log of themselves: thresholds, hardness, false negatives
@@ -52,6 +53,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", metavar="FOLDER", default=["runs"], help="a folder of runs, or a run; runs unless given")
     parser.add_argument("--yaml", metavar="FOLDER", default="yaml", help="the files that lay out the tables")
+    parser.add_argument("--all", action="store_true", help="the papers' tables without a run, too")
     parser.add_argument("--markdown", metavar="FILE", help="write the tables there as well")
     parser.add_argument("--png", metavar="FILE", help="draw the curves there")
     parser.add_argument("--own", metavar="FILE", help="draw there what each method logs of itself")
@@ -68,12 +70,19 @@ def main():
     papers = [run for run in runs if "paper" in run.cfg]
     others = [run for run in runs if "paper" not in run.cfg and not run.weights]
     titles = dict.fromkeys(place[0] for place in [*cells, *(place_of(run.cfg) for run in papers)])
-    tables = [paper_table(title, {place: cell for place, cell in cells.items() if place[0] == title},
-                          [run for run in papers if place_of(run.cfg)[0] == title]) for title in titles]
-    tables += [other_runs(others)] if others else []
+    without_run = [title for title in titles if all(place_of(run.cfg)[0] != title for run in papers)]
+    hidden = [] if args.all else without_run
+    tables = [other_runs(others)] if others else []
+    tables += [paper_table(title, {place: cell for place, cell in cells.items() if place[0] == title},
+                           [run for run in papers if place_of(run.cfg)[0] == title]) for title in titles if title not in hidden]
     tables += [table for table in [other_evaluations(runs, strangers)] if table.rows]
 
-    print("\n\n".join([as_text(table) for table in tables] + ["\n".join(left_out)] * bool(left_out)))
+    paragraphs = [as_text(table) for table in tables]
+    if left_out:
+        paragraphs.append("\n".join(left_out))
+    if hidden:
+        paragraphs.append(f"{len(hidden)} of the papers' {len(titles)} tables have no run yet; --all prints them")
+    print("\n\n".join(paragraphs))
     if args.markdown:
         with open(args.markdown, "w") as f:
             f.write("\n\n".join([as_markdown(table) for table in tables] + left_out) + "\n")

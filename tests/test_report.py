@@ -87,7 +87,7 @@ def test_a_table_is_whole_though_nothing_was_run(out):
     row_file("b_moco", "moco", "MoCo", "STL-10")
     row_file("part/c_ir", "ir", "IR", "CIFAR-10")
     row_file("detectron2/other", "ir", "another program's", "CIFAR-10")
-    text = out()
+    text = out("--all")
     assert text.splitlines() == ["T 1",
                                  "             CIFAR-10        STL-10",
                                  "             reported  ours  reported  ours",
@@ -95,6 +95,30 @@ def test_a_table_is_whole_though_nothing_was_run(out):
                                  "MoCo         67.5 [1]",
                                  "MoCo + Ring",
                                  "[1] reported: moco README"]
+
+
+def test_tables_without_a_run_stay_out_and_own_runs_come_first(out):
+    """One run prints a few lines, not all the papers' tables."""
+    row_file("a_moco", "moco", "MoCo", "CIFAR-10")
+    row_file("a_ir", "ir", "IR", "CIFAR-10")
+    row_file("b_ir", "ir", "IR", "CIFAR-10", also={"paper": {"table": "T 2", "row": "IR", "column": "CIFAR-10"}})
+    own_file()
+    assert out() == "2 of the papers' 2 tables have no run yet; --all prints them\n"
+    train("own", "mine", linear=40.0)
+    text = out("--markdown", "report.md")
+    titles = [line for line in text.splitlines() if line in ("Other runs", "T 1", "T 2")]
+    assert titles == ["Other runs"] and text.startswith("Other runs\n") and len(text.splitlines()) < 10
+    assert text.endswith("\n\n2 of the papers' 2 tables have no run yet; --all prints them\n")
+    with open("report.md") as f:
+        assert f.read().count("###") == 1
+
+    train("a_ir", "a", linear=50.0)
+    text = out()
+    titles = [line for line in text.splitlines() if line in ("Other runs", "T 1", "T 2")]
+    assert titles == ["Other runs", "T 1"] and "MoCo" in text                            # the whole of a table in which a run stands
+    assert "1 of the papers' 2 tables have no run yet" in text
+    text = out("--all")
+    assert [line for line in text.splitlines() if line in ("Other runs", "T 1", "T 2")] == ["Other runs", "T 1", "T 2"] and "no run yet" not in text
 
 
 def test_seeds_are_averaged_with_their_spread(out):
@@ -260,7 +284,7 @@ def test_other_runs(out):
     train("own", "x_0", linear=50.0, knn=44.0)
     train("own", "x_1", "seed=1", linear=51.0, knn=46.0)
     train("own", "y", "optim.lr=0.5", done=3)
-    text = out()
+    text = out("--all")
     other = text[text.index("Other runs"):]
     assert line_of(other, "x_0, x_1") == ["x_0, x_1", "moco", "ifnd + ring", "cifar10, 500 images, 32 px", "4", "10.0 ± 0.0", "45.0 ± 1.4 [1]", "30.0 ± 0.0",
                                           "50.5 ± 0.7 [2]", "2", "2 min on a toy"]
