@@ -299,6 +299,45 @@ def test_other_runs_that_look_alike_say_what_differs(out):
     assert "beside a: optim.lr was 0.1 and is 0.5" in out()
 
 
+def test_two_folders_of_images_are_two_experiments(out):
+    """Of equal names too; but one folder, written otherwise, is one. A set with a name is the same wherever it lies."""
+    own_file()
+    for name, seed, root, figure in (("a0", 0, "x/birds", 50.0), ("a1", 1, "x/./birds/", 52.0), ("b0", 0, "y/birds", 10.0), ("c1", 1, "fish", 90.0)):
+        train("own", name, f"seed={seed}", "data.name=folder", f"data.root={root}", linear=figure)
+    for name, seed, root in (("d0", 0, "here"), ("d1", 1, "there")):
+        train("own", name, f"seed={seed}", f"data.root={root}", linear=30.0 + seed)
+    text = out()
+    other = text[text.index("Other runs"):]
+    assert "51.0 ± 1.4" in next(line for line in other.splitlines() if line.startswith("a0, a1 "))
+    assert "30.5 ± 0.7" in next(line for line in other.splitlines() if line.startswith("d0, d1 "))
+    for name, figure, data in (("b0", "10.0", "folder birds"), ("c1", "90.0", "folder fish")):
+        line, = (line for line in other.splitlines() if line.startswith(f"{name} "))
+        assert figure in line and data in line
+    assert "beside a0: data.root was 'x/birds' and is 'y/birds'" in other and "adds no seed" not in text
+
+
+def test_two_folders_are_no_baseline_for_one_another(out):
+    own_file()
+    train("own", "a", "data.name=folder", "data.root=x", linear=50.0)
+    train("own", "b", "data.name=folder", "data.root=y", "loss.name=ring", linear=60.0)
+    assert "+10.0" not in out()
+    train("own", "c", "data.name=folder", "data.root=x/", "loss.name=ring", linear=60.0)
+    assert "+10.0" in out()
+
+
+def test_a_probe_on_the_runs_own_folder_is_its_own(out):
+    """train_linear.py calls a folder by its own name; another folder is elsewhere, as another set is."""
+    own_file()
+    train("own", "a", "data.name=folder", "data.root=images/birds")
+    for data, figure in (("folder birds", 50.0), ("folder fish", 60.0), ("dtd", 70.0)):
+        write("a", "linear", {"weights": "runs/a/backbone.pt", "data": data, "protocol": "p", "seed": 0, "figures": {"top-1": figure}})
+    text = out()
+    assert "50.0 [1]" in next(line for line in text.splitlines() if line.startswith("a "))
+    elsewhere = text[text.index("Other evaluations"):]
+    assert "50.0" not in elsewhere and "evaluated on folder birds" not in text
+    assert "evaluated on folder fish: p" in elsewhere and "evaluated on dtd: p" in elsewhere and "60.0" in elsewhere
+
+
 def test_truncated_lines_and_files_that_do_not_load_are_survived(out):
     row_file("ir", "ir", "IR", "CIFAR-10", figure="knn")
     row_file("wrong", "ir", "IR", "X", also={"loss": {"name": "nce", "temprature": 1}})
