@@ -6,7 +6,8 @@
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_pretrain.py --cfg ...     on both of 2 nodes
 
 A run lives in runs/<name>/ (name: the file's, unless set): config.yaml, log.jsonl, TensorBoard's events, augmentation.png, last.pt, and at the
-end backbone.pt, torchvision's keys (CMC's: L.* and ab.*). A run that was stopped goes on from last.pt when it is started again; --fresh starts it over.
+end backbone.pt, torchvision's keys (CMC's: L.* and ab.*). A run that was stopped goes on from last.pt when it is started again; --fresh starts it
+over, and what there is of the old weights gets names ending in .before.
 SIGTERM and SIGUSR1 end a step, save within the epoch, and exit with 75: see engine/signals.py. previous.pt is the checkpoint before last.pt.
 Batch size and learning rate are global, for all processes together; nothing is scaled silently.
 """
