@@ -1,6 +1,7 @@
 """What was run, beside what the papers report: their tables as text and Markdown, and curves as a picture.
 
-    python report.py                                           all of runs/
+    python report.py                                           all of runs/, and those of the papers' tables in which a run stands
+    python report.py --all                                     all of the papers' tables
     python report.py runs /data/runs runs/one                  folders of runs, or single runs
     python report.py --markdown report.md --png curves.png     the tables and the curves as files, too
     python report.py --own own.png                             what the methods log of themselves: thresholds, hardness, false negatives
@@ -21,6 +22,7 @@ from typing import NamedTuple
 from engine import config
 from engine.log import lines
 
+# data.root: not so of a folder of one's own, see less_folders.
 FREE = ("name", "seed", "paper", "data.root", "data.workers", "knn.every", "linear.root", "detect.data", "detect.workers")      # settings that change no figure but by chance
 EVALUATIONS = ("linear", "finetune", "detect", "svm")      # <this>.jsonl in a run's folder; svm is the `linear` section's
 EARLY = "; before the end, "                               # what a protocol is followed by if something was not finished
@@ -52,6 +54,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", metavar="FOLDER", default=["runs"], help="a folder of runs, or a run; runs unless given")
     parser.add_argument("--yaml", metavar="FOLDER", default="yaml", help="the files that lay out the tables")
+    parser.add_argument("--all", action="store_true", help="the papers' tables without a run, too")
     parser.add_argument("--markdown", metavar="FILE", help="write the tables there as well")
     parser.add_argument("--png", metavar="FILE", help="draw the curves there")
     parser.add_argument("--own", metavar="FILE", help="draw there what each method logs of itself")
@@ -68,12 +71,19 @@ def main():
     papers = [run for run in runs if "paper" in run.cfg]
     others = [run for run in runs if "paper" not in run.cfg and not run.weights]
     titles = dict.fromkeys(place[0] for place in [*cells, *(place_of(run.cfg) for run in papers)])
-    tables = [paper_table(title, {place: cell for place, cell in cells.items() if place[0] == title},
-                          [run for run in papers if place_of(run.cfg)[0] == title]) for title in titles]
-    tables += [other_runs(others)] if others else []
+    without_run = [title for title in titles if all(place_of(run.cfg)[0] != title for run in papers)]
+    hidden = [] if args.all else without_run
+    tables = [other_runs(others)] if others else []
+    tables += [paper_table(title, {place: cell for place, cell in cells.items() if place[0] == title},
+                           [run for run in papers if place_of(run.cfg)[0] == title]) for title in titles if title not in hidden]
     tables += [table for table in [other_evaluations(runs, strangers)] if table.rows]
 
-    print("\n\n".join([as_text(table) for table in tables] + ["\n".join(left_out)] * bool(left_out)))
+    paragraphs = [as_text(table) for table in tables]
+    if left_out:
+        paragraphs.append("\n".join(left_out))
+    if hidden:
+        paragraphs.append(f"{len(hidden)} of the papers' {len(titles)} tables have no run yet; --all prints them")
+    print("\n\n".join(paragraphs))
     if args.markdown:
         with open(args.markdown, "w") as f:
             f.write("\n\n".join([as_markdown(table) for table in tables] + left_out) + "\n")
@@ -132,7 +142,7 @@ def read_runs(folders, left_out):
     found = [run if names.count(run.label) == 1 else run._replace(label=run.folder) for run in found]
     runs = []
     for run in [part for run in found for part in by_weights(run, found)]:
-        twin = next((r for r in runs if r.done == run.done and r.cfg["seed"] == run.cfg["seed"] and not config.difference(r.cfg, run.cfg, FREE)
+        twin = next((r for r in runs if r.done == run.done and r.cfg["seed"] == run.cfg["seed"] and not differing(r.cfg, run.cfg)
                      and place_of(r.cfg) == place_of(run.cfg) and (r.log or r.weights == run.weights)), None)
         if twin:                                           # the same experiment: counted twice it would feign a second seed
             left_out.append(f"Left out: {run.folder} has the settings, seed and epochs of {twin.folder}, so it adds no seed")
@@ -189,7 +199,18 @@ def evaluations(run, stem):
 
 
 def elsewhere(name, cfg):
-    return "" if name in (None, cfg["data"]["name"]) else f"{ELSEWHERE}{name}: "
+    """name: of the data that an evaluation was on, as train_linear.py writes it; None in others' lines, whose data are the run's own."""
+    return "" if name in (None, cfg["data"]["name"], data_name(cfg["data"])) else f"{ELSEWHERE}{name}: "
+
+
+def data_name(settings):
+    """A data set as train_linear.py names it: by its name, or as a folder with its own.
+
+    settings: the data section, or root and name of the data that are probed.
+    """
+    if settings["name"] != "folder" or not settings.get("root"):
+        return settings["name"]
+    return f"folder {os.path.basename(os.path.normpath(settings['root']))}"
 
 
 def figures_of(line, name):
@@ -228,12 +249,32 @@ def alike(items, ignore):
     for item in items:
         for group in groups:
             (a, how, *_), (b, how_b, *_) = group[0], item
-            if how == how_b and a.done == b.done and bool(a.weights) == bool(b.weights) and not config.difference(a.cfg, b.cfg, ignore):
+            if how == how_b and a.done == b.done and bool(a.weights) == bool(b.weights) and not differing(a.cfg, b.cfg, ignore):
                 group.append(item)
                 break
         else:
             groups.append([item])
     return groups
+
+
+def differing(old, new, ignore=FREE):
+    """config.difference, for which two folders of images are two data sets."""
+    return config.difference(old, new, less_folders(old, new, ignore))
+
+
+def less_folders(old, new, ignore):
+    """`ignore`, less data.root where it says which images they are.
+
+    A set with a name is the same wherever it lies. A folder of one's own (data.name: folder) has no
+    other name than its place, however that is written.
+    """
+    a, b = (cfg.get("data", {}) for cfg in (old, new))
+    same = a.get("name") != "folder" or b.get("name") != "folder" or normal_path(a["root"]) == normal_path(b["root"])
+    return [key for key in ignore if same or key != "data.root"]
+
+
+def normal_path(path):
+    return os.path.normpath(os.path.expanduser(path))
 
 
 def by_seed(runs):
@@ -243,7 +284,7 @@ def by_seed(runs):
 
 def differences(old, new, ignore=FREE):
     """All settings that differ, as words: ["optim.epochs was 300 and is 10"]"""
-    found, ignore = [], [*ignore]
+    found, ignore = [], less_folders(old, new, ignore)
     while words := config.difference(old, new, ignore):
         found.append(words.replace(" and is now ", " and is "))
         ignore.append(words.split(" was ")[0])
@@ -263,7 +304,7 @@ def asked_otherwise(cfg, what, protocol, file):
     how = config.find(config.SECTIONS[stem][0])
     words = [str(config.build(how, cfg[stem], f"{file}: {stem}"))] if "__str__" in vars(how) and key != "knn" else []
     name, root = (cfg["linear"]["data"], cfg["linear"]["root"]) if stem == "linear" else (None, None)                  # detect's `data` is a place
-    where = elsewhere(f"folder {os.path.basename(os.path.normpath(root))}" if name == "folder" and root else name, cfg)
+    where = elsewhere(data_name({"name": name, "root": root or cfg["data"]["root"]}), cfg)
     if stem == "finetune":                                 # whose own words are not of the images
         words.append(cfg[stem]["list"] or f"{100 * cfg[stem]['labels']:.3g} % of the labels")
     if all(f" {word}" in f" {protocol}" for word in words) and protocol.startswith(where) and protocol.startswith(ELSEWHERE) == bool(where):
@@ -373,7 +414,7 @@ def gain(runs, groups, what, notes):
     last = lambda run: list(measured(run, what).values())[-1:]
     shared = lambda cfg: {"host": cfg["model"]["host"], "data": cfg["data"], "optim": cfg["optim"]}
     base = [other for other in groups if losses(other[0].cfg) == "nce"
-            and not config.difference(shared(other[0].cfg), shared(runs[0].cfg), [*FREE, "optim.epochs"])]
+            and not differing(shared(other[0].cfg), shared(runs[0].cfg), [*FREE, "optim.epochs"])]
     base = min(base, key=lambda other: abs(other[0].done - runs[0].done), default=[])
     pairs = [a - b for run in runs for other in base if run.cfg["seed"] == other.cfg["seed"] for a in last(run) for b in last(other)]
     if not pairs:
@@ -444,7 +485,7 @@ def oracle(*losses):
 
 def data(cfg):
     d = cfg["data"]
-    return d["name"] + (f" {d['split']}" if d["split"] != "train" else "") + (f", {d['limit']} images" if d["limit"] else "") + f", {d['image_size']} px"
+    return data_name(d) + (f" {d['split']}" if d["split"] != "train" else "") + (f", {d['limit']} images" if d["limit"] else "") + f", {d['image_size']} px"
 
 
 def as_text(table):

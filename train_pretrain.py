@@ -6,7 +6,8 @@
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train_pretrain.py --cfg ...     on both of 2 nodes
 
 A run lives in runs/<name>/ (name: the file's, unless set): config.yaml, log.jsonl, TensorBoard's events, augmentation.png, last.pt, and at the
-end backbone.pt, torchvision's keys (CMC's: L.* and ab.*). A run that was stopped goes on from last.pt when it is started again; --fresh starts it over.
+end backbone.pt, torchvision's keys (CMC's: L.* and ab.*). A run that was stopped goes on from last.pt when it is started again; --fresh starts it
+over, and what there is of the old weights gets names ending in .before.
 SIGTERM and SIGUSR1 end a step, save within the epoch, and exit with 75: see engine/signals.py. previous.pt is the checkpoint before last.pt.
 Batch size and learning rate are global, for all processes together; nothing is scaled silently.
 """
@@ -29,6 +30,7 @@ from engine.features import KNN, embeddings
 from engine.log import Log, lines
 from engine.place import Place
 from engine.schedule import Schedule, sgd
+from engine.weights import save_backbone
 from losses.together import Together
 from models.resnet import Encoder
 
@@ -44,10 +46,15 @@ def main():
 
     # ------------------------------------------------------------------------------------------------ who takes part
     device = distributed.start(args.device)
+    folder = os.path.join("runs", cfg["name"])
+    with checkpoint.claim(folder):                         # meanwhile no second process trains there
+        run(args, cfg, device, folder)
+
+
+def run(args, cfg, device, folder):
+    """Training, in a folder that is this run's alone."""
     main_process = distributed.is_main()
     build = lambda target, section, **given: config.build(target, cfg[section], f"{args.cfg}: {section}", **given)
-    folder = os.path.join("runs", cfg["name"])
-    lock = checkpoint.claim(folder)                        # as long as main() runs, no second process trains there
     torch.manual_seed(cfg["seed"])                         # every process begins with the same weights, bank and queue
 
     pretrain = build(load, "data", part="pretrain", seed=cfg["seed"])
@@ -99,13 +106,12 @@ def main():
     there = lambda epoch, step: f"step {step} of {steps} of epoch {epoch + 1}" if step else f"epoch {epoch} of {epochs}"
     if main_process:
         with checkpoint.writing(folder):
+            if not resumed:
+                checkpoint.move_aside(folder)
             with open(os.path.join(folder, "config.yaml"), "w") as f:
                 f.write(config.text(cfg))
             log = Log(folder, start, within=place.step > 0)
             if not resumed:
-                for stale in os.listdir(folder):           # figures and checkpoints of the weights that --fresh forgets
-                    if stale.endswith(".jsonl") and stale != "log.jsonl" or stale in ("last.pt", "previous.pt"):
-                        os.replace(os.path.join(folder, stale), os.path.join(folder, stale + ".before"))
                 log.picture(os.path.join(folder, "augmentation.png"), loader.examples(), columns=8)
     say(config.text(cfg), end="")
     say(f"{folder}: {len(pretrain)} images, {steps} steps an epoch of {loader.batch} = {distributed.world_size()} processes x {loader.local}; "
@@ -221,12 +227,27 @@ def main():
 
     if main_process:
         backbone = os.path.join(folder, "backbone.pt")
-        checkpoint.write(backbone, encoder.backbone.state_dict())
-        seen = [(line["epoch"], line["knn"]) for line in lines(log.path) if "knn" in line]
-        if seen:
-            say(f"\n  kNN    untrained {seen[0][1]:5.1f} %\n  after {epochs:3d} epochs {seen[-1][1]:5.1f} %\n")
-        say(f"{backbone}: the encoder, torchvision's keys\nnext: {probe_command(args, cfg, monitor.obstacle)}")
+        save_backbone(backbone, encoder.backbone, cfg)
+        say(knn_summary(lines(log.path)), end="")
+        say(f"{backbone}: the encoder, torchvision's keys")
+        say(f"next: {probe_command(args, cfg, monitor.obstacle)}")
     distributed.stop()
+
+
+def knn_summary(log):
+    """kNN before training and at the end, as words; "" if a log's lines have none.
+
+    A run that began with knn.every 0 has no line of epoch 0: what stands first is not untrained.
+    """
+    measured = {line["epoch"]: line["knn"] for line in log if "knn" in line}
+    rows = []
+    if 0 in measured:
+        rows.append(f"  kNN    untrained {measured[0]:5.1f} %")
+    if any(measured):
+        last = max(measured)
+        first_words = "  after" if rows else "  kNN after"
+        rows.append(f"{first_words} {last:3d} epochs {measured[last]:5.1f} %")
+    return "\n" + "\n".join(rows) + "\n\n" if rows else ""
 
 
 def probe_command(args, cfg, obstacle):

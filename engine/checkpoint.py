@@ -2,6 +2,7 @@
 noticed; read without unpickling code."""
 import contextlib
 import os
+import shutil
 import socket
 import zlib
 
@@ -16,7 +17,12 @@ try:
 except ImportError:                                        # not on Windows
     fcntl = None
 
-MAY_CHANGE = ("name", "paper", "knn", "linear", "finetune", "detect", "data.workers", "data.root", "data.on_error", "data.check_files")     # on resuming; nothing else of the settings may
+# On resuming these settings may change, and no others. What precision a device has is its own affair:
+# `auto` means another one on other hardware, and whoever names it instead means no other run.
+MAY_CHANGE = (
+    "name", "paper", "knn", "linear", "finetune", "detect", "model.precision",
+    "data.workers", "data.root", "data.on_error", "data.check_files",
+)
 
 
 # ---------------------------------------------------------------------------------------------------- one file
@@ -102,31 +108,96 @@ def read(path):
 
 # ---------------------------------------------------------------------------------------------------- a run's folder and state
 
+@contextlib.contextmanager
 def claim(folder):
-    """Make a run's folder, and let no other process train there as long as what comes back lives. Every process calls it; the first one locks."""
-    held = None
+    """Make a run's folder, and let no other process train there until the block has ended.
+
+    Every process calls it; the first one locks. A run that is refused leaves no lock behind, and no
+    folder that it made for nothing: the program may be a notebook, which lives on.
+    """
+    held, made = None, False
     with distributed.agreeing():
         if distributed.is_main():
             with writing(folder):
+                made = not os.path.isdir(folder)
                 os.makedirs(folder, exist_ok=True)
                 held = lock(folder)
-    return held
+    try:
+        yield
+    finally:
+        if held:
+            unlock(held)
+        if made:
+            with contextlib.suppress(OSError):             # it is not empty: the run has begun
+                os.rmdir(folder)
 
 
 def lock(folder):
-    """lockf, not flock: workers that decode images do not inherit it, and they may live on for some seconds after this process was killed."""
-    file = open(os.path.join(folder, "lock"), "a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        raise SystemExit(f"{folder} is in use: {file.read().strip() or 'another process'} trains there; stop it, wait for it, or choose another name=...")
-    except (AttributeError, OSError) as error:             # Windows, or a network disk without locks
-        return say(f"{folder} cannot be locked ({error}): see to it yourself that no second process trains there")
+    """-> the locked file, or None on a disk without locks.
+
+    lockf, not flock: workers that decode images do not inherit it, and they may live on for some
+    seconds after this process was killed.
+    """
+    while True:
+        file = open(os.path.join(folder, "lock"), "a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            who = file.read().strip() or "another process"
+            file.close()
+            raise SystemExit(
+                f"{folder} is in use: {who} trains there; stop it, wait for it, or choose another name=..."
+            )
+        except (AttributeError, OSError) as error:         # Windows, or a network disk without locks
+            file.close()
+            say(f"{folder} cannot be locked ({error}): see to it yourself that no second process trains there")
+            return None
+        if still_there(file):
+            break
+        # Its owner removed it after it was opened here, so that the next one would lock another.
+        file.close()
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+def unlock(file):
+    """Remove a locked file while it is still locked: whoever opened it before sees in `lock` that it
+    is gone, whoever comes later makes a new one."""
+    with contextlib.suppress(OSError):
+        if still_there(file):
+            os.remove(file.name)
+    file.close()
+
+
+def still_there(file):
+    """Is an open file the one that has its name on the disk?"""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except FileNotFoundError:
+        return False
+
+
+def move_aside(folder):
+    """What a run's folder holds of weights that it starts over without gets names ending in .before,
+    so that nothing takes it for the new run's; what had such a name before is lost.
+
+    That is the weights, what was evaluated and trained from them, their settings and their log. The
+    weights come last: a start that is killed here does the rest the next time.
+    """
+    present = os.listdir(folder)
+    weights = [name for name in ("backbone.pt", "previous.pt", "last.pt") if name in present]
+    results = [name for name in present if name.endswith(".jsonl") and name != "log.jsonl"]
+    results += [name for name in ("finetune", "detect") if name in present]
+    # Without weights these two are of a start that saved nothing yet, and are written anew.
+    records = [name for name in ("config.yaml", "log.jsonl") if name in present and weights]
+    for name in results + records + weights:
+        path = os.path.join(folder, name)
+        if os.path.isdir(path + ".before"):
+            shutil.rmtree(path + ".before")
+        os.replace(path, path + ".before")
 
 
 def before(path):
@@ -149,13 +220,17 @@ def save(path, settings, epoch, **parts):
             broken = not_finite({k: v for k, v in value.items() if k != "place"})      # whose figures may be
             if broken:
                 raise SystemExit(f"{path} is not written, for {broken} is not finite; what was there before is as it was")
-            write(path, {"epoch": epoch, "settings": settings, "rng": rng, **value}, keep=before(path))
+            precision = getattr(parts.get("encoder"), "precision", None)
+            write(path, {"epoch": epoch, "settings": settings, "rng": rng, "precision": precision, **value}, keep=before(path))
 
 
 def not_finite(value, name=""):
     """The name of the first tensor, in nested dicts and lists, with an inf or a NaN; or None."""
     if isinstance(value, torch.Tensor):
-        return name if value.is_floating_point() and not value.isfinite().all() else None
+        if not value.is_floating_point() or not value.numel():
+            return None
+        # A NaN comes out of aminmax as NaN. isfinite would make a copy of a whole bank.
+        return None if torch.stack(value.aminmax()).isfinite().all() else name
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     return next((found for key, v in inside if (found := not_finite(v, f"{name}.{key}".lstrip(".")))), None)
 
@@ -188,12 +263,36 @@ def resume(path, settings, **parts):
     if other:
         raise SystemExit(f"{candidate} is of another run: {other}; choose another name=..., or start this one over with --fresh")
     for name, part in parts.items():
+        if name == "scaler" and not saved[name]:
+            continue  # written in a precision without loss scaling, which begins now if it is needed
         try:
             part.load_state_dict(saved.get(name, {}))
         except (RuntimeError, ValueError) as error:
             raise SystemExit(f"{candidate} does not fit: {' '.join(str(error).split())[:300]}; was the data set changed? start over with --fresh")
-    if len(saved["rng"]) == distributed.world_size():
-        devices.set_rng_state(saved["rng"][distributed.rank()])
-    elif distributed.is_main():
-        print(f"{path} is of {len(saved['rng'])} processes, now there are {distributed.world_size()}: it goes on with fresh random numbers")
+    say_other_precision(candidate, saved.get("precision"), getattr(parts.get("encoder"), "precision", None))
+    resume_random_numbers(candidate, saved["rng"])
     return saved["epoch"]
+
+
+def say_other_precision(path, old, new):
+    """old: None in a file of before it was noted."""
+    if None not in (old, new) and old != new:
+        say(f"{path} was trained in {old} so far, and goes on in {new}")
+
+
+def resume_random_numbers(path, states):
+    """states: of each process that wrote the file, as device.rng_state() gives them.
+
+    Other processes or another kind of device have other random numbers. That is no fault, and said.
+    """
+    if len(states) != distributed.world_size():
+        say(f"{path} is of {len(states)} processes, now there are {distributed.world_size()}: it goes on with fresh random numbers")
+        return
+    state, new = states[distributed.rank()], devices.current.type
+    old = next((kind for kind in state if kind != "cpu"), "cpu")
+    try:
+        devices.set_rng_state(state)
+    except (RuntimeError, TypeError):                      # of a generator that keeps another state
+        old = f"another kind of {old}"
+    if old != new:
+        say(f"{path} was written on {old}, and goes on on {new}: from here on its random numbers are others")

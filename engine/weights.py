@@ -7,7 +7,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-from . import checkpoint
+from . import checkpoint, config
 from .distributed import say
 
 LAYOUTS = {                                                # what stands before `conv1.weight`, once every `module.` is gone
@@ -47,9 +47,41 @@ def read(path):
         return checkpoint.read(path)
 
 
+def save_backbone(path, backbone, settings):
+    """Write backbone.pt: torchvision's keys and nothing else among them.
+
+    settings: of the run. They are an attribute of the state dict, as torch's own versions of the
+    layers are: torch.load brings it along and load_state_dict never looks at it.
+    """
+    weights = backbone.state_dict()
+    weights.settings = settings
+    checkpoint.write(path, weights)
+
+
+def refuse_other_settings(path, saved):
+    """End the program if a run's weights are not of the settings in the config.yaml beside them.
+
+    saved: what the file at `path` holds. Older files of ours, and other people's, say nothing of
+    their settings and are taken.
+    """
+    beside = os.path.join(os.path.dirname(path), "config.yaml")
+    settings = getattr(saved, "settings", None)            # backbone.pt
+    if isinstance(saved, dict) and {"settings", "encoder", "host"} <= set(saved):        # last.pt
+        settings = saved["settings"]
+    if not isinstance(settings, dict) or not os.path.exists(beside):
+        return
+    other = config.difference(settings, config.read(beside), checkpoint.MAY_CHANGE)
+    if other:
+        raise SystemExit(
+            f"{path} was not trained with the settings of {beside}: {other}; finish that run, or "
+            "move the file to another folder and name it with --weights"
+        )
+
+
 def backbone_of(path):
     """The ResNet in a file of any known layout: {torchvision key: tensor}, of CMC {"L." or "ab." + torchvision key: tensor}; and a sentence."""
     saved = read(path)
+    refuse_other_settings(path, saved)
     for key in ("state_dict", "model", "encoder"):
         if isinstance(saved, dict) and isinstance(saved.get(key), dict):
             saved = saved[key]

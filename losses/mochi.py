@@ -26,20 +26,27 @@ from .partition import log_partition
 
 
 class MoCHi(nn.Module):
-    """temperature: t. hardest, mixed, query_mixed: the paper's (N, s, s'). warmup_epochs: so many without mixing (the paper: 10 on
-    ImageNet-100, 15 on ImageNet-1K). oracle: candidates of the query's own class are left out by their TRUE labels, the paper's analysis."""
+    """temperature: t. hardest, mixed, query_mixed: the paper's (N, s, s').
+    warmup_epochs: so many without mixing; null is a twentieth of training, rounded up (the paper: 10 of
+    200 epochs on ImageNet-100, which is that share, and 15 on ImageNet-1K, whatever the epochs).
+    oracle: candidates of the query's own class are left out by their TRUE labels, the paper's analysis.
+    """
 
     def __init__(self, labels=None, epochs=None, *, temperature: float = 0.2, hardest: int = 1024, mixed: int = 1024, query_mixed: int = 128,
-                 warmup_epochs: float = 10, oracle: bool = False):
+                 warmup_epochs: float | None = None, oracle: bool = False):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature is {temperature}; it must be above 0")
         if hardest < 2 or mixed < 0 or query_mixed < 0:
             raise ValueError(f"hardest {hardest} must be at least 2, mixed {mixed} and query_mixed {query_mixed} at least 0")
+        if warmup_epochs is None:
+            warmup_epochs = default_warmup(epochs)
         if warmup_epochs < 0:
-            raise ValueError(f"warmup_epochs is {warmup_epochs}; it must be at least 0")
+            raise ValueError(f"warmup_epochs is {warmup_epochs}; it must be at least 0, or null for a twentieth of training")
         if epochs is not None and warmup_epochs >= epochs:
             say(f"warmup_epochs {warmup_epochs:g} of mochi leaves nothing of epochs {epochs}: no negatives are mixed, and it is nce; lower it")
+        elif epochs is not None and warmup_epochs > 0 and mixed + query_mixed > 0:
+            say(f"mochi mixes from epoch {int(warmup_epochs) + 1} of {epochs} on; until then it is nce (loss.warmup_epochs)")
         if oracle and labels is None:
             raise ValueError("oracle wants the true labels, and this data set has none")
         if oracle:
@@ -111,6 +118,11 @@ class MoCHi(nn.Module):
         positive = (q * k).sum(1)                                                      # (N,)
         loss = F.softplus(Z - positive / self.t).mean()
         return loss, {"K": count(s), "positive": positive.mean(), **figures}
+
+
+def default_warmup(epochs):
+    """A twentieth of training in whole epochs, rounded up, but never all of it; 0 if its length is not known."""
+    return 0 if epochs is None else min(-(-epochs // 20), epochs - 1)
 
 
 @torch.no_grad()

@@ -27,9 +27,10 @@ from test_pairs import PAIRS
 from test_scripts import QUICK, same, state
 from torch import nn
 
+import train_pretrain
 from data.loader import Loader
 from data.shapes import shapes
-from engine import checkpoint, signals
+from engine import checkpoint, signals, weights
 from engine.log import Log
 from losses.nce import NCE
 
@@ -589,6 +590,33 @@ def test_another_runs_checkpoint_is_refused(settings, difference, undisturbed, i
     assert difference in refused(tmp_path, "whole", images, *settings)
 
 
+def test_fresh_leaves_nothing_of_the_old_weights_to_be_taken(undisturbed, images, tmp_path, monkeypatch):
+    """The new run is killed in its first epoch, and once more: what the old one left is there under other names, and nothing of it is evaluated."""
+    whole, _ = undisturbed(*PAIRS["moco-nce"])
+    folder = tmp_path / "runs" / "whole"
+    shutil.copytree(whole / "runs" / "whole", folder)
+    for part in ("finetune", "detect"):
+        os.makedirs(folder / part)
+        (folder / part / "last.pt").write_text(part)
+        (folder / f"{part}.jsonl").write_text(part)
+        os.makedirs(folder / f"{part}.before" / "of an older run")
+    old = {name: (folder / name).read_bytes() for name in ("backbone.pt", "last.pt", "previous.pt", "config.yaml", "log.jsonl", "detect.jsonl")}
+    dies = {"fault": gets(signal.SIGKILL, 0, 3), "code": -signal.SIGKILL}
+    run(tmp_path, "whole", images, *PAIRS["moco-nce"], "loss.temperature=0.3", "--fresh", **dies)
+    run(tmp_path, "whole", images, *PAIRS["moco-nce"], "loss.temperature=0.3", **dies)
+    assert all((folder / f"{name}.before").read_bytes() == value for name, value in old.items())
+    for part in ("finetune", "detect"):
+        assert (folder / f"{part}.before" / "last.pt").read_text() == part and not (folder / part).exists()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="runs/whole holds no backbone.pt; first run"):
+        weights.of_run(None, "runs/whole", "FILE")
+    # An older version left backbone.pt where it was: then it is refused by what it says of itself.
+    with pytest.raises(SystemExit, match=r"backbone.pt.before was not trained with the settings of runs/whole/config.yaml: loss.temperature was 0.2 and is now 0.3"):
+        weights.backbone_of("runs/whole/backbone.pt.before")
+    run(tmp_path, "whole", images, *PAIRS["moco-nce"], "loss.temperature=0.3")
+    assert weights.backbone_of("runs/whole/backbone.pt")[0]
+
+
 def test_a_second_process_on_one_folder_is_refused(images, tmp_path):
     """As long as the first one lives; not when it was killed, though its image workers live for some seconds more."""
     os.mkfifo(tmp_path / "fifo")
@@ -603,11 +631,57 @@ def test_a_second_process_on_one_folder_is_refused(images, tmp_path):
     run(tmp_path, "a", images)
 
 
+def test_a_run_that_is_refused_leaves_no_lock(tmp_path, monkeypatch):
+    """In a notebook, which keeps the traceback and all that the frames in it hold."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_pretrain.py", *SMALL, "data.root=nowhere", "name=a"])
+    with pytest.raises(SystemExit, match="there is no folder nowhere") as kept:
+        train_pretrain.main()
+    assert kept.traceback and not os.path.exists("runs/a")
+    os.makedirs("runs/a")                                  # a folder that was there before stays
+    with pytest.raises(SystemExit, match="there is no folder nowhere"):
+        train_pretrain.main()
+    assert os.listdir("runs/a") == []
+
+
+def others_may_lock(folder):
+    """Does a process of its own get the lock? (To this one its own locks are no obstacle.)"""
+    if not (child := os.fork()):
+        try:
+            checkpoint.lock(folder)
+        except SystemExit:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def test_a_lock_that_is_removed_does_not_let_two_in(tmp_path, monkeypatch):
+    """One process has opened the file when its owner removes it; another comes and makes a new one."""
+    folder, path = str(tmp_path), str(tmp_path / "lock")
+    owner, plain, opened = checkpoint.lock(folder), checkpoint.fcntl.lockf, []
+    assert not others_may_lock(folder)
+
+    def owner_ends_first(file, how):
+        opened.append(os.fstat(file.fileno()).st_ino)
+        if len(opened) == 1:
+            checkpoint.unlock(owner)
+            assert not os.path.exists(path)
+        plain(file, how)
+    monkeypatch.setattr(checkpoint.fcntl, "lockf", owner_ends_first)
+    held = checkpoint.lock(folder)
+    monkeypatch.undo()
+    assert len(opened) == 2 and os.stat(path).st_ino == opened[1] == os.fstat(held.fileno()).st_ino
+    assert not others_may_lock(folder)                     # as it would, if that first file counted
+    checkpoint.unlock(held)
+    assert os.listdir(folder) == [] and others_may_lock(folder)
+
+
 def test_a_disk_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(37, "No locks available")
     monkeypatch.setattr(checkpoint.fcntl, "lockf", no_locks)
-    checkpoint.claim(str(tmp_path / "a"))
+    with checkpoint.claim(str(tmp_path / "a")):
+        pass
     assert "cannot be locked ([Errno 37] No locks available): see to it yourself that no second process trains there" in capsys.readouterr().out
 
 
@@ -642,13 +716,98 @@ def test_nothing_that_is_not_finite_can_be_saved(tmp_path):
     assert checkpoint.resume(path, {}, **parts(0)) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_one_value_that_is_not_finite_is_found(dtype):
+    """By aminmax alone, in every shape that a state has; of integers and of nothing there is none."""
+    fine = {"scalar": torch.zeros((), dtype=dtype), "empty": torch.zeros(0, 3, dtype=dtype), "step": torch.arange(3)}
+    assert checkpoint.not_finite(fine) is None
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        for shape, row in (((), ()), ((999, 33), (998, 32)), ((999, 33), (0, 0)), ((999, 33), (500, 7))):
+            value = torch.randn(shape).to(dtype)
+            value[row] = bad
+            assert checkpoint.not_finite({**fine, "host": [{"bank": value}]}) == "host.0.bank"
+            if shape:
+                assert checkpoint.not_finite({"bank": value.T}) == "bank"
+
+
+def test_looking_for_what_is_not_finite_takes_no_memory():
+    """A bank of 64 MiB: nothing of its size is made beside it, on no device."""
+    made = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+            result = function(*arguments, **(kwargs or {}))
+            made.extend(x.numel() for x in (result if isinstance(result, (list, tuple)) else [result]) if torch.is_tensor(x))
+            return result
+
+    bank = torch.zeros(131072, 128)
+    with Count():
+        assert checkpoint.not_finite({"bank": bank}) is None
+    assert made and max(made) <= 2
+
+
 def test_a_skipped_step_of_fp16_is_no_fault(images, tmp_path):
     run(tmp_path, "fp16", images, fault=scales_too_far)
     scaler = state(tmp_path, "fp16")["scaler"]
     assert scaler["scale"] < 2.0 ** 127 and [line["epoch"] for line in log(tmp_path, "fp16")] == [1, 2, 3]
 
 
+def scales_the_loss():
+    """As fp16 does, on a CPU, whose other precisions need no scaling."""
+    plain = torch.amp.GradScaler
+    torch.amp.GradScaler = lambda device, enabled: plain(device, init_scale=2.0)
+
+
+@pytest.mark.parametrize("first, then", [("fp32", "bf16"), ("bf16", "fp32")])
+def test_a_run_goes_on_on_hardware_of_another_precision(first, then, images, tmp_path):
+    """fp32 stands for fp16, the one with loss scaling. Begun without it, the scaler starts afresh; begun with it, its state is left out."""
+    faults = {"fp32": [scales_the_loss], "bf16": []}
+    stops = gets(signal.SIGTERM, 1, 3)
+    run(tmp_path, "a", images, f"model.precision={first}", fault=functools.partial(both, *faults[first], stops), code=75)
+    assert bool(state(tmp_path, "a")["scaler"]) == (first == "fp32")
+    said = run(tmp_path, "a", images, f"model.precision={then}", fault=functools.partial(both, *faults[then]))
+    assert f"runs/a/last.pt was trained in {first} so far, and goes on in {then}" in said and "going on after step 4 of 8 of epoch 2" in said
+    saved = state(tmp_path, "a")
+    assert saved["epoch"] == 3 and bool(saved["scaler"]) == (then == "fp32") and [line["epoch"] for line in log(tmp_path, "a")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("old, new", [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "mps"), ("cpu", "cpu")])
+def test_random_states_of_another_device_are_no_obstacle(old, new, tmp_path, monkeypatch, capsys):
+    """Those of the CPU are taken, the others left alone; a state that does not fit its generator is too."""
+    path = str(tmp_path / "last.pt")
+    checkpoint.save(path, {}, 1, **parts(1))
+    expected, saved = torch.rand(3), checkpoint.read(path)
+    if old != "cpu":
+        saved["rng"][0][old] = torch.zeros(16, dtype=torch.uint8)
+        torch.save(saved, path)
+    monkeypatch.setattr(checkpoint.devices, "current", torch.device(new))
+    assert checkpoint.resume(path, {}, **parts(0)) == 1 and torch.equal(torch.rand(3), expected)
+    words = f"{path} was written on {old}, and goes on on {new}: from here on its random numbers are others\n"
+    assert capsys.readouterr().out == (words if old != new else "")
+
+    saved["rng"][0]["cpu"] = torch.zeros(3, dtype=torch.uint8)
+    torch.save(saved, path)
+    assert checkpoint.resume(path, {}, **parts(0)) == 1
+    assert f"was written on another kind of {old}, and goes on on {new}" in capsys.readouterr().out
+
+
 def test_a_collapse_is_warned_of_once(images, tmp_path):
     """So strong a weight decay leaves no weights, and all images look alike."""
     said = run(tmp_path, "point", images, "optim.weight_decay=20", "loss.name=nce")
     assert said.count("WARNING: the embeddings collapse: their spread is 0.0") == 1 and log(tmp_path, "point")[2]["spread"] < 0.05
+
+
+# ---------------------------------------------------------------------------------------------------- what the end says
+
+@pytest.mark.parametrize("log, words", [
+    ([{"epoch": 0, "knn": 12.0}, {"epoch": 1, "knn": 17.0}, {"epoch": 2, "knn": 43.0}],
+     "\n  kNN    untrained  12.0 %\n  after   2 epochs  43.0 %\n\n"),
+    # knn.every was 0 at first, and 1 after a resume.
+    ([{"epoch": 1}, {"epoch": 2, "knn": 17.0}, {"epoch": 3, "knn": 43.0}], "\n  kNN after   3 epochs  43.0 %\n\n"),
+    # knn.every was 1 at first, and 0 after a resume: the last figure is not the end's.
+    ([{"epoch": 0, "knn": 12.0}, {"epoch": 1, "knn": 17.0}, {"epoch": 2}], "\n  kNN    untrained  12.0 %\n  after   1 epochs  17.0 %\n\n"),
+    ([{"epoch": 0, "knn": 12.0}, {"epoch": 1}], "\n  kNN    untrained  12.0 %\n\n"),
+    ([{"epoch": 1}], ""),
+])
+def test_only_epoch_0_is_untrained(log, words):
+    assert train_pretrain.knn_summary(log) == words

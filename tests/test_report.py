@@ -87,7 +87,7 @@ def test_a_table_is_whole_though_nothing_was_run(out):
     row_file("b_moco", "moco", "MoCo", "STL-10")
     row_file("part/c_ir", "ir", "IR", "CIFAR-10")
     row_file("detectron2/other", "ir", "another program's", "CIFAR-10")
-    text = out()
+    text = out("--all")
     assert text.splitlines() == ["T 1",
                                  "             CIFAR-10        STL-10",
                                  "             reported  ours  reported  ours",
@@ -95,6 +95,30 @@ def test_a_table_is_whole_though_nothing_was_run(out):
                                  "MoCo         67.5 [1]",
                                  "MoCo + Ring",
                                  "[1] reported: moco README"]
+
+
+def test_tables_without_a_run_stay_out_and_own_runs_come_first(out):
+    """One run prints a few lines, not all the papers' tables."""
+    row_file("a_moco", "moco", "MoCo", "CIFAR-10")
+    row_file("a_ir", "ir", "IR", "CIFAR-10")
+    row_file("b_ir", "ir", "IR", "CIFAR-10", also={"paper": {"table": "T 2", "row": "IR", "column": "CIFAR-10"}})
+    own_file()
+    assert out() == "2 of the papers' 2 tables have no run yet; --all prints them\n"
+    train("own", "mine", linear=40.0)
+    text = out("--markdown", "report.md")
+    titles = [line for line in text.splitlines() if line in ("Other runs", "T 1", "T 2")]
+    assert titles == ["Other runs"] and text.startswith("Other runs\n") and len(text.splitlines()) < 10
+    assert text.endswith("\n\n2 of the papers' 2 tables have no run yet; --all prints them\n")
+    with open("report.md") as f:
+        assert f.read().count("###") == 1
+
+    train("a_ir", "a", linear=50.0)
+    text = out()
+    titles = [line for line in text.splitlines() if line in ("Other runs", "T 1", "T 2")]
+    assert titles == ["Other runs", "T 1"] and "MoCo" in text                            # the whole of a table in which a run stands
+    assert "1 of the papers' 2 tables have no run yet" in text
+    text = out("--all")
+    assert [line for line in text.splitlines() if line in ("Other runs", "T 1", "T 2")] == ["Other runs", "T 1", "T 2"] and "no run yet" not in text
 
 
 def test_seeds_are_averaged_with_their_spread(out):
@@ -260,7 +284,7 @@ def test_other_runs(out):
     train("own", "x_0", linear=50.0, knn=44.0)
     train("own", "x_1", "seed=1", linear=51.0, knn=46.0)
     train("own", "y", "optim.lr=0.5", done=3)
-    text = out()
+    text = out("--all")
     other = text[text.index("Other runs"):]
     assert line_of(other, "x_0, x_1") == ["x_0, x_1", "moco", "ifnd + ring", "cifar10, 500 images, 32 px", "4", "10.0 ± 0.0", "45.0 ± 1.4 [1]", "30.0 ± 0.0",
                                           "50.5 ± 0.7 [2]", "2", "2 min on a toy"]
@@ -273,6 +297,45 @@ def test_other_runs_that_look_alike_say_what_differs(out):
     train("own", "a")
     train("own", "b", "optim.lr=0.5")
     assert "beside a: optim.lr was 0.1 and is 0.5" in out()
+
+
+def test_two_folders_of_images_are_two_experiments(out):
+    """Of equal names too; but one folder, written otherwise, is one. A set with a name is the same wherever it lies."""
+    own_file()
+    for name, seed, root, figure in (("a0", 0, "x/birds", 50.0), ("a1", 1, "x/./birds/", 52.0), ("b0", 0, "y/birds", 10.0), ("c1", 1, "fish", 90.0)):
+        train("own", name, f"seed={seed}", "data.name=folder", f"data.root={root}", linear=figure)
+    for name, seed, root in (("d0", 0, "here"), ("d1", 1, "there")):
+        train("own", name, f"seed={seed}", f"data.root={root}", linear=30.0 + seed)
+    text = out()
+    other = text[text.index("Other runs"):]
+    assert "51.0 ± 1.4" in next(line for line in other.splitlines() if line.startswith("a0, a1 "))
+    assert "30.5 ± 0.7" in next(line for line in other.splitlines() if line.startswith("d0, d1 "))
+    for name, figure, data in (("b0", "10.0", "folder birds"), ("c1", "90.0", "folder fish")):
+        line, = (line for line in other.splitlines() if line.startswith(f"{name} "))
+        assert figure in line and data in line
+    assert "beside a0: data.root was 'x/birds' and is 'y/birds'" in other and "adds no seed" not in text
+
+
+def test_two_folders_are_no_baseline_for_one_another(out):
+    own_file()
+    train("own", "a", "data.name=folder", "data.root=x", linear=50.0)
+    train("own", "b", "data.name=folder", "data.root=y", "loss.name=ring", linear=60.0)
+    assert "+10.0" not in out()
+    train("own", "c", "data.name=folder", "data.root=x/", "loss.name=ring", linear=60.0)
+    assert "+10.0" in out()
+
+
+def test_a_probe_on_the_runs_own_folder_is_its_own(out):
+    """train_linear.py calls a folder by its own name; another folder is elsewhere, as another set is."""
+    own_file()
+    train("own", "a", "data.name=folder", "data.root=images/birds")
+    for data, figure in (("folder birds", 50.0), ("folder fish", 60.0), ("dtd", 70.0)):
+        write("a", "linear", {"weights": "runs/a/backbone.pt", "data": data, "protocol": "p", "seed": 0, "figures": {"top-1": figure}})
+    text = out()
+    assert "50.0 [1]" in next(line for line in text.splitlines() if line.startswith("a "))
+    elsewhere = text[text.index("Other evaluations"):]
+    assert "50.0" not in elsewhere and "evaluated on folder birds" not in text
+    assert "evaluated on folder fish: p" in elsewhere and "evaluated on dtd: p" in elsewhere and "60.0" in elsewhere
 
 
 def test_truncated_lines_and_files_that_do_not_load_are_survived(out):

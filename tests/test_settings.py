@@ -426,7 +426,7 @@ def test_what_no_run_can_bear_is_refused(make, message):
     (lambda: IFND(20, 24, clusters=[3]), "reassign_every 20 leaves no clustering before the end, epochs 20: .* ifnd is nce; lower it"),
     (lambda: IFND(30, 24, clusters=[3, 1]), r"clusters \[3, 1\] has a level of 1, whose one cluster leaves no negatives .*; take 2 or more"),
     (lambda: Ring(5, anneal_epochs=6.0), "anneal_epochs 6 is above epochs 5: the ring does not get down to outer 0.1"),
-    (lambda: MoCHi(epochs=10), "warmup_epochs 10 of mochi leaves nothing of epochs 10: no negatives are mixed"),
+    (lambda: MoCHi(epochs=10, warmup_epochs=10.0), "warmup_epochs 10 of mochi leaves nothing of epochs 10: no negatives are mixed"),
     (lambda: Detect(iterations=1000), r"(?s)milestones \[60000, 80000\]: iterations 1000 end .* falls 0 times.*warmup_iterations 1000 leaves nothing of iterations 1000"),
 ], ids=["milestones", "queue", "draws", "draws in a ring", "reassign", "clusters", "anneal", "mochi's warm-up", "detect"])
 def test_what_does_less_than_it_says_is_said(make, said, capsys):
@@ -436,7 +436,7 @@ def test_what_does_less_than_it_says_is_said(make, said, capsys):
 
 
 def test_nothing_is_said_of_settings_that_suit(capsys):
-    schedule(schedule="step", milestones=[3, 4]), MoCo(Tiny(8, 1), 24, queue_size=24), IFND(21, 24, clusters=[3]), Ring(5, anneal_epochs=5.0), Ring(5), NCE(n_data=24, n_negatives=24), MoCHi(epochs=11), MoCHi(), Detect()
+    schedule(schedule="step", milestones=[3, 4]), MoCo(Tiny(8, 1), 24, queue_size=24), IFND(21, 24, clusters=[3]), Ring(5, anneal_epochs=5.0), Ring(5), NCE(n_data=24, n_negatives=24), MoCHi(epochs=1), MoCHi(), Detect()
     assert capsys.readouterr().out == ""
 
 

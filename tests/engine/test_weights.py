@@ -10,8 +10,8 @@ import torch
 import torchvision
 from torch import nn
 
-from engine import checkpoint
-from engine.weights import backbone_of, detectron2_name, export, load_backbone
+from engine import checkpoint, config
+from engine.weights import backbone_of, detectron2_name, export, load_backbone, save_backbone
 from models.cmc import LabEncoder
 from models.resnet import ResNet
 
@@ -163,6 +163,55 @@ def test_what_is_wrong_is_named(tmp_path):
     refused(None, ResNet("resnet18"), "read safely")
     with pytest.raises(SystemExit, match="does not exist"):
         load_backbone(str(tmp_path / "none.pt"), ResNet("resnet10"))
+
+
+def settings_of_a_run(folder, **loss):
+    """config.yaml in a folder, and the settings that it holds."""
+    settings = {"name": "a", "seed": 0, "loss": {"name": "nce", "temperature": 0.07, **loss}, "optim": {"lr": 1e-05}}
+    (folder / "config.yaml").write_text(config.text(settings))
+    return settings
+
+
+def test_weights_of_other_settings_than_the_runs_are_refused(tmp_path):
+    """backbone.pt and last.pt say with which they were trained; those of before they did, and other people's, are taken."""
+    net, path = ResNet("resnet18"), str(tmp_path / "backbone.pt")
+    old = settings_of_a_run(tmp_path)
+    save_backbone(path, net, old)
+    load_backbone(path, ResNet("resnet18"))
+    load_backbone(path, net)
+    save_backbone(path, net, {**old, "name": "moved", "knn": {"every": 3}})              # what a resumed run may change
+    load_backbone(path, net)
+    last = str(tmp_path / "last.pt")
+    checkpoint.write(last, {"settings": old, "epoch": 1, "host": {}, "encoder": under("backbone.")})
+    load_backbone(last, net)
+
+    save_backbone(path, net, old)
+    settings_of_a_run(tmp_path, temperature=0.3)
+    for file in (path, last):
+        with pytest.raises(SystemExit) as refusal:
+            load_backbone(file, net)
+        assert refusal.value.code == (
+            f"{file} was not trained with the settings of {tmp_path}/config.yaml: loss.temperature was 0.07 and is now 0.3; "
+            "finish that run, or move the file to another folder and name it with --weights"
+        )
+    os.makedirs(tmp_path / "elsewhere")                    # the way out
+    os.rename(path, tmp_path / "elsewhere" / "backbone.pt")
+    load_backbone(str(tmp_path / "elsewhere" / "backbone.pt"), net)
+    checkpoint.write(path, net.state_dict())               # as it was written before
+    load_backbone(path, net)
+
+
+def test_the_settings_are_in_nobodys_way(tmp_path):
+    """torchvision, and torch itself, read a backbone.pt that carries them as one that does not."""
+    path, source = str(tmp_path / "backbone.pt"), ResNet("resnet18")
+    save_backbone(path, source, {"loss": {"name": "nce"}, "list": [1, 2.5, None, True]})
+    saved = torch.load(path, weights_only=True)
+    assert list(saved) == list(source.state_dict()) and all(torch.is_tensor(v) for v in saved.values())
+    assert saved.settings == {"loss": {"name": "nce"}, "list": [1, 2.5, None, True]}
+    net = torchvision.models.resnet18()
+    problems = net.load_state_dict(saved, strict=False)
+    assert problems.missing_keys == ["fc.weight", "fc.bias"] and not problems.unexpected_keys
+    assert torch.equal(net.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
 
 
 def test_files_without_num_batches_tracked_load(tmp_path):

@@ -76,6 +76,26 @@ def test_without_points_or_before_the_warmup_ends_it_is_nce():
         assert MoCHi(temperature=0.2, warmup_epochs=10)(c, 10.0)[0] > expected + 0.1
 
 
+@pytest.mark.parametrize("epochs, warmup", [(1, 0), (2, 1), (12, 1), (20, 1), (21, 2), (60, 3), (200, 10), (800, 40)])
+def test_the_default_warmup_is_a_twentieth_of_training(epochs, warmup, capsys):
+    """Of quickstart's 12 epochs one, of the paper's 200 on ImageNet-100 its 10; and the screen says when mixing begins."""
+    loss_fn = MoCHi(epochs=epochs)
+    assert loss_fn.warmup == warmup
+    begins = f"mochi mixes from epoch {warmup + 1} of {epochs} on; until then it is nce (loss.warmup_epochs)\n"
+    assert capsys.readouterr().out == (begins if warmup else "")
+    c = contrast()
+    expected = NCE(temperature=0.2)(c, 0)[0]
+    assert loss_fn(c, float(warmup))[0] > expected + 0.1
+    if warmup:
+        assert torch.equal(loss_fn(c, warmup - 0.01)[0], expected)
+
+
+def test_a_warmup_that_is_given_is_said_too(capsys):
+    assert MoCHi(epochs=12, warmup_epochs=2.5).warmup == 2.5 and "from epoch 3 of 12 on" in capsys.readouterr().out
+    MoCHi(epochs=12, warmup_epochs=0.0), MoCHi(epochs=12, warmup_epochs=3.0, mixed=0, query_mixed=0)
+    assert capsys.readouterr().out == ""
+
+
 def test_all_equal_gives_log_of_all_points_plus_1():
     c = contrast(N=4, K=50)
     same = c.query.detach()[:1]
