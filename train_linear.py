@@ -15,6 +15,20 @@ import os
 import time
 from typing import Literal
 
+from engine import config
+
+
+def command_line():
+    parser = config.command_line(__doc__)
+    parser.add_argument("--weights", metavar="FILE", help="the encoder's weights; left out: those of the run that --cfg names")
+    parser.add_argument("--no-baselines", action="store_true", help="leave out the untrained encoder and raw pixels")
+    parser.add_argument("--export", nargs=2, metavar=("torchvision|detectron2", "FILE"), help="write the ResNet's weights for another library, and end")
+    return parser
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    config.answer_early(command_line())
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -24,7 +38,7 @@ from data.augment import named
 from data.datasets import load
 from data.loader import Loader, sensible_size
 from data.workers import or_say_what_is_kept
-from engine import config, distributed
+from engine import distributed
 from engine.distributed import say
 from engine.features import KNN, extract, knn, percent
 from engine.schedule import Schedule, sensible, sgd
@@ -89,11 +103,7 @@ class Probe:
 
 
 def main():
-    parser = config.command_line(__doc__)
-    parser.add_argument("--weights", metavar="FILE", help="the encoder's weights; left out: those of the run that --cfg names")
-    parser.add_argument("--no-baselines", action="store_true", help="leave out the untrained encoder and raw pixels")
-    parser.add_argument("--export", nargs=2, metavar=("torchvision|detectron2", "FILE"), help="write the ResNet's weights for another library, and end")
-    args = parser.parse_args()
+    args = command_line().parse_args()
     cfg = config.load(args.cfg, args.overrides)
     if args.print_config:
         return print(config.text(cfg), end="")
