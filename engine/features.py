@@ -13,7 +13,7 @@ from . import distributed
 
 QUERIES = 256  # that are compared with a block of the bank at once
 BLOCK_BYTES = 2**26  # of a block of the bank, and of its similarities to QUERIES queries
-KNN_BYTES = 4 * BLOCK_BYTES  # what kNN needs beside the features and its answer; see `nearest`
+KNN_BYTES = 4 * BLOCK_BYTES  # what kNN needs beside features and answer; see `nearest`
 DEVICE_SHARE = 0.75  # of an accelerator's free memory; the encoder needs some, too
 
 

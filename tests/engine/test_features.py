@@ -67,7 +67,8 @@ def test_neighbours_by_blocks_are_those_of_the_whole_bank(rows, k, monkeypatch):
 
 def test_a_bank_of_one_block_gives_the_same_bits_as_at_once():
     bank, labels, queries = clusters(3000, 500, 64)
-    [(similarity, rows)] = features.nearest(bank, queries, 50, CPU)
+    parts = features.nearest(bank, queries, 50, CPU)
+    similarity, rows = (torch.cat(many) for many in zip(*parts))
     at_once = (F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T).topk(50)
     assert torch.equal(similarity, at_once.values) and torch.equal(rows, at_once.indices)
 
