@@ -230,7 +230,9 @@ def evaluate(probe, encoders, widths, train, test, features_of, monitor, loader,
     y, y_test = train.labels.to(device), test.labels.to(device)
     classes = len(train.classes)
     # All at once, so that each begins with the same numbers whichever others there are.
-    layers = None if probe.classifier == "svm" else new_layers(widths, len(probe.lrs), classes, device)
+    layers = None
+    if probe.classifier == "sgd":
+        layers = new_layers(widths, len(probe.lrs), classes, device)
     rows, scales, x_tests, seconds = {}, {}, {}, 0.0
     for name, encode in encoders.items():
         x_test = features_of(encode, test, f"test, {name}")
@@ -323,7 +325,8 @@ def by_sgd(probe, layers, batches, heads, device):
     optimizers = []
     for i, lr in enumerate(probe.lrs):
         parameters = [p for of_encoder in layers.values() for p in of_encoder[i].parameters()]
-        optimizers.append(sgd(parameters, lr, momentum=probe.momentum, weight_decay=probe.weight_decay))
+        how = {"momentum": probe.momentum, "weight_decay": probe.weight_decay}
+        optimizers.append(sgd(parameters, lr, **how))
     hidden = None if distributed.is_main() else True
     for epoch in tqdm(range(probe.epochs), "linear", leave=False, disable=hidden):
         for lr, optimizer in zip(probe.lrs, optimizers):
