@@ -137,11 +137,11 @@ def test_where_features_fit(device, free, free_here, expected, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], r"features of 60 training and 2400 test images, 3072 numbers an image \(raw pixels\), need "
-         r"0\.299 GB of memory, but 0\.001 GB are free here; leave out raw pixels and the "
-         r"untrained encoder with --no-baselines, or take fewer training images with data\.limit, or allow"),
+    ([], r"of 60 training and 2400 test images, 3072 numbers an image \(raw pixels\), need 0\.299 GB "
+         r"of memory, but 0\.001 GB are free here; leave out raw pixels and the untrained encoder "
+         r"with --no-baselines, or take fewer training images with data\.limit, or allow"),
     (["--no-baselines"], r"64 numbers an image \(tiny\), need 0\.269 GB.*free here; take fewer"),
-])
+], ids=["with baselines", "without"])
 def test_features_that_fit_nowhere_are_refused_before_the_extraction(
         arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
