@@ -19,6 +19,19 @@ import os
 import time
 from typing import Literal
 
+from engine import config
+
+
+def command_line():
+    parser = config.command_line(__doc__)
+    parser.add_argument("--weights", metavar="FILE", help="the backbone's weights; left out: those of the run that --cfg names; none: random ones")
+    parser.add_argument("--fresh", action="store_true", help="start over, though there is a detect/last.pt")
+    return parser
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    config.answer_early(command_line(), also=("detect",))
+
 import numpy as np
 import torch
 from torch import nn
@@ -117,10 +130,7 @@ class Detect:
 
 
 def main():
-    parser = config.command_line(__doc__)
-    parser.add_argument("--weights", metavar="FILE", help="the backbone's weights; left out: those of the run that --cfg names; none: random ones")
-    parser.add_argument("--fresh", action="store_true", help="start over, though there is a detect/last.pt")
-    args = parser.parse_args()
+    args = command_line().parse_args()
     cfg = config.load(args.cfg, args.overrides, also=("detect",))
     if args.print_config:
         return print(config.text(cfg), end="")

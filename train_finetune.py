@@ -17,6 +17,19 @@ import os
 import time
 from typing import Literal
 
+from engine import config
+
+
+def command_line():
+    parser = config.command_line(__doc__)
+    parser.add_argument("--weights", metavar="FILE", help="the encoder's weights, or `none` for random ones; left out: those of the run that --cfg names")
+    parser.add_argument("--fresh", action="store_true", help="start over, though the run has a finetune/last.pt")
+    return parser
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    config.answer_early(command_line(), also=("finetune",))
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -122,10 +135,7 @@ class Classifier(nn.Module):
 
 
 def main():
-    parser = config.command_line(__doc__)
-    parser.add_argument("--weights", metavar="FILE", help="the encoder's weights, or `none` for random ones; left out: those of the run that --cfg names")
-    parser.add_argument("--fresh", action="store_true", help="start over, though the run has a finetune/last.pt")
-    args = parser.parse_args()
+    args = command_line().parse_args()
     cfg = config.load(args.cfg, args.overrides, also=("finetune",))
     if args.print_config:
         return print(config.text(cfg), end="")

@@ -15,6 +15,20 @@ import os
 import time
 from typing import Literal
 
+from engine import config
+
+
+def command_line():
+    parser = config.command_line(__doc__)
+    parser.add_argument("--weights", metavar="FILE", help="the encoder's weights; left out: those of the run that --cfg names")
+    parser.add_argument("--no-baselines", action="store_true", help="leave out the untrained encoder and raw pixels")
+    parser.add_argument("--export", nargs=2, metavar=("torchvision|detectron2", "FILE"), help="write the ResNet's weights for another library, and end")
+    return parser
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    config.answer_early(command_line())
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -25,13 +39,16 @@ from data.datasets import find_obstacle, load
 from data.image_files import say_if_dark
 from data.loader import Loader, sensible_size
 from data.workers import or_say_what_is_kept
-from engine import config, distributed
+from engine import device as devices
+from engine import distributed
 from engine.distributed import say
-from engine.features import KNN, extract, knn, percent
+from engine.features import KNN, KNN_BYTES, extract, knn, percent, where_features_fit
 from engine.schedule import Schedule, sensible, sgd
 from engine.svm import svm
 from engine.weights import export, load_backbone, of_run
 from models.resnet import Encoder
+
+TEST_ROWS = 2**14  # features that are classified at once
 
 
 class Probe:
@@ -90,11 +107,7 @@ class Probe:
 
 
 def main():
-    parser = config.command_line(__doc__)
-    parser.add_argument("--weights", metavar="FILE", help="the encoder's weights; left out: those of the run that --cfg names")
-    parser.add_argument("--no-baselines", action="store_true", help="leave out the untrained encoder and raw pixels")
-    parser.add_argument("--export", nargs=2, metavar=("torchvision|detectron2", "FILE"), help="write the ResNet's weights for another library, and end")
-    args = parser.parse_args()
+    args = command_line().parse_args()
     cfg = config.load(args.cfg, args.overrides)
     if args.print_config:
         return print(config.text(cfg), end="")
@@ -142,28 +155,24 @@ def main():
     encoders[cfg["name"]] = lambda x: encoder(x, "backbone")
     data = source["name"] if source["name"] != "folder" else f"folder {os.path.basename(os.path.normpath(source['root']))}"
     say(f"{weights} on {data}: {len(train)} training and {len(test)} test images, {classes} classes")
-    y, y_test = train.labels.to(device), test.labels.to(device)
-    x_test = {name: extract(encode, test, size, device, workers, what=f"test, {name}") for name, encode in encoders.items()}
-    x = {name: extract(encode, train, size, device, workers, what=f"train, {name}") for name, encode in encoders.items()}
+    widths = measure_widths(encoders, size, device)
+    fewer = [] if args.no_baselines else ["leave out raw pixels and the untrained encoder with --no-baselines"]
+    fewer += [] if source["limit"] is None and probe.data is not None else ["take fewer training images with data.limit"]
+    keep_on = choose_memory(probe, widths, len(train), len(test), device, fewer, args.cfg)
+    features_of = lambda encode, part, what: extract(encode, part, size, device, workers, what=what, keep_on=keep_on)
     monitor = build(KNN, "knn", train=train, test=test, image_size=size, device=device, workers=workers)
-    began = time.time()
-    if probe.classifier == "svm":
-        rows = {name: {"mAP": svm(x[name], y, x_test[name], y_test, probe.C, train.classes,
-                                  probe.difficult)} for name in encoders}
-    else:
-        rows = {name: {"knn": percent(knn(x[name], y, x_test[name], monitor.k, monitor.temperature) == y_test)} for name in encoders}
-        loader = None if probe.features == "cached" else config.build(
-            Loader, {**source, "augment": probe.augment, "augment_backend": "batched"}, f"{args.cfg}: linear", dataset=train, batch_size=probe.batch_size,
-            n_views=1, seed=cfg["seed"] + 1, device=device, drop_last=False)
-        for name, figures in by_sgd(probe, encoders, x, y, x_test, y_test, classes, loader, cfg["seed"]).items():
-            rows[name] |= figures
+    augmented = probe.classifier == "sgd" and probe.features == "augmented"
+    loader = None if not augmented else config.build(
+        Loader, {**source, "augment": probe.augment, "augment_backend": "batched"}, f"{args.cfg}: linear", dataset=train, batch_size=probe.batch_size,
+        n_views=1, seed=cfg["seed"] + 1, device=device, drop_last=False)
+    rows, seconds = evaluate(probe, encoders, widths, train, test, features_of, monitor, loader, cfg["seed"], device)
 
     # ------------------------------------------------------------------------------------------------ what came out
     for name, value in encoder.backbone.state_dict().items():
         if not torch.equal(value, before[name]):
             raise SystemExit(f"the frozen encoder moved: {name} changed; this is a fault of the program, and the figures are void")
     columns = list(next(iter(rows.values())))
-    neighbours = "" if probe.classifier == "svm" else f"\nkNN: k {min(monitor.k, len(train))}, T {monitor.temperature:g}, on the pooled features"
+    neighbours = "" if probe.classifier == "svm" else f"\nkNN: {monitor.neighbours()}, T {monitor.temperature:g}, on the pooled features"
     say(f"\n{probe}{neighbours}{'; raw pixels at most 32 x 32' if not args.no_baselines else ''}; the encoder's weights did not move\n")
     say("\n".join([f"{'':24}" + "".join(f"{c:>16}" for c in columns)] + [f"{name:24}" + "".join(f"{row[c]:16.2f}" for c in columns) for name, row in rows.items()]))
     if main_process:
@@ -173,53 +182,182 @@ def main():
         figures = {k.split(",")[0]: row[k] for k in columns if "," not in k or k.endswith(f", lr {probe.lrs[0]:g}")}     # of several lr the first is reported
         with open(os.path.join(folder, "linear.jsonl"), "a") as f:
             f.write(json.dumps({"weights": weights, "data": data, "protocol": str(probe), "knn": str(monitor).replace(monitor.feature, "backbone"),
-                                "seed": cfg["seed"], "seconds": round(time.time() - began, 1), "figures": figures, "rows": rows}) + "\n")
+                                "seed": cfg["seed"], "seconds": round(seconds, 1), "figures": figures, "rows": rows}) + "\n")
     distributed.stop()
 
 
-def by_sgd(probe, encoders, x, y, x_test, y_test, classes, loader, seed):
-    """One linear layer for each encoder and each learning rate, all trained side by side. x, x_test: {encoder: features (n, F)}; loader: of
-    augmented images, or None to train on x. -> {encoder: {"top-1, lr ...": %, "top-5, lr ...": %}}"""
-    scale = {name: (v.mean(0), v.std(0).clamp(min=1e-6)) if probe.standardize else (0.0, 1.0) for name, v in x.items()}
-    ready = lambda name, v: (v - scale[name][0]) / scale[name][1]
-    layers = nn.ModuleDict({key(name): nn.ModuleList(nn.Linear(v.shape[1], classes) for _ in probe.lrs) for name, v in x.items()}).to(y.device)
+def measure_widths(encoders, image_size, device):
+    """-> {encoder: how many numbers it makes of an image}"""
+    with torch.no_grad():  # CMC's encoder has two streams: ask how wide it is
+        image = torch.zeros(1, 3, image_size, image_size, device=device)
+        return {name: encode(image).shape[1] for name, encode in encoders.items()}
+
+
+def choose_memory(probe, widths, n_train, n_test, device, fewer, file):
+    """The device that the features are kept on: `device`, or the CPU where that has too little
+    memory free.
+
+    widths: {encoder: F}. fewer: what else would make them fit, in words. All processes call it.
+    SystemExit, before anything is extracted, where the features of one encoder fit nowhere.
+    """
+    name, width = max(widths.items(), key=lambda item: item[1])
+    needed = 4 * width * (n_train + n_test)
+    if probe.features == "augmented":  # the test images' features of all encoders wait for the end
+        needed += 4 * n_test * (sum(widths.values()) - width)
+    if probe.classifier == "svm":
+        needed *= 2  # it makes a copy of unit length
+    keep_on, lacking = where_features_fit(needed + KNN_BYTES, device)
+    problem = None if lacking is None else (
+        f"{file}: the features of {n_train} training and {n_test} test images, {width} numbers an "
+        f"image ({name}), need {(needed + KNN_BYTES) / 1e9:.3g} GB of memory, but {lacking}; "
+        + ", or ".join([*fewer, "allow more memory"])
+    )
+    distributed.agree(problem)
+    if keep_on.type != device.type:
+        say(f"the features, {needed / 1e9:.3g} GB, are kept in the machine's memory: {device} has "
+            f"{devices.free_memory(device) / 1e9:.3g} GB free")
+    return keep_on
+
+
+def evaluate(probe, encoders, widths, train, test, features_of, monitor, loader, seed, device):
+    """kNN and linear layers, or SVMs, on the features of one encoder after the other, so that no
+    more than one encoder's are in memory.
+
+    encoders: {name: (b, 3, S, S) -> (b, F)}. widths: {name: F}.
+    features_of: (encode, data set, words for the progress bar) -> (n, F).
+    loader: of augmented images, which all encoders see side by side; None to train on features.
+    -> {encoder: {figure: %}}, and the seconds that it took beside the extraction
+    """
+    y, y_test = train.labels.to(device), test.labels.to(device)
+    classes = len(train.classes)
+    # All at once, so that each begins with the same numbers whichever others there are.
+    layers = None
+    if probe.classifier == "sgd":
+        layers = new_layers(widths, len(probe.lrs), classes, device)
+    rows, scales, x_tests, seconds = {}, {}, {}, 0.0
+    for name, encode in encoders.items():
+        x_test = features_of(encode, test, f"test, {name}")
+        x = features_of(encode, train, f"train, {name}")
+        began = time.time()
+        if probe.classifier == "svm":
+            rows[name] = {"mAP": svm(x, y, x_test, y_test, probe.C, train.classes, probe.difficult)}
+        else:
+            right = knn(x, y, x_test, monitor.voters, monitor.temperature) == y_test
+            rows[name] = {"knn": percent(right)}
+            scale = Standardize(x, device) if probe.standardize else Standardize(None, device)
+            if loader is None:
+                own = nn.ModuleDict({key(name): layers[key(name)]})
+                batches = cached_batches(name, x, y, scale, probe.batch_size, seed)
+                by_sgd(probe, own, batches, Heads(own), device)
+                rows[name] |= accuracies(probe, layers[key(name)], scale, x_test, y_test)
+            else:
+                scales[name], x_tests[name] = scale, x_test
+        seconds += time.time() - began
+        x = x_test = None  # or they would stay while the next encoder's are extracted
+    if loader is not None:
+        began = time.time()
+        batches = augmented_batches(loader, encoders, scales, y)
+        by_sgd(probe, layers, batches, distributed.wrap(Heads(layers), device), device)
+        for name in encoders:
+            rows[name] |= accuracies(probe, layers[key(name)], scales[name], x_tests[name], y_test)
+        seconds += time.time() - began
+    return rows, seconds
+
+
+class Standardize:
+    """Features (b, F), wherever they are kept -> on `device`, brought to mean 0 and variance 1 by
+    those of the training set, x (n, F); with x None, as they are."""
+
+    def __init__(self, x, device):
+        self.device, self.mean, self.std = device, 0.0, 1.0
+        if x is not None:
+            self.mean, self.std = x.mean(0).to(device), x.std(0).clamp(min=1e-6).to(device)
+
+    def __call__(self, features):
+        return (features.to(self.device) - self.mean) / self.std
+
+
+def new_layers(widths, count, classes, device):
+    """{encoder: F} -> a ModuleDict of `count` linear layers for each encoder."""
+    layers = nn.ModuleDict({
+        key(name): nn.ModuleList(nn.Linear(width, classes) for _ in range(count))
+        for name, width in widths.items()
+    }).to(device)
     for layer in layers.modules():
-        if isinstance(layer, nn.Linear):                   # the convention of the released code
-            nn.init.normal_(layer.weight, std=0.01), nn.init.zeros_(layer.bias)
-    optimizers = [(lr, sgd([p for l in layers.values() for p in l[i].parameters()], lr, momentum=probe.momentum, weight_decay=probe.weight_decay))
-                  for i, lr in enumerate(probe.lrs)]
-    heads = distributed.wrap(Heads(layers), y.device) if loader else Heads(layers)
+        if isinstance(layer, nn.Linear):  # the convention of the released code
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+    return layers
+
+
+def cached_batches(name, x, y, scale, batch_size, seed):
+    """-> epoch -> ({name: features (b, F)}, labels (b,)) for each step, of features x (n, F).
+
+    In the same order for each encoder. Every process trains the same layer on all features.
+    """
     order = torch.Generator().manual_seed(seed)
 
-    def epoch_of(epoch):
-        """-> ({name: features (b, F)}, labels (b,)) for each step"""
-        if loader:
-            batches = or_say_what_is_kept(loader.epoch(epoch), lambda: "a linear probe saves nothing before its end: start it again")
-            for (images,), index in batches:
-                yield {name: ready(name, encode(images)) for name, encode in encoders.items()}, y[index]
-        else:                                              # every process trains the same layers on all features
-            for index in torch.randperm(len(y), generator=order).to(y.device).split(probe.batch_size):
-                yield {name: ready(name, v[index]) for name, v in x.items()}, y[index]
+    def batches(epoch):
+        for rows in torch.randperm(len(y), generator=order).to(y.device).split(batch_size):
+            yield {name: scale(x[rows.to(x.device)])}, y[rows]
 
-    for epoch in tqdm(range(probe.epochs), "linear", leave=False, disable=None if distributed.is_main() else True):
-        for lr, optimizer in optimizers:
+    return batches
+
+
+def augmented_batches(loader, encoders, scales, y):
+    """-> epoch -> ({encoder: features (b, F)}, labels (b,)) for each step, of augmented images."""
+    def batches(epoch):
+        images_of_epoch = or_say_what_is_kept(
+            loader.epoch(epoch),
+            lambda: "a linear probe saves nothing before its end: start it again",
+        )
+        for (images,), rows in images_of_epoch:
+            yield {name: scales[name](encode(images)) for name, encode in encoders.items()}, y[rows]
+
+    return batches
+
+
+def by_sgd(probe, layers, batches, heads, device):
+    """Train linear layers side by side: of each encoder in `layers`, one for each learning rate.
+
+    batches: see cached_batches. heads: Heads(layers), or DDP of it. SystemExit where the loss is
+    not finite at the end.
+    """
+    optimizers = []
+    for i, lr in enumerate(probe.lrs):
+        parameters = [p for of_encoder in layers.values() for p in of_encoder[i].parameters()]
+        how = {"momentum": probe.momentum, "weight_decay": probe.weight_decay}
+        optimizers.append(sgd(parameters, lr, **how))
+    hidden = None if distributed.is_main() else True
+    for epoch in tqdm(range(probe.epochs), "linear", leave=False, disable=hidden):
+        for lr, optimizer in zip(probe.lrs, optimizers):
             optimizer.param_groups[0]["lr"] = lr * probe.schedule(epoch)
-        for features, target in epoch_of(epoch):
-            loss = sum(F.cross_entropy(logits, target) for many in heads(features).values() for logits in many)
-            for _, optimizer in optimizers:
+        for features, target in batches(epoch):
+            logits = [one for of_encoder in heads(features).values() for one in of_encoder]
+            loss = sum(F.cross_entropy(one, target) for one in logits)
+            for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            for _, optimizer in optimizers:
+            for optimizer in optimizers:
                 optimizer.step()
     if not loss.isfinite():
         raise SystemExit(f"the probe's loss is {loss.item()}; lower linear.lr ({probe.lrs})")
 
-    rows = {name: {} for name in x}
-    for name, row in rows.items():
-        for i, lr in enumerate(probe.lrs):
-            top = layers[key(name)][i](ready(name, x_test[name])).topk(min(5, classes)).indices == y_test[:, None]        # (m, 5)
-            row |= {f"top-1, lr {lr:g}": percent(top[:, 0]), f"top-5, lr {lr:g}": percent(top.any(1))}
-    return rows
+
+@torch.no_grad()
+def accuracies(probe, layers, scale, x_test, y_test):
+    """-> {"top-1, lr ...": %, "top-5, lr ...": %} of the layers of one encoder, one a learning rate.
+
+    x_test: (m, F).
+    """
+    figures = {}
+    for lr, layer in zip(probe.lrs, layers):
+        k = min(5, layer.out_features)
+        top = [layer(scale(x)).topk(k).indices for x in x_test.split(TEST_ROWS)]
+        right = torch.cat(top) == y_test[:, None]  # (m, 5)
+        figures[f"top-1, lr {lr:g}"] = percent(right[:, 0])
+        figures[f"top-5, lr {lr:g}"] = percent(right.any(1))
+    return figures
 
 
 class Heads(nn.Module):

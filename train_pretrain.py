@@ -17,6 +17,19 @@ import os
 import shlex
 import time
 
+from engine import config
+
+
+def command_line():
+    parser = config.command_line(__doc__)
+    parser.add_argument("--fresh", action="store_true", help="start over, though the run has a last.pt")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks: the first step takes a minute, the others a few %% less")
+    return parser
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    config.answer_early(command_line())
+
 import torch
 from tqdm import tqdm
 
@@ -36,10 +49,7 @@ from models.resnet import Encoder
 
 
 def main():
-    parser = config.command_line(__doc__)
-    parser.add_argument("--fresh", action="store_true", help="start over, though the run has a last.pt")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the networks: the first step takes a minute, the others a few %% less")
-    args = parser.parse_args()
+    args = command_line().parse_args()
     cfg = config.load(args.cfg, args.overrides)
     if args.print_config:
         return print(config.text(cfg), end="")

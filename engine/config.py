@@ -1,6 +1,7 @@
 """Settings: a YAML file, `key.sub=value` overrides, checked against the signatures of the code that will receive them.
 
 The keyword-only arguments of a class or function are its YAML keys, their defaults the only defaults, their annotations the types.
+They are read from the files (engine/signatures.py): neither torch nor torchvision is imported here.
 A file is whole by itself, or says `base: other.yaml` (one level deep, beside it) and holds the difference.
 """
 import argparse
@@ -14,6 +15,8 @@ import re
 import typing
 
 import yaml
+
+from . import signatures
 
 # section -> whose keyword-only arguments its keys are: "module:name"; {key} is filled in from the section itself
 SECTIONS = {
@@ -45,6 +48,19 @@ def command_line(description):
     )
     parser.parse_args = parser.parse_intermixed_args       # key=value may stand before and after the options
     return parser
+
+
+def answer_early(parser, also=()):
+    """What a command line can be told before torch is imported, which takes seconds: --help,
+    --print-config and a refusal of the settings end the program here. Else nothing happens.
+
+    also: as load's.
+    """
+    args = parser.parse_args()
+    settings = load(args.cfg, args.overrides, also)
+    if args.print_config:
+        print(text(settings), end="")
+        raise SystemExit
 
 
 def load(path, overrides=(), also=()):
@@ -99,7 +115,7 @@ def resolve(section, given, where):
                 raise SystemExit(f"{where}.{key} is {brief(given[key])}{nearest(given[key], there)}; there are {', '.join(there)}")
             parameters[key] = inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=str)
             home = home.replace("{" + key + "}", given[key])
-        parameters.update(keys_of_choice(find(home)))
+        parameters.update(keys_at(home))
     unknown(given, parameters, where + ".")
     whole = {}
     for key, parameter in parameters.items():
@@ -147,6 +163,14 @@ def modules(package):
     """The methods, or the hosts: the files in losses/, or those in models/ that are not parts of hosts. There is no registry."""
     folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), package)
     return sorted({f[:-3] for f in os.listdir(folder) if f.endswith(".py")} - {"__init__", "resnet", "memory", "momentum", "partition", "together"})
+
+
+def keys_at(home):
+    """keys_of_choice of "module:name"; its module is imported only where that cannot be avoided."""
+    try:
+        return signatures.keyword_only(home)
+    except signatures.Unreadable:
+        return keys_of_choice(find(home))
 
 
 def keys_of_choice(target):
@@ -276,7 +300,7 @@ def put(section, name, key, value):
     """Set a key. Another host takes none of the old host's keys along (MoCo's `momentum` is not IR's); another method, those that it shares."""
     old = section.get(key)
     if key == CHOICE.get(name) and old != value and old in modules(PACKAGE[name]) and value in modules(PACKAGE[name]):
-        before, after = (set(keys_of_choice(find(SECTIONS[name][-1].replace("{" + key + "}", v))))
+        before, after = (set(keys_at(SECTIONS[name][-1].replace("{" + key + "}", v)))
                          for v in (old, value))
         for stale in before if name == "model" else before - after:
             section.pop(stale, None)

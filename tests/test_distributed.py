@@ -26,7 +26,7 @@ def two(tmp_path_factory):
         from data.loader import Loader
         from data.shapes import shapes
         from engine import distributed
-        from engine.features import extract
+        from engine.features import extract, knn
         from engine.kmeans import kmeans
         device = distributed.start()
         r = distributed.rank()
@@ -49,6 +49,7 @@ def two(tmp_path_factory):
                "gather": distributed.gather(torch.arange(3) + 10 * r), "broadcast": distributed.broadcast(torch.tensor([7 + r])),
                "mean": distributed.mean(torch.tensor([float(r)])), "objects": distributed.gather_objects({"rank": r}), "bn": bn.running_mean,
                "extract": extract(lambda x: x.flatten(1), data, 32, device),
+               "knn": knn(images.flatten(1).float(), labels, images[:9].flatten(1) + 0.5, 3, 0.1),
                "views": [torch.stack(v) for v, _ in loader.epoch(3)], "index": [i for _, i in loader.epoch(3)]}
         torch.save(saw, f"saw{r}.pt")
         distributed.stop()
@@ -94,6 +95,17 @@ def test_uneven_data_lose_and_repeat_no_image(two):
     expected = torch.from_numpy(shapes(21)[0]).float().flatten(1) / 255
     for saw in two:
         assert torch.allclose(saw["extract"], expected)
+
+
+def test_two_processes_share_the_queries_of_knn(two):
+    """Nine of them, of which the second gets four."""
+    from data.shapes import shapes
+    from engine.features import knn
+    images, labels = map(torch.from_numpy, shapes(21))
+    expected = knn(images.flatten(1).float(), labels, images[:9].flatten(1) + 0.5, 3, 0.1)
+    assert len(expected.unique()) > 2
+    for saw in two:
+        assert torch.equal(saw["knn"], expected)
 
 
 def test_two_processes_see_the_very_views_of_one(two):

@@ -30,7 +30,7 @@ from data.augment import RECIPES, Augment
 from data.datasets import ArraySet
 from data.loader import Loader
 from engine import checkpoint, distributed
-from engine.features import knn
+from engine.features import KNN, knn
 from engine.kmeans import kmeans
 from losses.partition import LogPartition
 from models.cmc import CMC
@@ -320,22 +320,31 @@ def test_finetuning(host, precision, tmp_path, monkeypatch):
         assert saved
 
 
+@pytest.mark.parametrize("keep_on", [GPU, torch.device("cpu")], ids=str)
 @pytest.mark.parametrize("augmented", [False, True])
-def test_linear_probe(augmented):
+def test_linear_probe(augmented, keep_on):
+    """keep_on: where the features are kept. Those on the CPU are moved batch by batch."""
     probe = train_linear.Probe(epochs=2, batch_size=8)
     train = small(part="train")
     with fake_gpu() as gpu:
         train = train.to(GPU)
-        y = train.labels.to(GPU)
-        x = torch.zeros(16, 12, device=GPU)
+        monitor = KNN(train, train, 8, GPU, 0)
         loader = Loader(train, 8, 1, 0, GPU, augment="crop_flip", image_size=8)
         encoders = {"a.b": lambda images: images.flatten(1)[:, :12]}
+
+        def features_of(encode, part, what):
+            return torch.zeros(16, 12, device=keep_on)
+
         gpu.waits.clear()
-        rows = train_linear.by_sgd(probe, encoders, {"a.b": x}, y, {"a.b": x}, y, 3,
-                                   loader if augmented else None, 0)
-        assert set(rows["a.b"]) == {f"top-{k}, lr {lr:g}" for k in (1, 5) for lr in (0.01, 0.1)}
-        places = {where.split(":")[0] for _, what, where in gpu.waits if what != COPY}
-        assert places == {"train_linear.py", "engine/features.py"}                     # at the end
+        rows, _ = train_linear.evaluate(probe, encoders, {"a.b": 12}, train, train, features_of,
+                                        monitor, loader if augmented else None, 0, GPU)
+        tops = {f"top-{k}, lr {lr:g}" for k in (1, 5) for lr in (0.01, 0.1)}
+        assert set(rows["a.b"]) == {"knn"} | tops
+        waits = {(what, where.split(":")[0]) for _, what, where in gpu.waits if what != COPY}
+        # At the end; and for the rows of a batch, where the CPU looks them up.
+        at_the_end = {("item", "train_linear.py"), ("item", "engine/features.py")}
+        moved = {("copy to the CPU", "train_linear.py")}
+        assert waits == at_the_end | (moved if keep_on != GPU and not augmented else set())
 
 
 # ------------------------------------------------------------------------------------ parts

@@ -40,7 +40,7 @@ JOB = """
     from engine import checkpoint, distributed
     import train_pretrain
 
-    device, saved = distributed.start(), None
+    device, stop, saved = distributed.start(), distributed.stop, None
     distributed.start, distributed.stop = lambda asked: device, lambda: None
     plain = checkpoint.save
 
@@ -84,6 +84,7 @@ JOB = """
         found[name] = distributed.gather_objects((whole, run(name + "-cut", settings, shuffled)))
     if distributed.is_main():
         json.dump(found, open("found.json", "w"))
+    stop()
 """
 
 

@@ -44,9 +44,10 @@ def child(work, argument, folder, environment):
     os.dup2(os.open(f"said{environment.get('RANK', 0)}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     os.dup2(1, 2)
     multiprocessing.set_start_method("fork", force=True)   # image workers are forked, as in a program of its own; else each gets a server that imports torch anew
-    device = distributed.start()
+    device, stop = distributed.start(), distributed.stop
     distributed.start, distributed.stop = lambda asked: device, lambda: None                 # one group for several runs of a script
     work(argument)
+    stop()
 
 
 def begin(world, folder, work, argument):

@@ -455,12 +455,12 @@ def test_more_than_there_are_candidates_is_taken_as_it_is_meant(loss, K):
 
 
 def test_neighbours_beyond_the_bank_and_a_small_temperature():
-    """k: all there are. e^{s / T} overflows below T = 1 / 88, and all classes would tie at infinity: the first would win."""
+    """k: all there are, of which the monitor lets a tenth vote. e^{s / T} overflows below T = 1 / 88, and all classes would tie at infinity: the first would win."""
     bank, labels = F.normalize(torch.tensor([[1.0, 0.1], [1.0, 0.0], [0.0, 1.0]]), dim=1), torch.tensor([0, 1, 2])
     queries = torch.tensor([[1.0, 0.0], [0.1, 1.0]])
     for temperature in (1.0, 0.1, 0.01, 1e-4, 1e-30):
         assert knn(bank, labels, queries, 1000, temperature).tolist() == [1, 2]
-    assert str(KNN(DATA, DATA, 16, CPU, 0)).startswith("weighted kNN, k 24,")
+    assert str(KNN(DATA, DATA, 16, CPU, 0)).startswith("weighted kNN, k 2 (knn.k is 200,")
 
 
 @pytest.mark.parametrize("script,arguments,message", [

@@ -5,7 +5,6 @@ from literal import contrast, info_nce, mean_over_queries, nearest, ring
 from test_ifnd import N_DATA, clustered
 from test_mochi import fixed
 
-from losses import NEVER
 from losses.ifnd import IFND
 from losses.jcl import JCL
 from losses.mochi import MoCHi
