@@ -261,7 +261,8 @@ def test_the_schedule():
 
 # ---------------------------------------------------------------------------------------------------- the script
 
-@pytest.mark.parametrize("task", ["mask", pytest.param("keypoint", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["mask", "keypoint"])
 def test_fine_tuning_on_real_images(few, tmp_path, monkeypatch, capsys, task):
     cfg = settings(tmp_path, task=task, data=few, iterations=51, eval_every=50)
     os.makedirs(tmp_path / "runs" / "a")

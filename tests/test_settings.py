@@ -258,6 +258,7 @@ def tally(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------- whatever
 
+@pytest.mark.slow
 def test_values_are_taken_as_they_stand_or_refused_and_what_follows_is_built_or_refused(tally):
     """One to three keys of a valid run get another value, in the file or on the command line."""
     chance, valid = random.Random(1), {}

@@ -184,6 +184,7 @@ def test_a_download_that_fails_is_one_sentence(tmp_path, monkeypatch):
         load("pretrain", 0, name="cifar10", root=str(tmp_path))
 
 
+@pytest.mark.slow
 def test_real_cifar10():
     root = real("cifar-10-batches-py") and REAL
     train, test = load("pretrain", 0, name="cifar10", root=root), load("test", 0, name="cifar10", root=root)

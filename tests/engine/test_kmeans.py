@@ -54,6 +54,7 @@ def test_the_start_finds_groups_that_random_rows_miss():
     assert ours < 0.95 * objective(x, *kmeans(x, 60, restarts=1, start="random"))
 
 
+@pytest.mark.slow
 def test_memory_beyond_the_data_is_under_200_MB():
     """Peak resident memory of a process of its own, before and after."""
     job = textwrap.dedent("""
