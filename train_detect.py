@@ -48,7 +48,7 @@ from tqdm import tqdm
 from data import detection
 from data.image_files import say_if_dark
 from data.workers import or_say_what_is_kept, say_what_is_kept
-from engine import checkpoint, config
+from engine import checkpoint
 from engine import device as devices
 from engine import distributed
 from engine.distributed import say

@@ -40,7 +40,7 @@ from data.datasets import balanced, find_obstacle, load
 from data.image_files import say_if_dark
 from data.loader import Loader, sensible_size
 from data.workers import or_say_what_is_kept, say_what_is_kept
-from engine import checkpoint, config, distributed
+from engine import checkpoint, distributed
 from engine.distributed import say
 from engine.features import extract, percent
 from engine.log import Log, lines

@@ -37,7 +37,7 @@ from data.datasets import load
 from data.image_files import say_if_dark
 from data.loader import Loader
 from data.workers import or_say_what_is_kept, say_what_is_kept
-from engine import checkpoint, config, distributed, signals
+from engine import checkpoint, distributed, signals
 from engine.distributed import say
 from engine.features import KNN, embeddings
 from engine.log import Log, lines
