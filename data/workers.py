@@ -34,6 +34,10 @@ import torch
 # Jobs that each worker has, unless the caller says otherwise: one at work and one to go on with.
 BATCHES_AHEAD = 2
 CHECK_PARENT_SECONDS = 5
+# How long a worker may take to begin before another one takes its place: see `start`. Where there is
+# no fork it imports torch anew.
+BEGIN_SECONDS = (10, 20, 40, 80) if hasattr(os, "fork") else (600,)
+BEGUN = "begun"
 
 
 class InputLost(SystemExit):
@@ -138,6 +142,14 @@ class Worker:
         self.process.start()
         theirs.close()
 
+    def has_begun(self, seconds):
+        """Wait for its first message. One that died is noticed later, with its reason."""
+        if not self.pipe.poll(seconds):
+            return False
+        with contextlib.suppress(EOFError, OSError):
+            assert self.pipe.recv() == BEGUN
+        return True
+
     def stop(self):
         """At once, whatever it does: a worker only reads."""
         # Not in a process that was forked with this object in its memory.
@@ -196,10 +208,27 @@ def in_this_process(function, job):
 
 
 def start(workers, function, count, setting):
-    """Append `count` workers to a list."""
+    """Append `count` workers to a list, and wait until they have begun.
+
+    A fork can wait for ever for a lock that some other thread held at that moment, for it has no
+    such thread. In CPython 3.11 that is the lock of all thread states, which a thread of C++ takes
+    without the GIL (PyOS_AfterFork_Child, _PyThreadState_DeleteExcept; seen after a collective of
+    gloo's). Such a worker is killed, and another one is forked."""
     try:
         for _ in range(count):
             workers.append(Worker(function, workers))
+        for i in range(count):
+            for seconds in BEGIN_SECONDS:
+                if workers[i].has_begun(seconds):
+                    break
+                workers[i].stop()
+                workers[i] = Worker(function, workers[:i] + workers[i + 1 :])
+            else:
+                raise InputLost(
+                    f"an image worker did not begin within {BEGIN_SECONDS[-1]} s, nor did "
+                    f"{len(BEGIN_SECONDS) - 1} before it: this machine does too much else, or lower "
+                    f"{setting} (0 needs no workers)"
+                )
     except OSError as error:
         why = shortage(error) or f"the system has no more processes or memory ({error.strerror})"
         raise InputLost(
@@ -262,6 +291,7 @@ def serve(function, pipe, parent, inherited):
         other.close()
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        pipe.send(BEGUN)
         while True:
             while not pipe.poll(CHECK_PARENT_SECONDS):
                 # It was killed, while another program holds a copy of its end of the pipe.

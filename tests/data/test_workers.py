@@ -434,3 +434,30 @@ def test_a_loader_starts_as_many_workers_as_fit_and_makes_the_same_views(
         SystemExit, match="GB are free here; take a smaller batch_size or image_size"
     ):
         loader(folder, 4)
+
+
+# -------------------------------------------------- one that never begins
+
+
+def test_a_worker_that_never_begins_is_replaced(tmp_path, monkeypatch):
+    """As a fork that waits for a lock which a thread of its parent held."""
+    serve = workers.serve
+
+    def stuck_at_first(*arguments):
+        with contextlib.suppress(FileExistsError):
+            (tmp_path / "first").touch(exist_ok=False)
+            signal.pause()
+        serve(*arguments)
+
+    monkeypatch.setattr(workers, "serve", stuck_at_first)
+    monkeypatch.setattr(workers, "BEGIN_SECONDS", (0.5, 60))
+    assert list(in_workers(abs, [-1, -2, -3], 2)) == [1, 2, 3]
+    assert (tmp_path / "first").exists() and not multiprocessing.active_children()
+
+
+def test_workers_that_never_begin_are_a_sentence(monkeypatch):
+    monkeypatch.setattr(workers, "serve", lambda *arguments: signal.pause())
+    monkeypatch.setattr(workers, "BEGIN_SECONDS", (0.1, 0.2))
+    with pytest.raises(InputLost, match="did not begin within 0.2 s, nor did 1 before it.*0 needs"):
+        list(in_workers(abs, [-1], 1))
+    assert not multiprocessing.active_children()
