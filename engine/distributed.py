@@ -270,11 +270,7 @@ def broadcast(x):
 
 def mean(x):
     """The mean over processes of a tensor."""
-    if world_size() == 1:
-        return x
-    x = x.clone()
-    dist.all_reduce(x)
-    return x / world_size()
+    return x if world_size() == 1 else all_reduce_sum(x.clone()) / world_size()
 
 
 def all_reduce_sum(x):
