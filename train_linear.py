@@ -9,6 +9,7 @@
 Prints a table and appends it, with the protocol in words, to runs/<name>/linear.jsonl. Labels never reach the encoder: it is frozen, in eval
 mode, and compared with its own copy at the end.
 """
+
 import copy
 import json
 import os
@@ -20,9 +21,20 @@ from engine import config
 
 def command_line():
     parser = config.command_line(__doc__)
-    parser.add_argument("--weights", metavar="FILE", help="the encoder's weights; left out: those of the run that --cfg names")
-    parser.add_argument("--no-baselines", action="store_true", help="leave out the untrained encoder and raw pixels")
-    parser.add_argument("--export", nargs=2, metavar=("torchvision|detectron2", "FILE"), help="write the ResNet's weights for another library, and end")
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="the encoder's weights; left out: those of the run that --cfg names",
+    )
+    parser.add_argument(
+        "--no-baselines", action="store_true", help="leave out the untrained encoder and raw pixels"
+    )
+    parser.add_argument(
+        "--export",
+        nargs=2,
+        metavar=("torchvision|detectron2", "FILE"),
+        help="write the ResNet's weights for another library, and end",
+    )
     return parser
 
 
@@ -67,43 +79,86 @@ class Probe:
     The other keys are engine.schedule's.
     """
 
-    def __init__(self, *, data: str | None = None, root: str | None = None, image_size: int | None = None, classifier: Literal["sgd", "svm"] = "sgd",
-                 C: float = 0.5, difficult: Literal["negative", "ignore"] = "negative",
-                 epochs: int = 100, batch_size: int = 256, lr: float | list[float] = [0.01, 0.1],
-                 schedule: Literal["cosine", "step", "constant"] = "cosine", milestones: list[int] = [], gamma: float = 0.1, momentum: float = 0.9,
-                 weight_decay: float = 0.0, features: Literal["cached", "augmented"] = "cached", augment: str = "crop_flip", standardize: bool = True):
+    def __init__(
+        self,
+        *,
+        data: str | None = None,
+        root: str | None = None,
+        image_size: int | None = None,
+        classifier: Literal["sgd", "svm"] = "sgd",
+        C: float = 0.5,
+        difficult: Literal["negative", "ignore"] = "negative",
+        epochs: int = 100,
+        batch_size: int = 256,
+        lr: float | list[float] = [0.01, 0.1],
+        schedule: Literal["cosine", "step", "constant"] = "cosine",
+        milestones: list[int] = [],
+        gamma: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        features: Literal["cached", "augmented"] = "cached",
+        augment: str = "crop_flip",
+        standardize: bool = True,
+    ):
         if (data == "voc2007") != (classifier == "svm"):
-            raise ValueError(f"data {data} does not go with classifier {classifier}: voc2007, with several classes an image, and svm belong together")
+            raise ValueError(
+                f"data {data} does not go with classifier {classifier}: voc2007, with several classes an image, and svm belong together"
+            )
         if C <= 0:
             raise ValueError(f"C is {C}; it must be above 0")
-        self.data, self.root, self.image_size, self.classifier, self.C = data, root, image_size, classifier, C
+        self.data, self.root, self.image_size, self.classifier, self.C = (
+            data,
+            root,
+            image_size,
+            classifier,
+            C,
+        )
         self.difficult = difficult
         self.lrs = lr if isinstance(lr, list) else [lr]
         if not self.lrs:
             raise ValueError("lr is an empty list; give one learning rate or several")
-        self.schedule = Schedule(epochs=epochs, batch_size=batch_size, lr=1.0, schedule=schedule, milestones=milestones, gamma=gamma)
+        self.schedule = Schedule(
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=1.0,
+            schedule=schedule,
+            milestones=milestones,
+            gamma=gamma,
+        )
         sensible(momentum, weight_decay)
         if min(self.lrs) <= 0:
             raise ValueError(f"lr {min(self.lrs)} must be above 0")
-        if len({f"{lr:g}" for lr in self.lrs}) < len(self.lrs):                        # as the table names them
+        if len({f"{lr:g}" for lr in self.lrs}) < len(self.lrs):  # as the table names them
             raise ValueError(f"lr {self.lrs} has one learning rate twice; keep one")
         if image_size is not None and not 8 <= image_size <= 4096:
-            raise ValueError(f"image_size is {image_size}; it must be at least 8 and 4096 at most, or null for the encoder's own")
-        named(augment)                                     # or there is none
-        self.epochs, self.batch_size, self.momentum, self.weight_decay = epochs, batch_size, momentum, weight_decay
+            raise ValueError(
+                f"image_size is {image_size}; it must be at least 8 and 4096 at most, or null for the encoder's own"
+            )
+        named(augment)  # or there is none
+        self.epochs, self.batch_size, self.momentum, self.weight_decay = (
+            epochs,
+            batch_size,
+            momentum,
+            weight_decay,
+        )
         self.features, self.augment, self.standardize = features, augment, standardize
 
     def __str__(self):
         if self.classifier == "svm":
             difficult = "are negatives" if self.difficult == "negative" else "count neither way"
-            return ("linear SVM a class on L2-normalised pooled features of the frozen encoder, "
-                    f"C {self.C:g}, squared hinge, positives weigh twice, "
-                    f"difficult images {difficult}; VOC2007's mAP")
+            return (
+                "linear SVM a class on L2-normalised pooled features of the frozen encoder, "
+                f"C {self.C:g}, squared hinge, positives weigh twice, "
+                f"difficult images {difficult}; VOC2007's mAP"
+            )
         s = self.schedule
-        return (f"linear layer on {'standardized ' if self.standardize else ''}pooled features of the frozen encoder, "
-                + ("no augmentation" if self.features == "cached" else f"augmentation {self.augment}")
-                + f"; SGD, {self.epochs} epochs, batch {self.batch_size}, lr {self.lrs[0]:g}, momentum {self.momentum:g}, weight decay {self.weight_decay:g}, "
-                + (f"times {s.gamma:g} at {s.milestones}" if s.schedule == "step" else s.schedule) + "; last epoch")
+        return (
+            f"linear layer on {'standardized ' if self.standardize else ''}pooled features of the frozen encoder, "
+            + ("no augmentation" if self.features == "cached" else f"augmentation {self.augment}")
+            + f"; SGD, {self.epochs} epochs, batch {self.batch_size}, lr {self.lrs[0]:g}, momentum {self.momentum:g}, weight decay {self.weight_decay:g}, "
+            + (f"times {s.gamma:g} at {s.milestones}" if s.schedule == "step" else s.schedule)
+            + "; last epoch"
+        )
 
 
 def main():
@@ -114,7 +169,9 @@ def main():
 
     device = distributed.start(args.device)
     main_process = distributed.is_main()
-    build = lambda target, section, **given: config.build(target, cfg[section], f"{args.cfg}: {section}", **given)
+    build = lambda target, section, **given: config.build(
+        target, cfg[section], f"{args.cfg}: {section}", **given
+    )
     probe = build(Probe, "linear")
     folder = os.path.join("runs", cfg["name"])
     weights = of_run(args.weights, folder, args.cfg, random=False)
@@ -123,16 +180,40 @@ def main():
     if args.export and args.export[0] not in ("torchvision", "detectron2"):
         raise SystemExit(f"--export {args.export[0]}: there are torchvision and detectron2")
     source = cfg["data"]
-    if probe.data is not None:                             # it has a normalisation of its own
-        source = {**source, "name": probe.data, "split": "train", "limit": None,
-                  "mean": None, "std": None}
-    source = {**source, **{k: v for k, v in dict(root=probe.root, image_size=probe.image_size).items() if v is not None}}
-    config.build(sensible_size, {}, args.cfg, image_size=source["image_size"])         # the Loader would say so, but cached features want none
-    train, test = (config.build(load, source, f"{args.cfg}: linear", part=part, seed=cfg["seed"]) for part in ("train", "test"))
+    if probe.data is not None:  # it has a normalisation of its own
+        source = {
+            **source,
+            "name": probe.data,
+            "split": "train",
+            "limit": None,
+            "mean": None,
+            "std": None,
+        }
+    source = {
+        **source,
+        **{
+            k: v
+            for k, v in dict(root=probe.root, image_size=probe.image_size).items()
+            if v is not None
+        },
+    }
+    config.build(
+        sensible_size, {}, args.cfg, image_size=source["image_size"]
+    )  # the Loader would say so, but cached features want none
+    train, test = (
+        config.build(load, source, f"{args.cfg}: linear", part=part, seed=cfg["seed"])
+        for part in ("train", "test")
+    )
     say_if_dark(train)
-    encoder = build(getattr(config.chosen(cfg["model"], "model"), "Encoder", Encoder), "model", device=device, mean=train.mean, std=train.std)
+    encoder = build(
+        getattr(config.chosen(cfg["model"], "model"), "Encoder", Encoder),
+        "model",
+        device=device,
+        mean=train.mean,
+        std=train.std,
+    )
     encoder.eval().requires_grad_(False)
-    untrained = copy.deepcopy(encoder)                     # the very weights that the run began with
+    untrained = copy.deepcopy(encoder)  # the very weights that the run began with
     load_backbone(weights, encoder.backbone)
     if args.export:
         export(*args.export, encoder.backbone, weights)
@@ -140,49 +221,123 @@ def main():
     before = copy.deepcopy(encoder.backbone.state_dict())
     obstacle = find_obstacle(train, test)
     if obstacle:
-        raise SystemExit(f"{args.cfg}: no linear probe on {source['name']} at {source['root']}: {obstacle}; or take another set: "
-                         "linear.data=folder linear.root=PATH, which holds train/<class>/ and val/<class>/")
+        raise SystemExit(
+            f"{args.cfg}: no linear probe on {source['name']} at {source['root']}: {obstacle}; or take another set: "
+            "linear.data=folder linear.root=PATH, which holds train/<class>/ and val/<class>/"
+        )
     if len(train) < 2:
-        raise SystemExit(f"{args.cfg}: a linear probe needs more training images than {len(train)}; raise data.limit")
+        raise SystemExit(
+            f"{args.cfg}: a linear probe needs more training images than {len(train)}; raise data.limit"
+        )
     train, test = train.to(device), test.to(device)
     size, workers = source["image_size"], source["workers"]
     classes = len(train.classes)
 
     # ------------------------------------------------------------------------------------------------ whose features
-    encoders = {} if args.no_baselines else {
-        "raw pixels": lambda x: F.adaptive_avg_pool2d(x, min(32, size)).flatten(1),
-        "untrained encoder": lambda x: untrained(x, "backbone")}                       # (b, F)
+    encoders = (
+        {}
+        if args.no_baselines
+        else {
+            "raw pixels": lambda x: F.adaptive_avg_pool2d(x, min(32, size)).flatten(1),
+            "untrained encoder": lambda x: untrained(x, "backbone"),
+        }
+    )  # (b, F)
     encoders[cfg["name"]] = lambda x: encoder(x, "backbone")
-    data = source["name"] if source["name"] != "folder" else f"folder {os.path.basename(os.path.normpath(source['root']))}"
-    say(f"{weights} on {data}: {len(train)} training and {len(test)} test images, {classes} classes")
+    data = (
+        source["name"]
+        if source["name"] != "folder"
+        else f"folder {os.path.basename(os.path.normpath(source['root']))}"
+    )
+    say(
+        f"{weights} on {data}: {len(train)} training and {len(test)} test images, {classes} classes"
+    )
     widths = measure_widths(encoders, size, device)
-    fewer = [] if args.no_baselines else ["leave out raw pixels and the untrained encoder with --no-baselines"]
-    fewer += [] if source["limit"] is None and probe.data is not None else ["take fewer training images with data.limit"]
+    fewer = (
+        []
+        if args.no_baselines
+        else ["leave out raw pixels and the untrained encoder with --no-baselines"]
+    )
+    fewer += (
+        []
+        if source["limit"] is None and probe.data is not None
+        else ["take fewer training images with data.limit"]
+    )
     keep_on = choose_memory(probe, widths, len(train), len(test), device, fewer, args.cfg)
-    features_of = lambda encode, part, what: extract(encode, part, size, device, workers, what=what, keep_on=keep_on)
-    monitor = build(KNN, "knn", train=train, test=test, image_size=size, device=device, workers=workers)
+    features_of = lambda encode, part, what: extract(
+        encode, part, size, device, workers, what=what, keep_on=keep_on
+    )
+    monitor = build(
+        KNN, "knn", train=train, test=test, image_size=size, device=device, workers=workers
+    )
     augmented = probe.classifier == "sgd" and probe.features == "augmented"
-    loader = None if not augmented else config.build(
-        Loader, {**source, "augment": probe.augment, "augment_backend": "batched"}, f"{args.cfg}: linear", dataset=train, batch_size=probe.batch_size,
-        n_views=1, seed=cfg["seed"] + 1, device=device, drop_last=False)
-    rows, seconds = evaluate(probe, encoders, widths, train, test, features_of, monitor, loader, cfg["seed"], device)
+    loader = (
+        None
+        if not augmented
+        else config.build(
+            Loader,
+            {**source, "augment": probe.augment, "augment_backend": "batched"},
+            f"{args.cfg}: linear",
+            dataset=train,
+            batch_size=probe.batch_size,
+            n_views=1,
+            seed=cfg["seed"] + 1,
+            device=device,
+            drop_last=False,
+        )
+    )
+    rows, seconds = evaluate(
+        probe, encoders, widths, train, test, features_of, monitor, loader, cfg["seed"], device
+    )
 
     # ------------------------------------------------------------------------------------------------ what came out
     for name, value in encoder.backbone.state_dict().items():
         if not torch.equal(value, before[name]):
-            raise SystemExit(f"the frozen encoder moved: {name} changed; this is a fault of the program, and the figures are void")
+            raise SystemExit(
+                f"the frozen encoder moved: {name} changed; this is a fault of the program, and the figures are void"
+            )
     columns = list(next(iter(rows.values())))
-    neighbours = "" if probe.classifier == "svm" else f"\nkNN: {monitor.neighbours()}, T {monitor.temperature:g}, on the pooled features"
-    say(f"\n{probe}{neighbours}{'; raw pixels at most 32 x 32' if not args.no_baselines else ''}; the encoder's weights did not move\n")
-    say("\n".join([f"{'':24}" + "".join(f"{c:>16}" for c in columns)] + [f"{name:24}" + "".join(f"{row[c]:16.2f}" for c in columns) for name, row in rows.items()]))
+    neighbours = (
+        ""
+        if probe.classifier == "svm"
+        else f"\nkNN: {monitor.neighbours()}, T {monitor.temperature:g}, on the pooled features"
+    )
+    say(
+        f"\n{probe}{neighbours}{'; raw pixels at most 32 x 32' if not args.no_baselines else ''}; the encoder's weights did not move\n"
+    )
+    say(
+        "\n".join(
+            [f"{'':24}" + "".join(f"{c:>16}" for c in columns)]
+            + [
+                f"{name:24}" + "".join(f"{row[c]:16.2f}" for c in columns)
+                for name, row in rows.items()
+            ]
+        )
+    )
     if main_process:
         os.makedirs(folder, exist_ok=True)
         config.keep(cfg, folder)
         row = rows[cfg["name"]]
-        figures = {k.split(",")[0]: row[k] for k in columns if "," not in k or k.endswith(f", lr {probe.lrs[0]:g}")}     # of several lr the first is reported
+        figures = {
+            k.split(",")[0]: row[k]
+            for k in columns
+            if "," not in k or k.endswith(f", lr {probe.lrs[0]:g}")
+        }  # of several lr the first is reported
         with open(os.path.join(folder, "linear.jsonl"), "a") as f:
-            f.write(json.dumps({"weights": weights, "data": data, "protocol": str(probe), "knn": str(monitor).replace(monitor.feature, "backbone"),
-                                "seed": cfg["seed"], "seconds": round(seconds, 1), "figures": figures, "rows": rows}) + "\n")
+            f.write(
+                json.dumps(
+                    {
+                        "weights": weights,
+                        "data": data,
+                        "protocol": str(probe),
+                        "knn": str(monitor).replace(monitor.feature, "backbone"),
+                        "seed": cfg["seed"],
+                        "seconds": round(seconds, 1),
+                        "figures": figures,
+                        "rows": rows,
+                    }
+                )
+                + "\n"
+            )
     distributed.stop()
 
 
@@ -207,20 +362,26 @@ def choose_memory(probe, widths, n_train, n_test, device, fewer, file):
     if probe.classifier == "svm":
         needed *= 2  # it makes a copy of unit length
     keep_on, lacking = where_features_fit(needed + KNN_BYTES, device)
-    problem = None if lacking is None else (
-        f"{file}: the features of {n_train} training and {n_test} test images, {width} numbers an "
-        f"image ({name}), need {(needed + KNN_BYTES) / 1e9:.3g} GB of memory, but {lacking}; "
-        + ", or ".join([*fewer, "allow more memory"])
+    problem = (
+        None
+        if lacking is None
+        else (
+            f"{file}: the features of {n_train} training and {n_test} test images, {width} numbers an "
+            f"image ({name}), need {(needed + KNN_BYTES) / 1e9:.3g} GB of memory, but {lacking}; "
+            + ", or ".join([*fewer, "allow more memory"])
+        )
     )
     distributed.agree(problem)
     if keep_on.type != device.type:
-        say(f"the features, {needed / 1e9:.3g} GB, are kept in the machine's memory: {device} has "
-            f"{devices.free_memory(device) / 1e9:.3g} GB free")
+        say(
+            f"the features, {needed / 1e9:.3g} GB, are kept in the machine's memory: {device} has "
+            f"{devices.free_memory(device) / 1e9:.3g} GB free"
+        )
     return keep_on
 
 
 def evaluate(probe, encoders, widths, train, test, features_of, monitor, loader, seed, device):
-    """kNN and linear layers, or SVMs, on the features of one encoder after the other, so that no
+    """KNN and linear layers, or SVMs, on the features of one encoder after the other, so that no
     more than one encoder's are in memory.
 
     encoders: {name: (b, 3, S, S) -> (b, F)}. widths: {name: F}.
@@ -266,7 +427,8 @@ def evaluate(probe, encoders, widths, train, test, features_of, monitor, loader,
 
 class Standardize:
     """Features (b, F), wherever they are kept -> on `device`, brought to mean 0 and variance 1 by
-    those of the training set, x (n, F); with x None, as they are."""
+    those of the training set, x (n, F); with x None, as they are.
+    """
 
     def __init__(self, x, device):
         self.device, self.mean, self.std = device, 0.0, 1.0
@@ -279,10 +441,12 @@ class Standardize:
 
 def new_layers(widths, count, classes, device):
     """{encoder: F} -> a ModuleDict of `count` linear layers for each encoder."""
-    layers = nn.ModuleDict({
-        key(name): nn.ModuleList(nn.Linear(width, classes) for _ in range(count))
-        for name, width in widths.items()
-    }).to(device)
+    layers = nn.ModuleDict(
+        {
+            key(name): nn.ModuleList(nn.Linear(width, classes) for _ in range(count))
+            for name, width in widths.items()
+        }
+    ).to(device)
     for layer in layers.modules():
         if isinstance(layer, nn.Linear):  # the convention of the released code
             nn.init.normal_(layer.weight, std=0.01)
@@ -306,6 +470,7 @@ def cached_batches(name, x, y, scale, batch_size, seed):
 
 def augmented_batches(loader, encoders, scales, y):
     """-> epoch -> ({encoder: features (b, F)}, labels (b,)) for each step, of augmented images."""
+
     def batches(epoch):
         images_of_epoch = or_say_what_is_kept(
             loader.epoch(epoch),
@@ -368,11 +533,13 @@ class Heads(nn.Module):
         self.layers = layers
 
     def forward(self, features):
-        return {name: [layer(v) for layer in self.layers[key(name)]] for name, v in features.items()}
+        return {
+            name: [layer(v) for layer in self.layers[key(name)]] for name, v in features.items()
+        }
 
 
 def key(name):
-    return name.replace(".", "_")                          # nn.ModuleDict takes no point
+    return name.replace(".", "_")  # nn.ModuleDict takes no point
 
 
 if __name__ == "__main__":

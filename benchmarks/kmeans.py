@@ -9,6 +9,7 @@ are those that the process spent computing, so that a busy machine hardly change
 take turns; medians are printed. Growth in the number of rows and clusters is fitted to these
 medians, and carries them to 1,281,167 rows.
 """
+
 import argparse
 import itertools
 import math
@@ -37,8 +38,15 @@ IMAGENET = 1281167
 LEVELS = (1000, 3000, 10000)
 
 # n, k of the first table, and n, k of the second.
-SIZES = [(50000, 100), (100000, 100), (50000, 1000), (64000, 1000), (100000, 1000),
-         (50000, 3000), (100000, 3000)]
+SIZES = [
+    (50000, 100),
+    (100000, 100),
+    (50000, 1000),
+    (64000, 1000),
+    (100000, 1000),
+    (50000, 3000),
+    (100000, 3000),
+]
 QUALITY = (64000, 1000)
 SMALL_SIZES = [(2000, 20), (2000, 80), (4000, 20), (4000, 80)]
 SMALL_QUALITY = (3000, 60)
@@ -80,7 +88,7 @@ def greedy_rows(points, k, generator):
         chance = torch.rand(tries, generator=generator, dtype=torch.float64).to(x.device)
         drawn = torch.searchsorted(mass, chance * mass[-1], right=True).clamp(max=len(x) - 1)
         to_drawn = torch.addmm(square[drawn], x, x[drawn].T, alpha=-2) + square[:, None]
-        closer = torch.minimum(to_drawn, distance[:, None]).clamp_(min=0)              # (n, tries)
+        closer = torch.minimum(to_drawn, distance[:, None]).clamp_(min=0)  # (n, tries)
         best = closer.sum(0).argmin()
         chosen.append(drawn[best])
         distance = closer[:, best]
@@ -135,8 +143,10 @@ def fit(sizes, seconds):
 def print_sizes(table):
     print(f"{'n':>10}{'k':>8}{'m':>10}{'start, s':>12}{'Lloyd, s':>12}{'start / Lloyd':>16}")
     for (n, k), (start, iteration) in table.items():
-        print(f"{n:10,}{k:8,}{kmeans.sample_size(n, k):10,}{start:12.4f}{iteration:12.4f}"
-              f"{start / iteration:16.2f}")
+        print(
+            f"{n:10,}{k:8,}{kmeans.sample_size(n, k):10,}{start:12.4f}{iteration:12.4f}"
+            f"{start / iteration:16.2f}"
+        )
 
 
 def print_growth(table, is_small):
@@ -144,22 +154,28 @@ def print_growth(table, is_small):
     starts, iterations = zip(*table.values())
     a, p, q = fit([(kmeans.sample_size(n, k), k) for n, k in table], starts)
     b, r, s = fit(list(table), iterations)
-    print(f"\na start grows as m^{p:.2f} k^{q:.2f}, of a sample of m = max({kmeans.SAMPLE_ROWS} k, "
-          f"n / {kmeans.SAMPLE_PART}, {kmeans.SAMPLE_LEAST}) rows\n"
-          f"a Lloyd iteration grows as n^{r:.2f} k^{s:.2f}")
+    print(
+        f"\na start grows as m^{p:.2f} k^{q:.2f}, of a sample of m = max({kmeans.SAMPLE_ROWS} k, "
+        f"n / {kmeans.SAMPLE_PART}, {kmeans.SAMPLE_LEAST}) rows\n"
+        f"a Lloyd iteration grows as n^{r:.2f} k^{s:.2f}"
+    )
     if is_small:
         print("sizes as small as these are not carried to ImageNet's")
         return
     carried = {}
     for k in LEVELS:
         m = kmeans.sample_size(IMAGENET, k)
-        carried[k] = a * m ** p * k ** q, b * IMAGENET ** r * k ** s
+        carried[k] = a * m**p * k**q, b * IMAGENET**r * k**s
         start, iteration = carried[k]
-        print(f"carried to n = {IMAGENET:,}, k = {k:,} (m = {m:,}): start {start:.1f} s, Lloyd "
-              f"{iteration:.1f} s, ratio {start / iteration:.2f}")
+        print(
+            f"carried to n = {IMAGENET:,}, k = {k:,} (m = {m:,}): start {start:.1f} s, Lloyd "
+            f"{iteration:.1f} s, ratio {start / iteration:.2f}"
+        )
     total = sum(RESTARTS * (start + (ITERATIONS + 1) * lloyd) for start, lloyd in carried.values())
-    print(f"all {len(LEVELS)} levels, {RESTARTS} restarts of {ITERATIONS} iterations, by this one "
-          f"process: {total / 3600:.1f} h")
+    print(
+        f"all {len(LEVELS)} levels, {RESTARTS} restarts of {ITERATIONS} iterations, by this one "
+        f"process: {total / 3600:.1f} h"
+    )
 
 
 def run_ours(x, k, seed, rows_of):
@@ -174,27 +190,34 @@ def run_ours(x, k, seed, rows_of):
 def run_faiss(x, k, seed):
     """The same with faiss, on all rows."""
     rows = x.cpu().numpy()
-    model = faiss.Kmeans(DIM, k, niter=ITERATIONS, nredo=1, seed=seed + 1,
-                         max_points_per_centroid=len(rows))
+    model = faiss.Kmeans(
+        DIM, k, niter=ITERATIONS, nredo=1, seed=seed + 1, max_points_per_centroid=len(rows)
+    )
     model.train(rows)
     _, labels = model.index.search(rows, 1)
-    return (torch.from_numpy(model.centroids).to(x.device),
-            torch.from_numpy(labels[:, 0]).to(x.device))
+    return (
+        torch.from_numpy(model.centroids).to(x.device),
+        torch.from_numpy(labels[:, 0]).to(x.device),
+    )
 
 
 def compare_starts(n, k, rounds, device):
     """Print objective and seconds of a run, of each start, on data with groups and without."""
-    methods = {"greedy k-means++, all rows": lambda x, seed: run_ours(x, k, seed, greedy_rows),
-               "k-means++ on a sample": lambda x, seed: run_ours(x, k, seed, kmeans.plus_plus_rows),
-               "random rows": lambda x, seed: run_ours(x, k, seed, kmeans.random_rows)}
+    methods = {
+        "greedy k-means++, all rows": lambda x, seed: run_ours(x, k, seed, greedy_rows),
+        "k-means++ on a sample": lambda x, seed: run_ours(x, k, seed, kmeans.plus_plus_rows),
+        "random rows": lambda x, seed: run_ours(x, k, seed, kmeans.random_rows),
+    }
     if faiss is None:
         print("\nfaiss is not installed, so its row is left out: pip install faiss-cpu")
     else:
         methods["faiss, random rows"] = lambda x, seed: run_faiss(x, k, seed)
     sets = {f"{groups:,} groups": grouped(n, groups) for groups in (k // 5, k, 2 * k)}
     sets["no groups"] = smooth(n)
-    print(f"\nn = {n:,}, k = {k:,}, {ITERATIONS} iterations, 1 restart, means of {rounds} seeds: "
-          f"objective (to greedy, in %), seconds\n\n{'':28}" + "".join(f"{s:>32}" for s in sets))
+    print(
+        f"\nn = {n:,}, k = {k:,}, {ITERATIONS} iterations, 1 restart, means of {rounds} seeds: "
+        f"objective (to greedy, in %), seconds\n\n{'':28}" + "".join(f"{s:>32}" for s in sets)
+    )
     found = {}
     for seed in range(rounds):
         for (name, run), (kind, x) in itertools.product(methods.items(), sets.items()):
@@ -215,14 +238,16 @@ def compare_starts(n, k, rounds, device):
 def print_gpus():
     """The arithmetic of ImageNet's clusters on 8 V100. No GPU was measured for it."""
     flops, memory = ASSUMED * V100_FLOPS, ASSUMED * V100_BYTES
-    print(f"\n{IMAGENET:,} x {DIM} on {GPUS} V100, by arithmetic; no GPU was measured. Assumed: "
-          f"{ASSUMED:.0%} of {V100_FLOPS / 1e12} TFLOPS\n"
-          f"and of {V100_BYTES / 1e9:.0f} GB/s. A product of r rows with k centroids takes 2 r k D "
-          "FLOPs; its scores are\n"
-          "written and read once, 8 r k bytes. A start is 6 products of its sample (3 for the "
-          "draws, about 3 for\n"
-          f"the drops); the {RESTARTS} starts are computed at once, one a GPU. An iteration is one "
-          "product of all rows,\nshared out.\n")
+    print(
+        f"\n{IMAGENET:,} x {DIM} on {GPUS} V100, by arithmetic; no GPU was measured. Assumed: "
+        f"{ASSUMED:.0%} of {V100_FLOPS / 1e12} TFLOPS\n"
+        f"and of {V100_BYTES / 1e9:.0f} GB/s. A product of r rows with k centroids takes 2 r k D "
+        "FLOPs; its scores are\n"
+        "written and read once, 8 r k bytes. A start is 6 products of its sample (3 for the "
+        "draws, about 3 for\n"
+        f"the drops); the {RESTARTS} starts are computed at once, one a GPU. An iteration is one "
+        "product of all rows,\nshared out.\n"
+    )
     total = 0
     for k in LEVELS:
         m = kmeans.sample_size(IMAGENET, k)
@@ -232,17 +257,20 @@ def print_gpus():
         products = RESTARTS * (ITERATIONS + 1) + 1
         level = start + products * iteration
         total += level
-        print(f"k = {k:6,}: start 6 x (2 x {m:,} x {k:,} x {DIM} FLOPs, 8 x {m:,} x {k:,} bytes) = "
-              f"{start:.2f} s\n            iteration (2 x {IMAGENET:,} x {k:,} x {DIM} FLOPs = "
-              f"{2 * IMAGENET * k * DIM / 1e12:.2f} T, {8 * IMAGENET * k / 1e9:.0f} GB) / {GPUS} = "
-              f"{iteration:.4f} s\n            {start:.2f} + ({RESTARTS} x {ITERATIONS + 1} "
-              f"iterations + 1 for the confidence) x {iteration:.4f} = {level:.1f} s")
+        print(
+            f"k = {k:6,}: start 6 x (2 x {m:,} x {k:,} x {DIM} FLOPs, 8 x {m:,} x {k:,} bytes) = "
+            f"{start:.2f} s\n            iteration (2 x {IMAGENET:,} x {k:,} x {DIM} FLOPs = "
+            f"{2 * IMAGENET * k * DIM / 1e12:.2f} T, {8 * IMAGENET * k / 1e9:.0f} GB) / {GPUS} = "
+            f"{iteration:.4f} s\n            {start:.2f} + ({RESTARTS} x {ITERATIONS + 1} "
+            f"iterations + 1 for the confidence) x {iteration:.4f} = {level:.1f} s"
+        )
     print(f"all levels: {total:.1f} s a re-clustering, without the extraction of the embeddings")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--small", action="store_true", help="small data, in seconds")
     parser.add_argument("--rounds", type=int, default=5, help="of the first table")
     parser.add_argument("--seeds", type=int, default=2, help="of the second table")

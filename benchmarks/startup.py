@@ -11,6 +11,7 @@ two looks at each file, and its threads' waiting for each other). Memory: four f
 each path and label once, in shuffled batches, as in an epoch; no image is decoded. Private is what
 a worker does not share with its parent, of the Linux kernel's own account.
 """
+
 import argparse
 import multiprocessing
 import os
@@ -28,7 +29,7 @@ from torchvision.datasets import ImageFolder
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data.datasets import load
 
-LINKS = 50_000                                             # names a file; ext4 allows 65,000
+LINKS = 50_000  # names a file; ext4 allows 65,000
 WORKERS = 4
 BATCH = 64
 MEMORY = "/proc/self/smaps_rollup"
@@ -36,8 +37,9 @@ MEMORY = "/proc/self/smaps_rollup"
 LISTINGS = {
     "ImageFolder": lambda folder: ImageFolder(folder),
     "ours": lambda folder: load("pretrain", 0, name="folder", root=folder),
-    "ours, check_files": lambda folder: load("pretrain", 0, name="folder", root=folder,
-                                             check_files=True),
+    "ours, check_files": lambda folder: load(
+        "pretrain", 0, name="folder", root=folder, check_files=True
+    ),
 }
 
 
@@ -57,26 +59,32 @@ def make_images(folder, images, classes):
 
 # ------------------------------------------------------------------------------------------ listing
 
+
 def time_listings(folder, rounds):
     """{name: (seconds by the clock, seconds of CPU)}, medians; all take turns."""
     measured = {name: [] for name in LISTINGS}
-    for _ in range(rounds + 1):                            # the first fills the system's caches
+    for _ in range(rounds + 1):  # the first fills the system's caches
         for name, listing in LISTINGS.items():
             clock, cpu = time.perf_counter(), time.process_time()
             listing(folder)
             measured[name].append((time.perf_counter() - clock, time.process_time() - cpu))
-    return {name: [statistics.median(column) for column in zip(*times[1:])]
-            for name, times in measured.items()}
+    return {
+        name: [statistics.median(column) for column in zip(*times[1:])]
+        for name, times in measured.items()
+    }
 
 
 def count_calls(name, folder):
     """The system calls of a process that lists `folder` and does nothing else, by strace."""
     with tempfile.NamedTemporaryFile("r") as counts:
         listing = [sys.executable, os.path.abspath(__file__), "--only", name, "--folder", folder]
-        subprocess.run(["strace", "-f", "-c", "-o", counts.name, *listing], check=True,
-                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+        subprocess.run(
+            ["strace", "-f", "-c", "-o", counts.name, *listing],
+            check=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         total = next(line.split() for line in counts if line.rstrip().endswith(" total"))
-    return int(total[3])                                   # % time, seconds, usecs/call, calls
+    return int(total[3])  # % time, seconds, usecs/call, calls
 
 
 def count_calls_per_file(place, images, classes):
@@ -84,8 +92,9 @@ def count_calls_per_file(place, images, classes):
     small, large = os.path.join(place, "small"), os.path.join(place, "large")
     make_images(small, classes, classes)
     make_images(large, classes + images, classes)
-    return {name: (count_calls(name, large) - count_calls(name, small)) / images
-            for name in LISTINGS}
+    return {
+        name: (count_calls(name, large) - count_calls(name, small)) / images for name in LISTINGS
+    }
 
 
 def print_listings(seconds, calls):
@@ -97,6 +106,7 @@ def print_listings(seconds, calls):
 
 
 # ------------------------------------------------------------------------------------------- memory
+
 
 def memory():
     """(resident, private) of this process, in MB."""
@@ -110,7 +120,7 @@ def read_share(files, labels, order, worker, meet, results):
     meet.wait()
     before = memory()
     for first in range(worker * BATCH, len(files), WORKERS * BATCH):
-        for i in order[first:first + BATCH].tolist():
+        for i in order[first : first + BATCH].tolist():
             files[i], labels[i]
     meet.wait()
     results.put((before, memory()))
@@ -122,8 +132,10 @@ def measure_workers(files, labels):
     fork = multiprocessing.get_context("fork")
     meet, results = fork.Barrier(WORKERS), fork.Queue()
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
-    workers = [fork.Process(target=read_share, args=(files, labels, order, w, meet, results))
-               for w in range(WORKERS)]
+    workers = [
+        fork.Process(target=read_share, args=(files, labels, order, w, meet, results))
+        for w in range(WORKERS)
+    ]
     for worker in workers:
         worker.start()
     rows = [results.get() for _ in workers]
@@ -144,13 +156,14 @@ def print_memory(folder):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=1_281_167)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", default=tempfile.gettempdir())
-    parser.add_argument("--only", choices=LISTINGS, help=argparse.SUPPRESS)    # for strace
+    parser.add_argument("--only", choices=LISTINGS, help=argparse.SUPPRESS)  # for strace
     args = parser.parse_args(arguments)
     if args.only:
         LISTINGS[args.only](args.folder)
@@ -159,8 +172,10 @@ def main(arguments=None):
     try:
         folder = os.path.join(place, "images")
         make_images(folder, args.images, args.classes)
-        print(f"{args.images} images in {args.classes} classes; Python {sys.version.split()[0]}, "
-              f"medians of {args.rounds} rounds\n")
+        print(
+            f"{args.images} images in {args.classes} classes; Python {sys.version.split()[0]}, "
+            f"medians of {args.rounds} rounds\n"
+        )
         strace = shutil.which("strace")
         calls = count_calls_per_file(place, min(args.images, 20_000), 10) if strace else None
         print_listings(time_listings(folder, args.rounds), calls)

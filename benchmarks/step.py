@@ -8,6 +8,7 @@ networks alone: f_q forward and backward, f_k forward, on ready tensors. ours: t
 lightly): its examples/pytorch/moco.py, fp32; whole: its MoCoV2Transform on PIL images in this process, where worker processes could bring it nearer to
 its row on ready tensors, at best. Machines drift; only the ratios inside one table mean anything.
 """
+
 import argparse
 import copy
 import math
@@ -58,8 +59,14 @@ def ours(loader, encoder, model, host, loss_fn, device):
             scaler.scale(loss).backward()
             with torch.no_grad():
                 q = contrasts[0].query
-                figures = {"loss": loss.detach(), "spread": q.std(0).mean() * q.shape[1] ** 0.5, "contrasts": len(contrasts)}
-                figures |= {name: sum(f[name] for _, f in results) / len(results) for name in results[0][1]}
+                figures = {
+                    "loss": loss.detach(),
+                    "spread": q.std(0).mean() * q.shape[1] ** 0.5,
+                    "contrasts": len(contrasts),
+                }
+                figures |= {
+                    name: sum(f[name] for _, f in results) / len(results) for name in results[0][1]
+                }
                 for name, value in figures.items():
                     total[name] = total.get(name, 0) + value / steps
             scaler.step(optimizer)
@@ -80,23 +87,31 @@ def networks(encoder, host, x, y):
 
 
 def loss_and_queue(loss_fn, queue, q, k, index):
-    loss_fn(Contrast(q.clone().requires_grad_(), k, queue.keys, index, queue.index), 0.0)[0].backward()
+    loss_fn(Contrast(q.clone().requires_grad_(), k, queue.keys, index, queue.index), 0.0)[
+        0
+    ].backward()
     queue.enqueue(distributed.gather(k.mean(1)), distributed.gather(index))
 
 
 def lightly(batches, backbone, stem, queue_size, device):
-    """lightly's example, its parts in its order: plain SGD, fp32, no channels_last. Ours are the stem, the temperature and the bank's size."""
+    """Lightly's example, its parts in its order: plain SGD, fp32, no channels_last. Ours are the stem, the temperature and the bank's size."""
     from lightly.loss import NTXentLoss
     from lightly.models.modules import MoCoProjectionHead
     from lightly.models.utils import deactivate_requires_grad, update_momentum
+
     net = torchvision.models.ResNet(*LAYERS[backbone])
     features = net.fc.in_features
     if stem == "cifar":
         net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
-    query = nn.Sequential(nn.Sequential(*list(net.children())[:-1], nn.Flatten()), MoCoProjectionHead(features, features, DIM)).to(device)
+    query = nn.Sequential(
+        nn.Sequential(*list(net.children())[:-1], nn.Flatten()),
+        MoCoProjectionHead(features, features, DIM),
+    ).to(device)
     key = copy.deepcopy(query)
     deactivate_requires_grad(key)
-    criterion = NTXentLoss(T, memory_bank_size=(queue_size, DIM))                      # left on the CPU, as there: on a GPU the bank travels each step
+    criterion = NTXentLoss(
+        T, memory_bank_size=(queue_size, DIM)
+    )  # left on the CPU, as there: on a GPU the bank travels each step
     optimizer, total = torch.optim.SGD(query.parameters(), lr=0.06), 0
     for x, y in batches:
         for part, average in zip(query, key):
@@ -118,7 +133,9 @@ def synchronize(device):
 def profile(step, path, device):
     """One step: torch.profiler's table, and at path a chrome trace or, if it ends with .png, the operations that take longest."""
     kinds, where = torch.profiler.ProfilerActivity, "device" if device.type == "cuda" else "cpu"
-    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if where == "device" else [kinds.CPU]) as p:
+    with torch.profiler.profile(
+        activities=[kinds.CPU, kinds.CUDA] if where == "device" else [kinds.CPU]
+    ) as p:
         step()
         synchronize(device)
     own = f"self_{where}_time_total"
@@ -127,39 +144,72 @@ def profile(step, path, device):
         p.export_chrome_trace(path)
     elif distributed.is_main():
         from matplotlib.figure import Figure
-        ms = {e.key: getattr(e, own) / 1000 for e in p.key_averages() if e.device_type == torch.autograd.DeviceType.CPU}       # operations, which own their kernels
+
+        ms = {
+            e.key: getattr(e, own) / 1000
+            for e in p.key_averages()
+            if e.device_type == torch.autograd.DeviceType.CPU
+        }  # operations, which own their kernels
         top = sorted(ms, key=ms.get)[-15:]
         page = Figure(figsize=(9, 4.5), layout="constrained")
         axis = page.subplots()
         axis.barh([name[:50] for name in top], [ms[name] for name in top])
-        axis.set_xlabel(f"ms of the {sum(ms.values()):.0f} that one step takes on {distributed.hardware(device)}, in each operation itself")
+        axis.set_xlabel(
+            f"ms of the {sum(ms.values()):.0f} that one step takes on {distributed.hardware(device)}, in each operation itself"
+        )
         page.savefig(path, dpi=110)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("batch", 64), ("rounds", 21), ("queue", 4096), ("size", 32), ("threads", 0)):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (
+        ("batch", 64),
+        ("rounds", 21),
+        ("queue", 4096),
+        ("size", 32),
+        ("threads", 0),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--backbone", choices=LAYERS, default="resnet18")
     parser.add_argument("--profile", metavar="FILE")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    device, world, stem = distributed.start(), distributed.world_size(), "cifar" if args.size <= 64 else "imagenet"
+    device, world, stem = (
+        distributed.start(),
+        distributed.world_size(),
+        "cifar" if args.size <= 64 else "imagenet",
+    )
     torch.manual_seed(0)
     n = 50 * args.batch
-    dataset = ArraySet(torch.randint(256, (n, 3, args.size, args.size), dtype=torch.uint8), torch.randint(10, (n,)), list("0123456789"), *STATISTICS["cifar10"])
-    loader = Loader(dataset.to(device), args.batch, 2, 0, device, augment=RECIPE, image_size=args.size)
+    dataset = ArraySet(
+        torch.randint(256, (n, 3, args.size, args.size), dtype=torch.uint8),
+        torch.randint(10, (n,)),
+        list("0123456789"),
+        *STATISTICS["cifar10"],
+    )
+    loader = Loader(
+        dataset.to(device), args.batch, 2, 0, device, augment=RECIPE, image_size=args.size
+    )
     loss_fn = NCE(dataset.labels, temperature=T).to(device)
     x, y = torch.randn(2, loader.local, 3, args.size, args.size, device=device)
     q, k = F.normalize(torch.randn(2, loader.local, DIM, device=device), dim=2)
 
-    cases, precisions = {}, list(dict.fromkeys(["fp32", fastest(device)]))             # (precision, name) -> one step
+    cases, precisions = (
+        {},
+        list(dict.fromkeys(["fp32", fastest(device)])),
+    )  # (precision, name) -> one step
     for precision in precisions:
-        encoder = Encoder(device, backbone=args.backbone, stem=stem, head="mlp", dim=DIM, precision=precision)
+        encoder = Encoder(
+            device, backbone=args.backbone, stem=stem, head="mlp", dim=DIM, precision=precision
+        )
         host = MoCo(encoder, queue_size=args.queue).to(device)
         cases[precision, ALONE] = partial(networks, encoder, host, x, y)
-        cases[precision, OURS] = partial(next, ours(loader, encoder, distributed.wrap(encoder, device), host, loss_fn, device))
+        cases[precision, OURS] = partial(
+            next, ours(loader, encoder, distributed.wrap(encoder, device), host, loss_fn, device)
+        )
     why = "they are for one process" if world > 1 else None
     try:
         import lightly as package
@@ -167,16 +217,41 @@ def main():
     except ImportError as error:
         why = why or f"pip install lightly ({error})"
     if not why:
-        transform, pictures = MoCoV2Transform(input_size=args.size), [dataset.decode(i) for i in range(n)]
-        pil = DataLoader(pictures, args.batch, shuffle=True, drop_last=True, collate_fn=lambda images: default_collate([transform(image) for image in images]))
+        transform, pictures = (
+            MoCoV2Transform(input_size=args.size),
+            [dataset.decode(i) for i in range(n)],
+        )
+        pil = DataLoader(
+            pictures,
+            args.batch,
+            shuffle=True,
+            drop_last=True,
+            collate_fn=lambda images: default_collate([transform(image) for image in images]),
+        )
         example = f"lightly {package.__version__}, whole step"
-        cases["fp32", "lightly, ready tensors"] = partial(next, lightly(repeat((x, y)), args.backbone, stem, args.queue, device))
-        cases["fp32", example] = partial(next, lightly(chain.from_iterable(repeat(pil)), args.backbone, stem, args.queue, device))
+        cases["fp32", "lightly, ready tensors"] = partial(
+            next, lightly(repeat((x, y)), args.backbone, stem, args.queue, device)
+        )
+        cases["fp32", example] = partial(
+            next, lightly(chain.from_iterable(repeat(pil)), args.backbone, stem, args.queue, device)
+        )
     cases["", "augmentation alone"] = partial(next, chain.from_iterable(map(loader.epoch, count())))
-    cases["", "loss and queue alone"] = partial(loss_and_queue, loss_fn, Queue(args.queue, DIM).to(device), q, k[:, None], torch.arange(len(q), device=device))
+    cases["", "loss and queue alone"] = partial(
+        loss_and_queue,
+        loss_fn,
+        Queue(args.queue, DIM).to(device),
+        q,
+        k[:, None],
+        torch.arange(len(q), device=device),
+    )
 
-    seconds, steps = {case: [] for case in cases}, 20 if device.type == "cuda" else 1  # a GPU is given the next step before it has done the last
-    for _ in tqdm(range(args.rounds + 1), "rounds", disable=None if distributed.is_main() else True):            # the first warms up
+    seconds, steps = (
+        {case: [] for case in cases},
+        20 if device.type == "cuda" else 1,
+    )  # a GPU is given the next step before it has done the last
+    for _ in tqdm(
+        range(args.rounds + 1), "rounds", disable=None if distributed.is_main() else True
+    ):  # the first warms up
         for case, step in cases.items():
             distributed.barrier()
             synchronize(device)
@@ -187,23 +262,47 @@ def main():
             seconds[case].append((time.perf_counter() - began) / steps)
     median = {case: statistics.median(times[1:]) for case, times in seconds.items()}
 
-    say(f"MoCo, {args.backbone}, {args.batch} images of {args.size} pixels, queue {args.queue}, recipe {RECIPE}; {distributed.hardware(device)}, torch "
-        f"{torch.__version__}; medians of {args.rounds} rounds\n\n{'':33}{'ms a step':>10}{'ratio':>8}{'images/s':>10}" + ("" if why else f"{'to lightly':>12}"))
+    say(
+        f"MoCo, {args.backbone}, {args.batch} images of {args.size} pixels, queue {args.queue}, recipe {RECIPE}; {distributed.hardware(device)}, torch "
+        f"{torch.__version__}; medians of {args.rounds} rounds\n\n{'':33}{'ms a step':>10}{'ratio':>8}{'images/s':>10}"
+        + ("" if why else f"{'to lightly':>12}")
+    )
     for (precision, name), t in median.items():
-        beside = f"{t / median[precision, ALONE]:8.2f}{args.batch / t:10.1f}" + ("" if why else f"{median['fp32', example] / t:12.2f}") if precision else ""
+        beside = (
+            f"{t / median[precision, ALONE]:8.2f}{args.batch / t:10.1f}"
+            + ("" if why else f"{median['fp32', example] / t:12.2f}")
+            if precision
+            else ""
+        )
         say(f"{precision:6}{name:27}{1000 * t:10.1f}{beside}")
     say()
     for precision in precisions:
-        whole, parts = median[precision, OURS], [median["", "augmentation alone"], median["", "loss and queue alone"]]
+        whole, parts = (
+            median[precision, OURS],
+            [median["", "augmentation alone"], median["", "loss and queue alone"]],
+        )
         parts = [100 * t / whole for t in (*parts, whole - median[precision, ALONE] - sum(parts))]
-        say("of our {} step: augmentation {:.1f} %, loss and queue {:.1f} %, the rest (SGD, moving average, figures{}) {:.1f} %".format(
-            precision, *parts[:2], ", sending" if world > 1 else "", parts[2]))
-    say(f"augmentation alone: {2 * args.batch / median['', 'augmentation alone']:.0f} views/s" + (f"\nno rows of lightly: {why}" if why else ""))
+        say(
+            "of our {} step: augmentation {:.1f} %, loss and queue {:.1f} %, the rest (SGD, moving average, figures{}) {:.1f} %".format(
+                precision, *parts[:2], ", sending" if world > 1 else "", parts[2]
+            )
+        )
+    say(
+        f"augmentation alone: {2 * args.batch / median['', 'augmentation alone']:.0f} views/s"
+        + (f"\nno rows of lightly: {why}" if why else "")
+    )
     if world > 1:
         before = getattr(distributed, "sent", None)
         cases["fp32", OURS]()
-        say("a step, each process gives " + ("a number of bytes that is not counted" if before is None else f"{(distributed.sent - before) / 1024:.1f} KiB")
-            + f" to collectives, and {sum(p.nbytes for p in encoder.parameters()) / 2 ** 20:.1f} MiB of gradients to DDP")
+        say(
+            "a step, each process gives "
+            + (
+                "a number of bytes that is not counted"
+                if before is None
+                else f"{(distributed.sent - before) / 1024:.1f} KiB"
+            )
+            + f" to collectives, and {sum(p.nbytes for p in encoder.parameters()) / 2**20:.1f} MiB of gradients to DDP"
+        )
     if args.profile:
         profile(cases[precisions[-1], OURS], args.profile, device)
     distributed.stop()

@@ -13,6 +13,7 @@ ImageNet at 256 takes about 330 GB (1.28 million images of 256 x 340 x 3 bytes),
 We differ from the papers, which crop the image as it is: here a crop is the same share of the image at 256. One of 0.2 of a photo of 500 x 375 has as many pixels
 as a square of 132, theirs of 194, before both are resized to 224. Images that were not shrunk give the very same views.
 """
+
 import contextlib
 import hashlib
 import os
@@ -38,21 +39,31 @@ class CachedSet(FolderSet):
         super().__init__(files, labels, classes, mean, std)
         self.path, self.places, self.pixels = path, places, pixels
 
-    def __getstate__(self):                                # a map cannot be pickled: a worker that was not forked opens its own
+    def __getstate__(self):  # a map cannot be pickled: a worker that was not forked opens its own
         return {**self.__dict__, "pixels": None}
 
     def select(self, rows):
         some = super().select(rows)
         places = self.places[np.asarray(rows)]
-        return CachedSet(some.files, some.labels, some.classes, some.mean, some.std, self.path,
-                         places, self.pixels)
+        return CachedSet(
+            some.files,
+            some.labels,
+            some.classes,
+            some.mean,
+            some.std,
+            self.path,
+            places,
+            self.pixels,
+        )
 
     def decode(self, i):
         """Image i as PIL's, RGB, at most as large as was asked for."""
         start, h, w = self.places[i].tolist()
         if h == 0:
-            raise unreadable(self.files[i], ValueError("it could not be when the images were cached"))
-        return Image.fromarray(self.open()[start:start + 3 * h * w].reshape(h, w, 3))
+            raise unreadable(
+                self.files[i], ValueError("it could not be when the images were cached")
+            )
+        return Image.fromarray(self.open()[start : start + 3 * h * w].reshape(h, w, 3))
 
     def open(self):
         """The map of this process, all images' bytes. It reads nothing, and stays whole when another run replaces the file."""
@@ -60,7 +71,9 @@ class CachedSet(FolderSet):
             try:
                 self.pixels = np.memmap(self.path, np.uint8, "r")
             except OSError as error:
-                raise ValueError(f"{self.path} cannot be read ({error.strerror}): another run found the images changed and cached them anew; start this one again")
+                raise ValueError(
+                    f"{self.path} cannot be read ({error.strerror}): another run found the images changed and cached them anew; start this one again"
+                )
         return self.pixels
 
 
@@ -91,12 +104,20 @@ def cached(dataset, name, size, skip=False):
     places = read(base)
     if places is None:
         raise SystemExit(f"{base}.npy was written a moment ago and cannot be read now; start again")
-    data = CachedSet(dataset.files, dataset.labels, dataset.classes, dataset.mean, dataset.std, base + ".u8", places)
-    if not skip and not places[:, 1].all():                # a run with skip built it
+    data = CachedSet(
+        dataset.files,
+        dataset.labels,
+        dataset.classes,
+        dataset.mean,
+        dataset.std,
+        base + ".u8",
+        places,
+    )
+    if not skip and not places[:, 1].all():  # a run with skip built it
         file = data.files[int(places[:, 1].argmin())]
         why = ValueError("it could not be when the images were cached")
         raise SystemExit(str(unreadable(file, why)))
-    data.open()                                            # before workers are forked, which then share it
+    data.open()  # before workers are forked, which then share it
     return data
 
 
@@ -127,28 +148,42 @@ def read(base):
     """The index (n, 3) of a whole cache, or None."""
     try:
         places = np.load(base + ".npy")
-        return places if os.path.getsize(base + ".u8") == places[-1, 0] + 3 * places[-1, 1] * places[-1, 2] else None
-    except (OSError, EOFError, ValueError):                # not there; or half a file, which a copy that was stopped leaves
+        return (
+            places
+            if os.path.getsize(base + ".u8") == places[-1, 0] + 3 * places[-1, 1] * places[-1, 2]
+            else None
+        )
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+    ):  # not there; or half a file, which a copy that was stopped leaves
         return None
 
 
 def build(dataset, name, base, size, skip):
     """Write the cache, aside first, the index last. -> (n, 3), its index."""
     place = os.path.dirname(base)
-    aside = os.path.join(place, name + ".part")            # always the same: what a killed build left is written over
+    aside = os.path.join(
+        place, name + ".part"
+    )  # always the same: what a killed build left is written over
     try:
         os.makedirs(place, exist_ok=True)
         with open(os.path.join(place, name + ".lock"), "w") as lock:
             alone(lock, place)
-            places = read(base)                            # another run may just have written it
+            places = read(base)  # another run may just have written it
             if places is not None:
                 return places
-            old = sorted(f for f in os.listdir(place) if f.startswith(name + "-"))     # .npy before .u8
+            old = sorted(
+                f for f in os.listdir(place) if f.startswith(name + "-")
+            )  # .npy before .u8
             for stale in old:
                 os.remove(os.path.join(place, stale))
             why = "the images have changed, or their cache is not whole; " if old else ""
-            print(f"{place}: {why}caching {len(dataset)} images {'anew' if old else 'once'}",
-                  flush=True)
+            print(
+                f"{place}: {why}caching {len(dataset)} images {'anew' if old else 'once'}",
+                flush=True,
+            )
             try:
                 places = write(dataset, size, aside, skip)
                 os.replace(aside, base + ".u8")
@@ -160,19 +195,22 @@ def build(dataset, name, base, size, skip):
                     os.remove(aside)
             return places
     except OSError as error:
-        raise SystemExit(f"data.cache is {size}, but {place} cannot be written ({error.strerror or error}); change that, take a data.root of your own with "
-                         "links to the folders of images, or leave data.cache out")
+        raise SystemExit(
+            f"data.cache is {size}, but {place} cannot be written ({error.strerror or error}); change that, take a data.root of your own with "
+            "links to the folders of images, or leave data.cache out"
+        )
 
 
 def alone(lock, place):
     """Until `lock`, an open file, is closed, no other run builds here; it waits. The system frees the lock of a process that was killed."""
     try:
         import fcntl
+
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         print(f"{place}: another run is writing it; waiting", flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
-    except (ImportError, OSError):                         # Windows, some network file systems: do without
+    except (ImportError, OSError):  # Windows, some network file systems: do without
         pass
 
 
@@ -207,14 +245,15 @@ def write(dataset, size, path, skip):
             f"data.cache is {size}, but none of the {n} images can be read; "
             f"the first is {printable(dataset.files[0])}"
         )
-    h, w = torch.cat(shapes).numpy().T                     # (n,), (n,)
+    h, w = torch.cat(shapes).numpy().T  # (n,), (n,)
     return np.stack([np.cumsum(3 * h * w) - 3 * h * w, h, w], 1)
 
 
 class Shrunk:
     """What a worker does for the images `rows`, a list.
 
-    -> their bytes one after the other, and (b, 2) heights and widths."""
+    -> their bytes one after the other, and (b, 2) heights and widths.
+    """
 
     def __init__(self, dataset, size, skip):
         self.dataset, self.size, self.skip = dataset, size, skip
@@ -227,7 +266,8 @@ class Shrunk:
     def decode(self, row):
         """(h, w, 3) uint8, no larger than asked for.
 
-        h and w are 0 where the image cannot be read and may be skipped."""
+        h and w are 0 where the image cannot be read and may be skipped.
+        """
         try:
             image = self.dataset.decode(row)
         except ValueError as error:

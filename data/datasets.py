@@ -7,6 +7,7 @@ read by workers (data/loader.py), or decoded once for all runs (data/cache.py).
                                         training set
     load("test", ...)                   None where a folder has no validation part
 """
+
 import hashlib
 import os
 import unicodedata
@@ -79,7 +80,7 @@ class ArraySet:
 
     def fingerprint(self):
         """A hash of the number and size of the images and of the pixels of some."""
-        some = self.images[::max(1, len(self.images) // 64)].cpu().contiguous()
+        some = self.images[:: max(1, len(self.images) // 64)].cpu().contiguous()
         shape = repr(tuple(self.images.shape)).encode()
         return hashlib.sha256(shape + some.numpy().tobytes()).hexdigest()[:16]
 
@@ -88,10 +89,20 @@ class ArraySet:
         return torchvision.transforms.functional.to_pil_image(self.images[i].cpu())
 
 
-def load(part, seed, *, name: str, root: str = "datasets", split: str = "train",
-         limit: int | None = None, cache: int | None = None,
-         on_error: Literal["stop", "skip"] = "stop", check_files: bool = False,
-         mean: list[float] | None = None, std: list[float] | None = None):
+def load(
+    part,
+    seed,
+    *,
+    name: str,
+    root: str = "datasets",
+    split: str = "train",
+    limit: int | None = None,
+    cache: int | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
+    check_files: bool = False,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+):
     """One part of a data set: "pretrain", "train" or "test".
 
     name: one of NAMES.
@@ -119,16 +130,18 @@ def load(part, seed, *, name: str, root: str = "datasets", split: str = "train",
     in_files = isinstance(dataset, FolderSet)
     if in_files and check_files:
         check(dataset.files)
-    if in_files and cache is not None:                     # the whole part: every limit shares it
+    if in_files and cache is not None:  # the whole part: every limit shares it
         cache_name = f"{name}-{'test' if part == 'test' else 'train'}"
         dataset = cached(dataset, cache_name, cache, on_error == "skip")
-    elif cache is not None and part == "pretrain":         # a probe may go to one in memory
-        raise SystemExit(f"data.cache is {cache}, but {name} is in memory already, decoded; leave "
-                         "data.cache out")
+    elif cache is not None and part == "pretrain":  # a probe may go to one in memory
+        raise SystemExit(
+            f"data.cache is {cache}, but {name} is in memory already, decoded; leave data.cache out"
+        )
     if limit is not None and (part == "pretrain" or part == "train" and split == "train"):
         if limit > len(dataset):
-            raise SystemExit(f"data.limit is {limit}; {name} has {len(dataset)} images to choose "
-                             "from")
+            raise SystemExit(
+                f"data.limit is {limit}; {name} has {len(dataset)} images to choose from"
+            )
         # labels do not say what is trained on
         dataset = dataset.select(balanced(None, len(dataset), limit, seed))
     if in_files:
@@ -149,9 +162,11 @@ def find_obstacle(train, test):
     if train.labels is None:
         return f"the training images{place_of(train)} are not in two or more class folders"
     if test.labels is None:
-        return (f"the validation images{place_of(test)} are not in two or more class folders; move "
-                "each into one named as in train/ (ILSVRC2012's: by valprep.sh; tiny-imagenet's: "
-                "by its val_annotations.txt)")
+        return (
+            f"the validation images{place_of(test)} are not in two or more class folders; move "
+            "each into one named as in train/ (ILSVRC2012's: by valprep.sh; tiny-imagenet's: "
+            "by its val_annotations.txt)"
+        )
     own = sorted(set(train.classes) - set(test.classes))
     if own:
         return missing_classes(own, "training", test.classes, "validation")
@@ -163,7 +178,7 @@ def find_obstacle(train, test):
 
 
 def place_of(dataset):
-    """" in FOLDER", where its image files lie; "" for one in memory."""
+    """ " in FOLDER", where its image files lie; "" for one in memory."""
     if not isinstance(dataset, FolderSet):
         return ""
     return " in " + printable(os.fsdecode(dataset.files.common_folder()))
@@ -177,13 +192,16 @@ def missing_classes(own, part, others, other_part):
     else:
         which = f"class {ascii(own[0])} (beside {ascii(twin)}, which prints alike)"
     more = f" and {len(own) - 1} more are" if len(own) > 1 else " is"
-    return (f"{which}{more} among the {part} images and not among the {other_part} images; each "
-            "class needs a folder in both parts")
+    return (
+        f"{which}{more} among the {part} images and not among the {other_part} images; each "
+        "class needs a folder in both parts"
+    )
 
 
 def look_alike(name, other):
     """Whether two names print alike, though their bytes differ: é is one letter, or e and an
-    accent."""
+    accent.
+    """
     return unicodedata.normalize("NFC", str(name)) == unicodedata.normalize("NFC", str(other))
 
 
@@ -191,22 +209,31 @@ def refuse_settings(part, name, split, limit, cache, on_error, check_files):
     """SystemExit where settings of `load` make no sense, with its names for them."""
     if name not in NAMES:
         from engine.config import nearest
-        raise SystemExit(f"data.name is {name!r}{nearest(name, NAMES)}; there are "
-                         f"{', '.join(NAMES)}")
+
+        raise SystemExit(
+            f"data.name is {name!r}{nearest(name, NAMES)}; there are {', '.join(NAMES)}"
+        )
     if split != "train" and not (name == "stl10" and split in ("unlabeled", "train+unlabeled")):
-        raise SystemExit(f"data.split is {split!r}; stl10 has train, unlabeled and "
-                         "train+unlabeled, every other set just train")
+        raise SystemExit(
+            f"data.split is {split!r}; stl10 has train, unlabeled and "
+            "train+unlabeled, every other set just train"
+        )
     if name == "voc2007" and part == "pretrain":
-        raise SystemExit("voc2007 has several classes an image: it is for linear.data with "
-                         "linear.classifier svm; to pre-train on its images take data.name=folder")
+        raise SystemExit(
+            "voc2007 has several classes an image: it is for linear.data with "
+            "linear.classifier svm; to pre-train on its images take data.name=folder"
+        )
     if limit is not None and limit < 1:
         raise SystemExit(f"data.limit is {limit}; it must be above 0, or null for all images")
     if cache is not None and cache < 8:
-        raise SystemExit(f"data.cache is {cache}; it must be at least 8 pixels, or null for no "
-                         "cache")
+        raise SystemExit(
+            f"data.cache is {cache}; it must be at least 8 pixels, or null for no cache"
+        )
     if check_files and on_error == "skip":
-        raise SystemExit("data.check_files stops at the first image file that cannot be read, and "
-                         "data.on_error=skip goes on without it; leave one of the two out")
+        raise SystemExit(
+            "data.check_files stops at the first image file that cannot be read, and "
+            "data.on_error=skip goes on without it; leave one of the two out"
+        )
 
 
 def refuse_statistics(mean, std):
@@ -214,8 +241,10 @@ def refuse_statistics(mean, std):
     for key, values in (("mean", mean), ("std", std)):
         if values is not None and (len(values) != 3 or key == "std" and min(values) <= 0):
             above = ", each above 0" if key == "std" else ""
-            raise SystemExit(f"data.{key} is {values}; it must be three numbers{above}, one for "
-                             "each of red, green and blue, or null for the set's own")
+            raise SystemExit(
+                f"data.{key} is {values}; it must be three numbers{above}, one for "
+                "each of red, green and blue, or null for the set's own"
+            )
 
 
 def whole_part(part, name, root, split, limit):
@@ -227,8 +256,9 @@ def whole_part(part, name, root, split, limit):
         drawn = 10000 if limit is None else min(limit, 10000)
         count, seed = (2400, 1) if part == "test" else (drawn, 0)
         images, labels = shapes.shapes(count, seed=seed)
-        return ArraySet(torch.from_numpy(images), torch.from_numpy(labels), shapes.CLASSES,
-                        *STATISTICS[name])
+        return ArraySet(
+            torch.from_numpy(images), torch.from_numpy(labels), shapes.CLASSES, *STATISTICS[name]
+        )
     if name in TORCHVISION:
         return download(name, part, root, split)
     if name == "voc2007":
@@ -238,10 +268,11 @@ def whole_part(part, name, root, split, limit):
 
 def balanced(labels, n, limit, seed):
     """`limit` of n rows: a fixed shuffle, taken from each class in turn if there are labels.
-    -> (limit,) sorted rows."""
+    -> (limit,) sorted rows.
+    """
     order = np.random.default_rng(seed).permutation(n)
     if labels is not None:
-        turn = np.empty(n, int)                            # a row's place among those of its class
+        turn = np.empty(n, int)  # a row's place among those of its class
         for label in np.unique(labels):
             members = order[labels.numpy()[order] == label]
             turn[members] = np.arange(len(members))
@@ -260,7 +291,7 @@ def download(name, part, root, split):
         """-> what went wrong, or None."""
         try:
             make(root, download=True, **which)
-        except Exception as error:                         # torchvision raises many kinds
+        except Exception as error:  # torchvision raises many kinds
             return str(error)
 
     problem = distributed.run_on_first(try_to_download, per_node=False)
@@ -269,9 +300,11 @@ def download(name, part, root, split):
     except Exception as error:
         where = os.path.join(root, getattr(make, "base_folder", ""))
         why = " ".join((problem or str(error)).split())
-        raise SystemExit(f"{name} is not at {where} and could not be downloaded ({why}); put the "
-                         f"extracted files there, as torchvision.datasets.{kind} reads them, or "
-                         "set the root to the folder that holds them")
+        raise SystemExit(
+            f"{name} is not at {where} and could not be downloaded ({why}); put the "
+            f"extracted files there, as torchvision.datasets.{kind} reads them, or "
+            "set the root to the folder that holds them"
+        )
     statistics = STATISTICS.get(name, IMAGENET)
     if hasattr(data, "data"):
         return in_memory(data, name, *statistics)
@@ -282,7 +315,7 @@ def in_memory(data, name, mean, std):
     """A data set of torchvision's that holds its images -> an ArraySet."""
     images = torch.as_tensor(data.data)
     labels = torch.as_tensor(np.asarray(data.labels if name == "stl10" else data.targets)).long()
-    if images.dim() == 3:                                  # grey: MNIST and its like
+    if images.dim() == 3:  # grey: MNIST and its like
         images = images[:, None].expand(-1, 3, -1, -1).contiguous()
     elif name != "stl10":
         images = images.permute(0, 3, 1, 2).contiguous()
@@ -312,42 +345,51 @@ def voc2007(part, root):
     ending = f"_{'test' if part == 'test' else 'trainval'}.txt"
     table = {}
     try:
-        classes = sorted(file.removesuffix(ending) for file in os.listdir(lists)
-                         if file.endswith(ending))
+        classes = sorted(
+            file.removesuffix(ending) for file in os.listdir(lists) if file.endswith(ending)
+        )
         for name in classes:
             with open(os.path.join(lists, name + ending)) as f:
                 for image, value in (line.split() for line in f if line.strip()):
                     table.setdefault(image, []).append(int(value))
     except (OSError, ValueError) as error:
-        raise SystemExit(f"voc2007: {lists} must hold CLASS_trainval.txt and CLASS_test.txt, as in "
-                         f"VOCdevkit ({error}); put it there or set the root")
+        raise SystemExit(
+            f"voc2007: {lists} must hold CLASS_trainval.txt and CLASS_test.txt, as in "
+            f"VOCdevkit ({error}); put it there or set the root"
+        )
     if not classes or any(len(values) != len(classes) for values in table.values()):
-        raise SystemExit(f"voc2007: the files CLASS{ending} in {lists} are missing or do not list "
-                         "the same images")
-    files = [inside(path, os.path.join(path, "JPEGImages", image + ".jpg"), lists)
-             for image in table]
+        raise SystemExit(
+            f"voc2007: the files CLASS{ending} in {lists} are missing or do not list "
+            "the same images"
+        )
+    files = [
+        inside(path, os.path.join(path, "JPEGImages", image + ".jpg"), lists) for image in table
+    ]
     return FolderSet(files, torch.tensor(list(table.values())), classes, *IMAGENET)
 
 
 def inside(folder, file, where):
     """file, which `where` names, if it lies in folder: a list that came with data from elsewhere
-    could name any file of this machine. Links there are the user's own."""
+    could name any file of this machine. Links there are the user's own.
+    """
     if not os.path.abspath(file).startswith(os.path.join(os.path.abspath(folder), "")):
-        raise SystemExit(f"{where} names {file!r}, which lies outside {folder}; remove it from the "
-                         "list")
+        raise SystemExit(
+            f"{where} names {file!r}, which lies outside {folder}; remove it from the list"
+        )
     return file
 
 
 def folder(name, part, root):
     """A folder of images: ROOT/train and ROOT/val where they exist (or what data/folders.py takes
     for them), else all of it for training. Inside, a folder a class; or flat, no labels. None where
-    there is no such part."""
+    there is no such part.
+    """
     path = root if name == "folder" else os.path.join(root, "imagenet")
     path = folder_of_part(path, name, part)
     if path is None:
         return None
     only = None
-    if name == "imagenet100":                              # a selection of imagenet's classes
+    if name == "imagenet100":  # a selection of imagenet's classes
         with open(os.path.join(os.path.dirname(__file__), "imagenet100.txt")) as f:
             only = f.read().split()
     # A class that has training images alone is no reason not to train: `find_obstacle` tells it.

@@ -8,6 +8,7 @@ names the images. An annotation: {image_id, category_id, bbox [x, y, w, h] in pi
 or RLE) and keypoints [x, y, v, ...].
 Whatever is missing or broken ends the program with one sentence that names the file.
 """
+
 import json
 import os
 from xml.etree import ElementTree
@@ -32,9 +33,14 @@ def load(layout, root, train, val, task):
     if not os.path.isdir(root):
         raise SystemExit(f"detect.data is {root!r}, and there is no such folder")
     if not all(parts):
-        raise SystemExit("detect.train or detect.val is an empty list; name one part of the data set or several")
+        raise SystemExit(
+            "detect.train or detect.val is an empty list; name one part of the data set or several"
+        )
     if layout == "voc":
-        found = [voc(root, parts[0], ignore_difficult=False), voc(root, parts[1], ignore_difficult=True)]
+        found = [
+            voc(root, parts[0], ignore_difficult=False),
+            voc(root, parts[1], ignore_difficult=True),
+        ]
         names = sorted({a["category"] for part in found for a in part["annotations"]})
         for part in found:
             part["categories"] = [{"id": i, "name": name} for i, name in enumerate(names, 1)]
@@ -42,10 +48,14 @@ def load(layout, root, train, val, task):
                 a["category_id"] = names.index(a.pop("category")) + 1
         return drop_empty_boxes(found, parts)
     if len(parts[0]) != 1 or len(parts[1]) != 1:
-        raise SystemExit(f"layout coco takes one name for detect.train and one for detect.val, not {train!r} and {val!r}")
+        raise SystemExit(
+            f"layout coco takes one name for detect.train and one for detect.val, not {train!r} and {val!r}"
+        )
     found = [coco(root, *part, task) for part in parts]
     if found[0]["categories"] != found[1]["categories"]:
-        raise SystemExit(f"{root}: the categories of {JSON[task]}_{parts[0][0]}.json are not those of {JSON[task]}_{parts[1][0]}.json")
+        raise SystemExit(
+            f"{root}: the categories of {JSON[task]}_{parts[0][0]}.json are not those of {JSON[task]}_{parts[1][0]}.json"
+        )
     return drop_empty_boxes(found, parts)
 
 
@@ -60,12 +70,15 @@ def drop_empty_boxes(found, parts):
         empty = [a for a in coco["annotations"] if not has_area(a["bbox"], images[a["image_id"]])]
         if not empty:
             continue
-        coco["annotations"] = [a for a in coco["annotations"]
-                               if has_area(a["bbox"], images[a["image_id"]])]
-        distributed.say(f"{', '.join(names)}: {len(empty)} boxes have no area inside their image "
-                        "and are left out of training and evaluation; the first is in "
-                        f"{images[empty[0]['image_id']]['file']}: x, y, width, height "
-                        f"{', '.join(f'{value:g}' for value in empty[0]['bbox'])}")
+        coco["annotations"] = [
+            a for a in coco["annotations"] if has_area(a["bbox"], images[a["image_id"]])
+        ]
+        distributed.say(
+            f"{', '.join(names)}: {len(empty)} boxes have no area inside their image "
+            "and are left out of training and evaluation; the first is in "
+            f"{images[empty[0]['image_id']]['file']}: x, y, width, height "
+            f"{', '.join(f'{value:g}' for value in empty[0]['bbox'])}"
+        )
     return found
 
 
@@ -76,36 +89,63 @@ def has_area(bbox, image):
 
 
 def coco(root, name, task):
-    path, folder = os.path.join(root, "annotations", f"{JSON[task]}_{name}.json"), os.path.join(root, name)
+    path, folder = (
+        os.path.join(root, "annotations", f"{JSON[task]}_{name}.json"),
+        os.path.join(root, name),
+    )
     try:
         with open(path) as f:
             found = json.load(f)
     except FileNotFoundError:
-        raise SystemExit(f"{path} does not exist; detect.data is the folder that holds annotations/ and {name}/")
-    except (OSError, ValueError, RecursionError) as error:                             # ValueError: not JSON, or not text
+        raise SystemExit(
+            f"{path} does not exist; detect.data is the folder that holds annotations/ and {name}/"
+        )
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON, or not text
         raise SystemExit(f"{path} cannot be read as JSON: {error}")
     try:
-        found = {"images": [{"id": i["id"], "height": i["height"], "width": i["width"], "file": inside(folder, os.path.join(folder, i["file_name"]), path)}
-                            for i in found["images"]],
-                 "annotations": found["annotations"], "categories": sorted(found["categories"], key=lambda c: c["id"])}
+        found = {
+            "images": [
+                {
+                    "id": i["id"],
+                    "height": i["height"],
+                    "width": i["width"],
+                    "file": inside(folder, os.path.join(folder, i["file_name"]), path),
+                }
+                for i in found["images"]
+            ],
+            "annotations": found["annotations"],
+            "categories": sorted(found["categories"], key=lambda c: c["id"]),
+        }
         images, categories = ({x["id"] for x in found[part]} for part in ("images", "categories"))
         for a in found["annotations"]:
             x, y, w, h = a["bbox"]
             if a["image_id"] not in images or a["category_id"] not in categories:
-                raise ValueError(f"an annotation is of image {a['image_id']} and category {a['category_id']}, which are not both in the file")
+                raise ValueError(
+                    f"an annotation is of image {a['image_id']} and category {a['category_id']}, which are not both in the file"
+                )
             a.setdefault("iscrowd", 0)
             a.setdefault("area", w * h)
-            if isinstance(a.get("segmentation"), list):    # arrays: a fifth of the memory, and workers do not copy them by counting references
-                a["segmentation"] = [np.asarray(p, dtype=np.float64) for p in a["segmentation"] if len(p) >= 6]
+            if isinstance(
+                a.get("segmentation"), list
+            ):  # arrays: a fifth of the memory, and workers do not copy them by counting references
+                a["segmentation"] = [
+                    np.asarray(p, dtype=np.float64) for p in a["segmentation"] if len(p) >= 6
+                ]
             if "keypoints" in a:
                 a["keypoints"] = np.asarray(a["keypoints"], dtype=np.float64)
                 a["num_keypoints"] = int((a["keypoints"][2::3] > 0).sum())
             elif task == "keypoint":
                 raise ValueError(f"the annotation {a.get('id')} has no keypoints")
-        if task == "keypoint" and any(len(c.get("keypoints", ())) != 17 for c in found["categories"]):
-            raise ValueError("COCO's keypoint AP is defined for the 17 keypoints of a person, and a category has others")
+        if task == "keypoint" and any(
+            len(c.get("keypoints", ())) != 17 for c in found["categories"]
+        ):
+            raise ValueError(
+                "COCO's keypoint AP is defined for the 17 keypoints of a person, and a category has others"
+            )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SystemExit(f"{path} is not in COCO's form: {f'{error} is missing' if isinstance(error, KeyError) else error}")
+        raise SystemExit(
+            f"{path} is not in COCO's form: {f'{error} is missing' if isinstance(error, KeyError) else error}"
+        )
     check_files(found["images"], path)
     return found
 
@@ -122,21 +162,43 @@ def voc(root, parts, ignore_difficult):
         folder, _, name = part.rpartition("/")
         listed = os.path.join(root, folder, "ImageSets", "Main", f"{name}.txt")
         if not folder or not os.path.exists(listed):
-            raise SystemExit(f"{listed} does not exist; with layout voc, detect.train and detect.val are lists such as [VOC2007/trainval, VOC2012/trainval]")
+            raise SystemExit(
+                f"{listed} does not exist; with layout voc, detect.train and detect.val are lists such as [VOC2007/trainval, VOC2012/trainval]"
+            )
         with open(listed) as f:
             stems = [line.split()[0] for line in f if line.split()]
         for stem in tqdm(stems, part, leave=False, disable=None if distributed.is_main() else True):
-            path = inside(os.path.join(root, folder, "Annotations"), os.path.join(root, folder, "Annotations", f"{stem}.xml"), listed)
+            path = inside(
+                os.path.join(root, folder, "Annotations"),
+                os.path.join(root, folder, "Annotations", f"{stem}.xml"),
+                listed,
+            )
             try:
                 tree = ElementTree.parse(path, ElementTree.XMLParser(target=Plain())).getroot()
-                images.append({"id": len(images) + 1, "height": int(tree.find("size/height").text), "width": int(tree.find("size/width").text),
-                               "file": os.path.join(root, folder, "JPEGImages", f"{stem}.jpg")})
-                for thing in tree.findall("object"):       # not .iter: an object's parts have boxes too
-                    x1, y1, x2, y2 = (float(thing.find(f"bndbox/{k}").text) for k in ("xmin", "ymin", "xmax", "ymax"))
+                images.append(
+                    {
+                        "id": len(images) + 1,
+                        "height": int(tree.find("size/height").text),
+                        "width": int(tree.find("size/width").text),
+                        "file": os.path.join(root, folder, "JPEGImages", f"{stem}.jpg"),
+                    }
+                )
+                for thing in tree.findall("object"):  # not .iter: an object's parts have boxes too
+                    x1, y1, x2, y2 = (
+                        float(thing.find(f"bndbox/{k}").text)
+                        for k in ("xmin", "ymin", "xmax", "ymax")
+                    )
                     x, y, w, h = x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1
                     difficult = thing.findtext("difficult", "0").strip() == "1"
-                    annotations.append({"image_id": len(images), "category": thing.find("name").text.strip(), "bbox": [x, y, w, h], "area": w * h,
-                                        "iscrowd": int(difficult and ignore_difficult)})
+                    annotations.append(
+                        {
+                            "image_id": len(images),
+                            "category": thing.find("name").text.strip(),
+                            "bbox": [x, y, w, h],
+                            "area": w * h,
+                            "iscrowd": int(difficult and ignore_difficult),
+                        }
+                    )
             except FileNotFoundError:
                 raise SystemExit(f"{path} does not exist, and {listed} names it")
             except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
@@ -156,7 +218,10 @@ def check_files(images, where):
     """Now, not after hours."""
     if not images:
         raise SystemExit(f"{where} lists no image")
-    there = {folder: set(os.listdir(folder)) if os.path.isdir(folder) else set() for folder in {os.path.dirname(i["file"]) for i in images}}
+    there = {
+        folder: set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        for folder in {os.path.dirname(i["file"]) for i in images}
+    }
     for i in images:
         if os.path.basename(i["file"]) not in there[os.path.dirname(i["file"])]:
             raise SystemExit(f"{i['file']} does not exist, and {where} names it")
@@ -178,9 +243,15 @@ class Images:
         if training:
             by_id = {i["id"]: i for i in self.images}
             for a in coco["annotations"]:
-                if not a["iscrowd"] and has_area(a["bbox"], by_id[a["image_id"]]) and (task != "mask" or len(a.get("segmentation", ()))):
+                if (
+                    not a["iscrowd"]
+                    and has_area(a["bbox"], by_id[a["image_id"]])
+                    and (task != "mask" or len(a.get("segmentation", ())))
+                ):
                     self.annotations[a["image_id"]].append(a)
-            good = lambda some: any(a["num_keypoints"] for a in some) if task == "keypoint" else len(some)
+            good = lambda some: (
+                any(a["num_keypoints"] for a in some) if task == "keypoint" else len(some)
+            )
             self.images = [i for i in self.images if good(self.annotations[i["id"]])][:limit]
 
     @property
@@ -201,8 +272,10 @@ class Images:
             raise InputLost(str(error))
         image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
         if tuple(image.shape[1:]) != (info["height"], info["width"]):
-            raise InputLost(f"{info['file']} is {image.shape[2]} x {image.shape[1]}, and its annotations are for "
-                            f"{info['width']} x {info['height']}; replace one of the two")
+            raise InputLost(
+                f"{info['file']} is {image.shape[2]} x {image.shape[1]}, and its annotations are for "
+                f"{info['width']} x {info['height']}; replace one of the two"
+            )
         if not self.training:
             return image, info["id"]
         target = self.target(info)
@@ -210,13 +283,26 @@ class Images:
 
     def target(self, info):
         some = self.annotations[info["id"]]
-        target = {"boxes": torch.tensor([corners(a["bbox"], info["width"], info["height"]) for a in some], dtype=torch.float32),
-                  "labels": torch.tensor([self.label[a["category_id"]] for a in some])}
+        target = {
+            "boxes": torch.tensor(
+                [corners(a["bbox"], info["width"], info["height"]) for a in some],
+                dtype=torch.float32,
+            ),
+            "labels": torch.tensor([self.label[a["category_id"]] for a in some]),
+        }
         if self.task == "mask":
-            target["masks"] = torch.from_numpy(np.stack([mask(a["segmentation"], info["height"], info["width"]) for a in some]))
+            target["masks"] = torch.from_numpy(
+                np.stack([mask(a["segmentation"], info["height"], info["width"]) for a in some])
+            )
         if self.task == "keypoint":
-            k = torch.from_numpy(np.stack([a["keypoints"] for a in some])).float().view(len(some), 17, 3)
-            k[..., :2] += 0.5 * (k[..., 2:] > 0)           # COCO's are pixel indices; an index's middle is at + 0.5
+            k = (
+                torch.from_numpy(np.stack([a["keypoints"] for a in some]))
+                .float()
+                .view(len(some), 17, 3)
+            )
+            k[..., :2] += 0.5 * (
+                k[..., 2:] > 0
+            )  # COCO's are pixel indices; an index's middle is at + 0.5
             target["keypoints"] = k
         return target
 
@@ -224,31 +310,51 @@ class Images:
 def corners(bbox, width, height):
     """[x, y, w, h] -> [x1, y1, x2, y2], inside the image."""
     x, y, w, h = bbox
-    return [min(max(x, 0), width), min(max(y, 0), height), min(max(x + w, 0), width), min(max(y + h, 0), height)]
+    return [
+        min(max(x, 0), width),
+        min(max(y, 0), height),
+        min(max(x + w, 0), width),
+        min(max(y + h, 0), height),
+    ]
 
 
 def mask(segmentation, height, width):
     """Polygons or an RLE -> (height, width) uint8, 1 inside."""
     from pycocotools import mask as tools
+
     if isinstance(segmentation, dict):
-        return tools.decode(segmentation if not isinstance(segmentation["counts"], list) else tools.frPyObjects(segmentation, height, width))
+        return tools.decode(
+            segmentation
+            if not isinstance(segmentation["counts"], list)
+            else tools.frPyObjects(segmentation, height, width)
+        )
     return tools.decode(tools.merge(tools.frPyObjects(segmentation, height, width)))
 
 
 def pairs(names):
     """Where each keypoint goes in a mirror: [left_eye, right_eye, nose] -> [1, 0, 2]."""
     swap = {"left": "right", "right": "left"}
-    return [names.index("_".join(swap.get(word, word) for word in name.split("_"))) for name in names]
+    return [
+        names.index("_".join(swap.get(word, word) for word in name.split("_"))) for name in names
+    ]
 
 
 def flip(image, target, pairs=None):
     """Mirror an image (3, H, W) and its target. Left and right keypoints change places; one that is not labelled stays at (0, 0)."""
     width, target = image.shape[2], dict(target)
-    target["boxes"] = torch.stack([width - target["boxes"][:, 2], target["boxes"][:, 1], width - target["boxes"][:, 0], target["boxes"][:, 3]], 1)
+    target["boxes"] = torch.stack(
+        [
+            width - target["boxes"][:, 2],
+            target["boxes"][:, 1],
+            width - target["boxes"][:, 0],
+            target["boxes"][:, 3],
+        ],
+        1,
+    )
     if "masks" in target:
         target["masks"] = target["masks"].flip(2)
     if "keypoints" in target:
-        k = target["keypoints"][:, pairs].clone()          # (n, 17, 3)
+        k = target["keypoints"][:, pairs].clone()  # (n, 17, 3)
         k[..., 0] = torch.where(k[..., 2] > 0, width - k[..., 0], k[..., 0])
         target["keypoints"] = k
     return image.flip(2), target
@@ -271,15 +377,16 @@ def plan(n, batch_size, seed, start, stop):
 
 def batches(images, plan, device, workers=None):
     """plan: lists of (row, flip). -> lists of (image (3, H, W) in [0, 1], target) on the device."""
+
     def to_device(x):
         if not isinstance(x, torch.Tensor):
             return x
-        if device.type != "cuda":                          # elsewhere a copy that is not waited for may read freed memory
+        if device.type != "cuda":  # elsewhere a copy that is not waited for may read freed memory
             return x.to(device)
         return pinned(x, device).to(device, non_blocking=True)
 
     def on_device(target):
-        if not isinstance(target, dict):                   # an image's id
+        if not isinstance(target, dict):  # an image's id
             return target
         return {name: to_device(value) for name, value in target.items()}
 

@@ -4,6 +4,7 @@ A folder is asked for what it holds, and the system says with each name whether 
 folder or a link: no file is looked at by itself. A million system calls, one a file, would take ten
 minutes and more on a network disk. Only links need one each, to see where they lead.
 """
+
 import os
 from typing import NamedTuple
 
@@ -23,8 +24,18 @@ EXTENSIONS_IN_WORDS = ", ".join(IMG_EXTENSIONS)
 # What systems and programs keep beside people's files, in small letters; and whatever begins with a
 # point, as .Trash-1000 and the ._x.jpg of macOS.
 SYSTEM_NAMES = {
-    "@eadir", "@recycle", "@tmp", "@__thumb", "@recently-snapshot", "#recycle", "#snapshot",
-    "__macosx", "__pycache__", "$recycle.bin", "system volume information", "lost+found",
+    "@eadir",
+    "@recycle",
+    "@tmp",
+    "@__thumb",
+    "@recently-snapshot",
+    "#recycle",
+    "#snapshot",
+    "__macosx",
+    "__pycache__",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
 }
 # Each is recognised in small letters, in capitals, and with a capital in front.
 PART_NAMES = {
@@ -41,6 +52,7 @@ class Listing(NamedTuple):
     labels: (n,) int64, or None where the images are not sorted into classes.
     classes: the names of the classes, sorted, or None.
     """
+
     paths: Paths
     labels: torch.Tensor | None
     classes: list[str] | None
@@ -54,6 +66,7 @@ class Folder(NamedTuple):
         for that one itself.
     holders: the folders that hold it, itself included, with links resolved.
     """
+
     path: str
     top: str | None
     holders: tuple[str, ...]
@@ -69,6 +82,7 @@ class Content(NamedTuple):
     hidden: folders and images that are a system's or hidden, which we leave out.
     dangling: links that lead nowhere, perhaps to a folder of images that was moved.
     """
+
     folders: list[tuple[str, bool]]
     images: list[str]
     others: list[str]
@@ -85,20 +99,24 @@ def list_images(path, name, only=None, empty="refuse"):
     SystemExit names a folder that cannot be listed, a link that leads nowhere or to a folder that
     holds it, or a class without images; and says where there are no images at all.
     """
-    prefix = os.path.join(path, "")[:-1]                   # the rest of each path begins with a /
+    prefix = os.path.join(path, "")[:-1]  # the rest of each path begins with a /
     names, others, hidden, counts = [], [], [], {}
     for folder, content in walk(path, name, only):
         below = os.path.join(folder.path, "")
         counts[folder.top] = counts.get(folder.top, 0) + len(content.images)
-        names.append("".join(f"{below[len(prefix):]}{image}\0" for image in content.images))
+        names.append("".join(f"{below[len(prefix) :]}{image}\0" for image in content.images))
         others += [below + other for other in content.others]
         hidden += [below + other for other in content.hidden]
     if hidden:
-        say(f"{name}: {len(hidden)} hidden or system folders and files under {path} left out; "
-            f"the first: {printable(hidden[0])}")
+        say(
+            f"{name}: {len(hidden)} hidden or system folders and files under {path} left out; "
+            f"the first: {printable(hidden[0])}"
+        )
     if others:
-        say(f"{name}: {len(others)} files under {path} left out, not named {EXTENSIONS_IN_WORDS}; "
-            f"the first: {printable(others[0])}")
+        say(
+            f"{name}: {len(others)} files under {path} left out, not named {EXTENSIONS_IN_WORDS}; "
+            f"the first: {printable(others[0])}"
+        )
     if not any(names):
         raise SystemExit(f"{name}: no images ({EXTENSIONS_IN_WORDS}) under {path}")
     paths = Paths(prefix, os.fsencode("".join(names)))
@@ -114,15 +132,19 @@ def label(path, name, counts, only, empty):
     classes = [top for top, count in counts.items() if count]
     missing = sorted(set(only or ()) - set(classes))
     if missing:
-        raise SystemExit(f"{name}: {len(missing)} of its {len(only)} classes are not under {path}; "
-                         f"the first is {missing[0]}")
+        raise SystemExit(
+            f"{name}: {len(missing)} of its {len(only)} classes are not under {path}; "
+            f"the first is {missing[0]}"
+        )
     if loose or len(classes) < 2:
         return None, None
     unfilled = [top for top, count in counts.items() if not count]
     if unfilled and empty == "refuse":
-        raise SystemExit(f"{name}: {printable(os.path.join(path, unfilled[0]))} holds no images "
-                         f"({EXTENSIONS_IN_WORDS}), and a folder here is a class; fill it or "
-                         "remove it")
+        raise SystemExit(
+            f"{name}: {printable(os.path.join(path, unfilled[0]))} holds no images "
+            f"({EXTENSIONS_IN_WORDS}), and a folder here is a class; fill it or "
+            "remove it"
+        )
     sizes = torch.tensor([counts[top] for top in classes])
     return torch.arange(len(classes)).repeat_interleave(sizes), classes
 
@@ -133,8 +155,11 @@ def walk(path, name, only):
     while ahead:
         folder = ahead.pop()
         content = list_folder(folder.path, name)
-        inner = [inner_folder(folder, name, *item) for item in content.folders
-                 if only is None or folder.top is not None or item[0] in only]
+        inner = [
+            inner_folder(folder, name, *item)
+            for item in content.folders
+            if only is None or folder.top is not None or item[0] in only
+        ]
         if content.dangling:
             link = printable(os.path.join(folder.path, content.dangling[0]))
             raise SystemExit(f"{name}: {link} is a link to what is not there; remove or mend it")
@@ -175,7 +200,7 @@ def is_folder(entry):
     """Whether a DirEntry is a folder or a link to one. Only a link costs a system call."""
     try:
         return entry.is_dir()
-    except OSError:                                        # a link to itself, for one
+    except OSError:  # a link to itself, for one
         return False
 
 
@@ -184,8 +209,10 @@ def inner_folder(folder, name, inner, is_link):
     path = os.path.join(folder.path, inner)
     real = os.path.realpath(path) if is_link else os.path.join(folder.holders[-1], inner)
     if real in folder.holders:
-        raise SystemExit(f"{name}: {printable(path)} is a link to {printable(real)}, which holds "
-                         "it, and so on without end; remove the link")
+        raise SystemExit(
+            f"{name}: {printable(path)} is a link to {printable(real)}, which holds "
+            "it, and so on without end; remove the link"
+        )
     top = inner if folder.top is None else folder.top
     return Folder(path, top, (*folder.holders, real))
 
@@ -197,8 +224,11 @@ def folder_of_part(path, name, part):
     trained on. SystemExit where two folders could be one part.
     """
     if not os.path.isdir(path):
-        way_out = ("set data.root to a folder of images" if name == "folder" else
-                   "put train/<class>/*.JPEG and val/<class>/*.JPEG there, or set data.root")
+        way_out = (
+            "set data.root to a folder of images"
+            if name == "folder"
+            else "put train/<class>/*.JPEG and val/<class>/*.JPEG there, or set data.root"
+        )
         raise SystemExit(f"{name}: there is no folder {path}; {way_out}")
     parts = find_parts(path, name)
     if name != "folder" and not {"train", "val"} <= set(parts):
@@ -227,8 +257,10 @@ def find_parts(path, name):
                 there.append(folder)
         if len(there) > 1:
             both = " and ".join(map(os.path.basename, there))
-            raise SystemExit(f"{name}: {path} holds {both}, and only one of them can be its part "
-                             f"{part}; keep that one, named {part}, and move the rest elsewhere")
+            raise SystemExit(
+                f"{name}: {path} holds {both}, and only one of them can be its part "
+                f"{part}; keep that one, named {part}, and move the rest elsewhere"
+            )
         if there:
             parts[part] = there[0]
     return parts
@@ -241,18 +273,27 @@ def sort_out(path, name, parts):
         if not parts:
             return parts, None
         held = " and ".join(os.path.basename(folder) for folder in parts.values())
-        return parts, (f"{path} holds {held} and no train, so all of it is trained on, {held} "
-                       "included; name the folder of the training images train to keep them apart")
+        return parts, (
+            f"{path} holds {held} and no train, so all of it is trained on, {held} "
+            "included; name the folder of the training images train to keep them apart"
+        )
     if len(parts) == 1:
-        own = os.path.basename(parts["train"])             # its cache lies beside it, too
-        beside = [other for other, _ in list_folder(path, name).folders
-                  if other != own and not other.startswith(f"{own}.cache")]
-        if beside and odd:                                 # Train, Car and Plane may be classes
-            return {}, (f"{odd['train']} is taken as a class, as {printable(beside[0])} beside it; "
-                        "if it holds the training images, name it train")
+        own = os.path.basename(parts["train"])  # its cache lies beside it, too
+        beside = [
+            other
+            for other, _ in list_folder(path, name).folders
+            if other != own and not other.startswith(f"{own}.cache")
+        ]
+        if beside and odd:  # Train, Car and Plane may be classes
+            return {}, (
+                f"{odd['train']} is taken as a class, as {printable(beside[0])} beside it; "
+                "if it holds the training images, name it train"
+            )
         if beside:
-            return parts, (f"{parts['train']} alone is trained on; left out are {len(beside)} "
-                           f"folders beside it, the first is {printable(beside[0])}; name the one "
-                           "with validation images val")
+            return parts, (
+                f"{parts['train']} alone is trained on; left out are {len(beside)} "
+                f"folders beside it, the first is {printable(beside[0])}; name the one "
+                "with validation images val"
+            )
     note = ", ".join(f"{folder} is taken as its part {part}" for part, folder in odd.items())
     return parts, f"{note}; the README's names are train and val" if odd else None

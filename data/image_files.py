@@ -3,6 +3,7 @@
 PIL reads them as torchvision's ImageFolder does: of an animation the first frame, transparency
 dropped, as stored, whatever EXIF says of its rotation.
 """
+
 import hashlib
 import os
 import stat
@@ -20,9 +21,9 @@ from .workers import shortage
 # PIL knows these by their first bytes, whatever the name; for others, such as EPS, it starts
 # programs.
 FORMATS = "JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP"
-THREADS = 16                                               # files that are looked at side by side
-LOOKED_AT = 16                                             # files in which `say_if_dark` looks
-BRIGHT_ENOUGH = 2 ** 14                                    # below it, 8 bits are below 64
+THREADS = 16  # files that are looked at side by side
+LOOKED_AT = 16  # files in which `say_if_dark` looks
+BRIGHT_ENOUGH = 2**14  # below it, 8 bits are below 64
 
 
 class FolderSet:
@@ -57,21 +58,25 @@ class FolderSet:
 
     def instead(self, i, broken):
         """Image i; or with `skip`, where it cannot be read, the next one that can, and broken[i]
-        says why. It depends on i alone: a row of a bank stays one image's."""
-        for ahead in range(min(len(self), 100)):           # more in a row: the disk is gone
+        says why. It depends on i alone: a row of a bank stays one image's.
+        """
+        for ahead in range(min(len(self), 100)):  # more in a row: the disk is gone
             try:
                 return self.decode((i + ahead) % len(self))
             except ValueError as error:
                 if not self.skip:
                     raise
                 broken.setdefault(i, str(error))
-        raise ValueError(f"{broken.pop(i)}, and so it is with the {ahead} images after it, "
-                         "which is too much for data.on_error=skip")
+        raise ValueError(
+            f"{broken.pop(i)}, and so it is with the {ahead} images after it, "
+            "which is too much for data.on_error=skip"
+        )
 
     def fingerprint(self):
         """A hash of the images' names below the folder that holds them all, in order: which row
         is which image. No file is read, and none is asked for its size: a broken one may be
-        replaced by a good one of its name, as our sentences advise, and the run goes on."""
+        replaced by a good one of its name, as our sentences advise, and the run goes on.
+        """
         return hashlib.sha256(self.files.names_below()).hexdigest()[:16]
 
 
@@ -85,15 +90,15 @@ def read_rgb(file):
     try:
         with open_image(file) as image:
             return to_rgb(image)
-    except Exception as error:                             # PIL raises many kinds
-        if shortage(error):                                # the image may be whole
+    except Exception as error:  # PIL raises many kinds
+        if shortage(error):  # the image may be whole
             raise
         raise unreadable(file, error)
 
 
 def open_image(file):
     """A file as PIL's image, whose pixels are not read yet. Many kinds of error."""
-    problem = problem_of(file)                             # a pipe would be waited for
+    problem = problem_of(file)  # a pipe would be waited for
     if problem:
         raise ValueError(problem)
     return Image.open(file, formats=FORMATS)
@@ -103,10 +108,10 @@ def to_rgb(image):
     """An image of PIL's, of any mode -> of mode RGB, 8 bits a channel."""
     if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
         raise ValueError("it has 32 bits a pixel; store it with 8 or 16")
-    if image.mode.startswith("I"):                         # I;16, I;16B; or I, PIL's for 16-bit PGM
+    if image.mode.startswith("I"):  # I;16, I;16B; or I, PIL's for 16-bit PGM
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")                      # straight to RGB is the same, and warns
+        image = image.convert("RGBA")  # straight to RGB is the same, and warns
     return image.convert("RGB")
 
 
@@ -127,10 +132,12 @@ def say_if_dark(dataset):
     if file is None or not 0 < highest[file] < BRIGHT_ENOUGH:
         return
     factor = 2 ** (16 - highest[file].bit_length())
-    distributed.say(f"WARNING: {printable(file)} has 16 bits a value, of which the upper 8 are "
-                    f"taken, but its highest value is {highest[file]} of 65535, the highest in "
-                    f"{len(highest)} such images that were looked at: they come out nearly black; "
-                    f"store them anew, multiplied by {factor}")
+    distributed.say(
+        f"WARNING: {printable(file)} has 16 bits a value, of which the upper 8 are "
+        f"taken, but its highest value is {highest[file]} of 65535, the highest in "
+        f"{len(highest)} such images that were looked at: they come out nearly black; "
+        f"store them anew, multiplied by {factor}"
+    )
 
 
 def highest_of_16_bits(file):
@@ -145,26 +152,29 @@ def highest_of_16_bits(file):
                 return int(np.asarray(image).max())
             if image.format in ("PNG", "TIFF") and ";16" in str(image.tile):
                 return int(np.asarray(image.convert("RGB")).max()) << 8 | 255
-    except Exception:                                      # it is told when the image is wanted
+    except Exception:  # it is told when the image is wanted
         pass
     return None
 
 
 def printable(path):
     """A path in a sentence: as it is, if it is one line of text."""
-    return path if path.isprintable() else repr(path)      # not UTF-8; a line feed
+    return path if path.isprintable() else repr(path)  # not UTF-8; a line feed
 
 
 def unreadable(file, error):
     """The ValueError that names an image file and says, by `error`, why it cannot be read."""
     why = getattr(error, "strerror", None) or str(error).replace(f" {file!r}", "")
-    return ValueError(f"{printable(file)} cannot be read as an image "
-                      f"({why or type(error).__name__}); remove or replace it")
+    return ValueError(
+        f"{printable(file)} cannot be read as an image "
+        f"({why or type(error).__name__}); remove or replace it"
+    )
 
 
 def check(files):
     """Look at the status of every file, not at its contents. Every process calls it; one of each
-    node looks. SystemExit names the first that is missing, empty, or may not be read."""
+    node looks. SystemExit names the first that is missing, empty, or may not be read.
+    """
 
     def problem_or_permission(file):
         problem = problem_of(file)
@@ -197,6 +207,7 @@ def for_each_file(look, files):
     Threads overlap the round trips of a network disk: with half a millisecond each, 16 threads
     took a fourteenth of the time of one, and on a local disk no more.
     """
+
     def look_at_some(some):
         return [(file, look(file)) for file in some]
 
@@ -206,5 +217,5 @@ def for_each_file(look, files):
     try:
         for part in pool.map(look_at_some, parts):
             yield from part
-    finally:                                               # the one who asked may have seen enough
+    finally:  # the one who asked may have seen enough
         pool.shutdown(cancel_futures=True)

@@ -136,7 +136,8 @@ class Loader:
     def replaced(self):
         """What data.on_error=skip replaced in the epoch, on all processes: a sentence, or None.
 
-        Every process calls it."""
+        Every process calls it.
+        """
         if not getattr(self.dataset, "skip", False):
             return None
         found = sorted(
@@ -152,7 +153,8 @@ class Loader:
     def examples(self, n=8):
         """For a look: the first n images, each beside n - 1 augmented views.
 
-        -> (n * n, 3, S, S) in [0, 1]"""
+        -> (n * n, 3, S, S) in [0, 1]
+        """
         size, rows = self.augment.size, torch.arange(min(n, len(self.dataset)))
         drawn = self.draw((n - 1) * len(rows), generator(self.seed))
         plain = in_order(self.dataset, rows, "eval", size, self.device, workers=0)
@@ -172,7 +174,8 @@ class EpochPlan:
     """plan[i]: this process's part of the i-th step from `first` on.
 
     It is a pair: index (b,), and what was drawn for its n_views * b views, views outermost.
-    A step can be asked for without those before it, so that the workers draw their own."""
+    A step can be asked for without those before it, so that the workers draw their own.
+    """
 
     def __init__(self, loader, epoch, first=0):
         self.loader, self.epoch, self.first = loader, epoch, first
@@ -187,7 +190,7 @@ class EpochPlan:
         loader, step = self.loader, self.first + i
         index = self.order[step * loader.batch : (step + 1) * loader.batch]
         world = distributed.world_size()
-        batch = math.ceil(len(index) / world) * world      # of the last step perhaps a smaller one
+        batch = math.ceil(len(index) / world) * world  # of the last step perhaps a smaller one
         # (b,) places in the global batch, and (n_views, b) in that of all views.
         places = torch.arange(batch).chunk(world)[distributed.rank()]
         rows = torch.arange(loader.n_views)[:, None] * batch + places
@@ -210,7 +213,8 @@ def in_order(dataset, rows, recipe, image_size, device, batch_size=512, workers=
 def ahead(items, depth=2):
     """The same items, made by a thread, up to `depth` of them before they are asked for.
 
-    What the thread raises is raised here."""
+    What the thread raises is raised here.
+    """
     made, stop = queue.Queue(depth), threading.Event()
 
     def put(*item):
@@ -268,7 +272,8 @@ def batches(
     plan: a sequence of pairs (index (b,), what was drawn for views * b images), the first b the
         largest.
     broken: a dict that gets row -> what is wrong with its image, for each that was replaced.
-    in_flight: how many batches the workers are asked for at once, at most; None: two each."""
+    in_flight: how many batches the workers are asked for at once, at most; None: two each.
+    """
     if is_in_memory(dataset, backend):
         for index, u in plan:
             images = dataset.images[index.to(dataset.images.device)]
@@ -322,7 +327,8 @@ class Reader:
 
     whole: the colours too, which otherwise are the device's to do: two workers with a thread each
     beat one process with two. A recipe that only crops is left to the device even so: what travels
-    is uint8 then, a quarter."""
+    is uint8 then, a quarter.
+    """
 
     slots = None
 

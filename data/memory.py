@@ -1,6 +1,7 @@
 """How much memory there is for image workers: the machine's, or what a control group still allows.
 
-A container has a control group, and so has a SLURM job."""
+A container has a control group, and so has a SLURM job.
+"""
 
 import os
 
@@ -16,7 +17,8 @@ def available_bytes():
     """-> (bytes that this process may still use, whose limit that is).
 
     (None, "") where the system does not say.
-    The processes of one node (torchrun's) share it equally."""
+    The processes of one node (torchrun's) share it equally.
+    """
     limits = [(free, "on this machine") for free in [machine_bytes()] if free is not None]
     limits += [(free, "in this container or control group") for free in group_bytes()]
     free, whose = min(limits, default=(None, ""))
@@ -39,7 +41,8 @@ def group_bytes(membership="/proc/self/cgroup", groups=GROUPS):
 
     For both versions of control groups. A group's own group limits it as well. In a container the
     names of the outer groups are often not there to be read: what is mounted at the top is the
-    container's own group then, which the walk reaches at its end."""
+    container's own group then, which the walk reaches at its end.
+    """
     free = []
     for line in read_lines(membership):
         controllers, path = line.split(":", 2)[1:]
@@ -90,7 +93,8 @@ def workers_that_fit(workers, batch_bytes, scratch_bytes=0):
     workers. InputLost with the numbers where not even one fits.
     batch_bytes: of a batch in shared memory, where there is one more than are in flight, the one
         being trained on.
-    scratch_bytes: what a worker needs beside it."""
+    scratch_bytes: what a worker needs beside it.
+    """
     free, whose = available_bytes()
 
     def need(count, in_flight):

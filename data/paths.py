@@ -1,4 +1,5 @@
 """A million file names that forked workers share with their parent."""
+
 import os
 from collections.abc import Sequence
 
@@ -28,23 +29,25 @@ class Paths(Sequence):
     def of(cls, paths):
         """From a list of str. SystemExit names one that holds a zero byte, which no file's can."""
         folder = os.path.dirname(os.path.commonprefix(paths))
-        names = "".join(path[len(folder):] + "\0" for path in paths)
+        names = "".join(path[len(folder) :] + "\0" for path in paths)
         if names.count("\0") != len(paths):
             path = next(path for path in paths if "\0" in path)
-            raise SystemExit(f"{path!r} holds a zero byte, so it is no file's name; remove it from "
-                             "the list that names it")
+            raise SystemExit(
+                f"{path!r} holds a zero byte, so it is no file's name; remove it from "
+                "the list that names it"
+            )
         return cls(folder, os.fsencode(names))
 
     def __len__(self):
         return len(self.ends)
 
     def __getitem__(self, i):
-        i = range(len(self))[i]                            # counts from the end where i is negative
+        i = range(len(self))[i]  # counts from the end where i is negative
         start = self.ends[i - 1] + 1 if i else 0
-        return self.folder + os.fsdecode(self.names[start:self.ends[i]].tobytes())
+        return self.folder + os.fsdecode(self.names[start : self.ends[i]].tobytes())
 
     def __iter__(self):
-        for first in range(0, len(self), 1000):            # faster than one by one
+        for first in range(0, len(self), 1000):  # faster than one by one
             start = self.ends[first - 1] + 1 if first else 0
             stop = self.ends[min(first + 1000, len(self)) - 1]
             for name in os.fsdecode(self.names[start:stop].tobytes()).split("\0"):
@@ -73,4 +76,4 @@ class Paths(Sequence):
         folder = self.common_folder()
         if folder == os.fsencode(self.folder):
             return self.names[:-1].tobytes()
-        return b"\0".join(os.fsencode(path)[len(folder):] for path in self)
+        return b"\0".join(os.fsencode(path)[len(folder) :] for path in self)

@@ -121,7 +121,8 @@ def can_fork():
 def process_context():
     """Fork wherever there is one: workers then share the data set and the slots.
 
-    Python 3.14's own default would import torch anew in each worker."""
+    Python 3.14's own default would import torch anew in each worker.
+    """
     return multiprocessing.get_context("fork" if can_fork() else None)
 
 
@@ -171,7 +172,8 @@ def in_workers(function, jobs, count, in_flight=None, setting="data.workers"):
     in_flight: how many jobs are handed out at once, at most.
     setting: the key that sets count, for messages; None where there is none.
     InputLost says what became of a worker. Any other error of `function` is raised as a
-    RuntimeError with its traceback."""
+    RuntimeError with its traceback.
+    """
     if count == 0:
         for job in jobs:
             yield in_this_process(function, job)
@@ -213,7 +215,8 @@ def start(workers, function, count, setting):
     A fork can wait for ever for a lock that some other thread held at that moment, for it has no
     such thread. In CPython 3.11 that is the lock of all thread states, which a thread of C++ takes
     without the GIL (PyOS_AfterFork_Child, _PyThreadState_DeleteExcept; seen after a collective of
-    gloo's). Such a worker is killed, and another one is forked."""
+    gloo's). Such a worker is killed, and another one is forked.
+    """
     try:
         for _ in range(count):
             workers.append(Worker(function, workers))
@@ -249,7 +252,8 @@ def receive(workers, answers, setting):
     """Wait until a worker answers or dies. Each answer is put into a dict {job's number: answer}.
 
     Answers are taken from all workers, not only from the one whose turn it is: one that could not
-    get rid of a large answer would wait instead of decoding the next."""
+    get rid of a large answer would wait instead of decoding the next.
+    """
     by_handle = {}
     for worker in workers:
         by_handle[worker.pipe] = by_handle[worker.process.sentinel] = worker
@@ -325,7 +329,8 @@ def failure(error):
 def as_arrays(value):
     """Nested tuples, lists and dicts, their tensors as NumPy arrays.
 
-    torch would put a tensor into a file in /dev/shm."""
+    torch would put a tensor into a file in /dev/shm.
+    """
     return convert(value, torch.Tensor, torch.Tensor.numpy)
 
 

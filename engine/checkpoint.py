@@ -1,5 +1,7 @@
 """Checkpoints: written aside and renamed, so that a file with the right name is always a whole one; the one before is kept; a damaged one is
-noticed; read without unpickling code."""
+noticed; read without unpickling code.
+"""
+
 import contextlib
 import os
 import shutil
@@ -14,18 +16,28 @@ from .distributed import say
 
 try:
     import fcntl
-except ImportError:                                        # not on Windows
+except ImportError:  # not on Windows
     fcntl = None
 
 # On resuming these settings may change, and no others. What precision a device has is its own affair:
 # `auto` means another one on other hardware, and whoever names it instead means no other run.
 MAY_CHANGE = (
-    "name", "paper", "knn", "linear", "finetune", "detect", "model.precision",
-    "data.workers", "data.root", "data.on_error", "data.check_files",
+    "name",
+    "paper",
+    "knn",
+    "linear",
+    "finetune",
+    "detect",
+    "model.precision",
+    "data.workers",
+    "data.root",
+    "data.on_error",
+    "data.check_files",
 )
 
 
 # ---------------------------------------------------------------------------------------------------- one file
+
 
 @contextlib.contextmanager
 def writing(path):
@@ -34,11 +46,13 @@ def writing(path):
         yield
     except Exception as error:
         cause = error
-        while cause and not isinstance(cause, OSError):    # torch wraps it
+        while cause and not isinstance(cause, OSError):  # torch wraps it
             cause = cause.__context__
         if cause is None:
             raise
-        raise SystemExit(f"{path} cannot be written: {cause.strerror or cause}; what was there before is as it was")
+        raise SystemExit(
+            f"{path} cannot be written: {cause.strerror or cause}; what was there before is as it was"
+        )
 
 
 def write(path, value, keep=None):
@@ -49,29 +63,36 @@ def write(path, value, keep=None):
             torch.save(value, f)
             seal(f)
             f.flush()
-            os.fsync(f.fileno())                           # on the disk before it takes the name
+            os.fsync(f.fileno())  # on the disk before it takes the name
     except BaseException:
         with contextlib.suppress(OSError):
             os.remove(aside)
         raise
     with writing(path):
-        if keep and os.path.exists(path) and not (os.path.exists(keep) and os.path.samefile(path, keep)):      # a kill may have left them one file
+        if (
+            keep
+            and os.path.exists(path)
+            and not (os.path.exists(keep) and os.path.samefile(path, keep))
+        ):  # a kill may have left them one file
             with contextlib.suppress(FileNotFoundError):
                 os.remove(keep + ".part")
             try:
-                os.link(path, keep + ".part")              # so that there is no moment without a file of the name `path` ...
+                os.link(
+                    path, keep + ".part"
+                )  # so that there is no moment without a file of the name `path` ...
                 os.replace(keep + ".part", keep)
-            except OSError:                                # ... but on a disk without hard links
+            except OSError:  # ... but on a disk without hard links
                 os.replace(path, keep)
         os.replace(aside, path)
 
 
 def seal(f):
     """Put a checksum of the file into its end: a zip's comment, which every reader skips. (torch.load leaves zip's own checksums unread, and
-    these do not cover all of a file.)"""
+    these do not cover all of a file.)
+    """
     f.seek(-2, os.SEEK_END)
-    f.write((14).to_bytes(2, "little"))                    # the comment's length is a zip's last field
-    comment = checksum(f)                                  # 14 bytes
+    f.write((14).to_bytes(2, "little"))  # the comment's length is a zip's last field
+    comment = checksum(f)  # 14 bytes
     f.seek(0, os.SEEK_END)
     f.write(comment)
 
@@ -80,7 +101,7 @@ def checksum(f, size=None):
     """Of the first `size` bytes of an open file."""
     f.seek(0)
     crc, left = 0, os.fstat(f.fileno()).st_size if size is None else size
-    while left > 0 and (part := f.read(min(left, 2 ** 24))):
+    while left > 0 and (part := f.read(min(left, 2**24))):
         crc, left = zlib.crc32(part, crc), left - len(part)
     return f"crc32 {crc:08x}".encode()
 
@@ -90,8 +111,13 @@ def whole(path):
     with open(path, "rb") as f:
         size = f.seek(0, os.SEEK_END)
         f.seek(-min(64, size), os.SEEK_END)
-        *_, end = b"", *f.read().split(b"PK\5\6")[1:]      # the end record of a zip: 18 bytes and the comment
-        return int.from_bytes(end[16:18], "little") == 0 or end[18:] == checksum(f, size - len(end[18:]))
+        *_, end = (
+            b"",
+            *f.read().split(b"PK\5\6")[1:],
+        )  # the end record of a zip: 18 bytes and the comment
+        return int.from_bytes(end[16:18], "little") == 0 or end[18:] == checksum(
+            f, size - len(end[18:])
+        )
 
 
 def read(path):
@@ -102,11 +128,14 @@ def read(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise SystemExit(f"{path} does not exist")
-    except Exception as error:                             # truncated, not a checkpoint, or one that wants to run code
-        raise SystemExit(f"{path} is not a checkpoint that can be read safely ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})")
+    except Exception as error:  # truncated, not a checkpoint, or one that wants to run code
+        raise SystemExit(
+            f"{path} is not a checkpoint that can be read safely ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- a run's folder and state
+
 
 @contextlib.contextmanager
 def claim(folder):
@@ -128,7 +157,7 @@ def claim(folder):
         if held:
             unlock(held)
         if made:
-            with contextlib.suppress(OSError):             # it is not empty: the run has begun
+            with contextlib.suppress(OSError):  # it is not empty: the run has begun
                 os.rmdir(folder)
 
 
@@ -149,9 +178,11 @@ def lock(folder):
             raise SystemExit(
                 f"{folder} is in use: {who} trains there; stop it, wait for it, or choose another name=..."
             )
-        except (AttributeError, OSError) as error:         # Windows, or a network disk without locks
+        except (AttributeError, OSError) as error:  # Windows, or a network disk without locks
             file.close()
-            say(f"{folder} cannot be locked ({error}): see to it yourself that no second process trains there")
+            say(
+                f"{folder} cannot be locked ({error}): see to it yourself that no second process trains there"
+            )
             return None
         if still_there(file):
             break
@@ -165,7 +196,8 @@ def lock(folder):
 
 def unlock(file):
     """Remove a locked file while it is still locked: whoever opened it before sees in `lock` that it
-    is gone, whoever comes later makes a new one."""
+    is gone, whoever comes later makes a new one.
+    """
     with contextlib.suppress(OSError):
         if still_there(file):
             os.remove(file.name)
@@ -212,16 +244,25 @@ def exists(path):
 
 def save(path, settings, epoch, **parts):
     """Everything that training holds, after `epoch` epochs. parts: modules, optimizer, scaler. Every process must call it; none returns before
-    the file is there. What is not finite is never saved."""
+    the file is there. What is not finite is never saved.
+    """
     rng = distributed.gather_objects(devices.rng_state())
     with distributed.agreeing():
         if distributed.is_main():
             value = {k: v.state_dict() for k, v in parts.items()}
-            broken = not_finite({k: v for k, v in value.items() if k != "place"})      # whose figures may be
+            broken = not_finite(
+                {k: v for k, v in value.items() if k != "place"}
+            )  # whose figures may be
             if broken:
-                raise SystemExit(f"{path} is not written, for {broken} is not finite; what was there before is as it was")
+                raise SystemExit(
+                    f"{path} is not written, for {broken} is not finite; what was there before is as it was"
+                )
             precision = getattr(parts.get("encoder"), "precision", None)
-            write(path, {"epoch": epoch, "settings": settings, "rng": rng, "precision": precision, **value}, keep=before(path))
+            write(
+                path,
+                {"epoch": epoch, "settings": settings, "rng": rng, "precision": precision, **value},
+                keep=before(path),
+            )
 
 
 def not_finite(value, name=""):
@@ -231,8 +272,16 @@ def not_finite(value, name=""):
             return None
         # A NaN comes out of aminmax as NaN. isfinite would make a copy of a whole bank.
         return None if torch.stack(value.aminmax()).isfinite().all() else name
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    return next((found for key, v in inside if (found := not_finite(v, f"{name}.{key}".lstrip(".")))), None)
+    inside = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, (list, tuple))
+        else ()
+    )
+    return next(
+        (found for key, v in inside if (found := not_finite(v, f"{name}.{key}".lstrip(".")))), None
+    )
 
 
 def resume(path, settings, **parts):
@@ -244,7 +293,9 @@ def resume(path, settings, **parts):
             saved = read(candidate)
         except SystemExit as refusal:
             problem = refusal.code
-        found = [p for p in distributed.gather_objects(problem) if p]                  # all processes take the same file
+        found = [
+            p for p in distributed.gather_objects(problem) if p
+        ]  # all processes take the same file
         if not found:
             break
         problems.append(found[0])
@@ -254,22 +305,37 @@ def resume(path, settings, **parts):
         say(f"{problems[0]}; going on from the one before, {candidate}")
         if distributed.is_main() and os.path.exists(path):
             with writing(path):
-                os.replace(path, path + ".damaged")        # or the next save would put it in the place of the good one
-    needed = ("epoch", "settings", "rng", *(k for k in parts if k != "place"))         # which older ones lack
+                os.replace(
+                    path, path + ".damaged"
+                )  # or the next save would put it in the place of the good one
+    needed = (
+        "epoch",
+        "settings",
+        "rng",
+        *(k for k in parts if k != "place"),
+    )  # which older ones lack
     missing = [k for k in needed if k not in saved] if isinstance(saved, dict) else ["everything"]
     if missing:
-        raise SystemExit(f"{candidate} is not a checkpoint of train_pretrain.py: it has no {missing[0]}")
+        raise SystemExit(
+            f"{candidate} is not a checkpoint of train_pretrain.py: it has no {missing[0]}"
+        )
     other = config.difference(saved["settings"], settings, MAY_CHANGE)
     if other:
-        raise SystemExit(f"{candidate} is of another run: {other}; choose another name=..., or start this one over with --fresh")
+        raise SystemExit(
+            f"{candidate} is of another run: {other}; choose another name=..., or start this one over with --fresh"
+        )
     for name, part in parts.items():
         if name == "scaler" and not saved[name]:
             continue  # written in a precision without loss scaling, which begins now if it is needed
         try:
             part.load_state_dict(saved.get(name, {}))
         except (RuntimeError, ValueError) as error:
-            raise SystemExit(f"{candidate} does not fit: {' '.join(str(error).split())[:300]}; was the data set changed? start over with --fresh")
-    say_other_precision(candidate, saved.get("precision"), getattr(parts.get("encoder"), "precision", None))
+            raise SystemExit(
+                f"{candidate} does not fit: {' '.join(str(error).split())[:300]}; was the data set changed? start over with --fresh"
+            )
+    say_other_precision(
+        candidate, saved.get("precision"), getattr(parts.get("encoder"), "precision", None)
+    )
     resume_random_numbers(candidate, saved["rng"])
     return saved["epoch"]
 
@@ -286,13 +352,17 @@ def resume_random_numbers(path, states):
     Other processes or another kind of device have other random numbers. That is no fault, and said.
     """
     if len(states) != distributed.world_size():
-        say(f"{path} is of {len(states)} processes, now there are {distributed.world_size()}: it goes on with fresh random numbers")
+        say(
+            f"{path} is of {len(states)} processes, now there are {distributed.world_size()}: it goes on with fresh random numbers"
+        )
         return
     state, new = states[distributed.rank()], devices.current.type
     old = next((kind for kind in state if kind != "cpu"), "cpu")
     try:
         devices.set_rng_state(state)
-    except (RuntimeError, TypeError):                      # of a generator that keeps another state
+    except (RuntimeError, TypeError):  # of a generator that keeps another state
         old = f"another kind of {old}"
     if old != new:
-        say(f"{path} was written on {old}, and goes on on {new}: from here on its random numbers are others")
+        say(
+            f"{path} was written on {old}, and goes on on {new}: from here on its random numbers are others"
+        )

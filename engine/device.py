@@ -8,6 +8,7 @@ the CPU without a word or fails at the first kernel with words that do not help:
 the installed torch holds no kernels (a V100 beside a build for CUDA 13), and an NVIDIA driver that
 is older than the build.
 """
+
 import re
 import warnings
 
@@ -29,6 +30,7 @@ current = torch.device("cpu")  # the device that use() was given; set once, by d
 
 
 # ------------------------------------------------------------------------------------ the choice
+
 
 def choose(asked=None, process=0, processes=1):
     """The device of one of the processes of this machine.
@@ -136,6 +138,7 @@ def use_in_this_thread():
 
 # ------------------------------------------------------------------------------------ the checks
 
+
 def cuda_problem():
     """Why a torch that is built for CUDA cannot use it here, as a sentence without its full stop.
 
@@ -183,7 +186,7 @@ def driver_too_old(words):
 
 
 def release(version):
-    """"12.6" -> (12, 6)."""
+    """ "12.6" -> (12, 6)."""
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
 
@@ -236,6 +239,7 @@ def serves(kernels, capability):
 
 
 # ------------------------------------------------------------- what differs from device to device
+
 
 def describe(device):
     """The device in words, for the log."""

@@ -10,6 +10,7 @@ What may still outlast a collective is work that one process does between two of
 others go on to the next: COCO's average precision in train_detect.py (minutes) and the log's
 pictures (seconds).
 """
+
 import contextlib
 import inspect
 import os
@@ -25,7 +26,7 @@ from . import device as devices
 from . import signals
 from .store import ObjectStore, pack, unpack
 
-LARGEST_IN_STORE = 2 ** 20  # bytes of a packed object; a larger one goes by a collective
+LARGEST_IN_STORE = 2**20  # bytes of a packed object; a larger one goes by a collective
 
 sent = 0  # bytes that this process has given to others, DDP's gradients aside; benchmarks/step.py
 object_store = None  # this process's ObjectStore; None where no process group was joined
@@ -65,7 +66,9 @@ def join(asked, timeout):
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt {attempt}", store)
     object_store = ObjectStore(
-        dist.PrefixStore("objects", store), own, world,
+        dist.PrefixStore("objects", store),
+        own,
+        world,
         in_first=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
     )
 
@@ -121,8 +124,11 @@ def shorten_lost_connections(rank, hook):
     def say_who_is_lost(kind, error, trace):
         if not any(sign in str(error) for sign in signs):
             return hook(kind, error, trace)
-        print(f"process {rank} lost another one, which ended (what it says itself tells why) or "
-              "cannot be reached", file=sys.stderr)
+        print(
+            f"process {rank} lost another one, which ended (what it says itself tells why) or "
+            "cannot be reached",
+            file=sys.stderr,
+        )
 
     return say_who_is_lost
 
@@ -143,7 +149,8 @@ def stop():
 
 def wrap(module, device):
     """module, with gradients averaged over processes. Its buffers are left alone: see
-    average_buffers."""
+    average_buffers.
+    """
     if world_size() == 1:
         return module
     known = inspect.signature(DistributedDataParallel).parameters
@@ -181,6 +188,7 @@ def barrier():
 
 
 # ---------------------------------------------------------------------------- tensors: collectives
+
 
 @torch.no_grad()
 def gather(*tensors):
@@ -227,7 +235,7 @@ def exchange(x, order):
     if world == 1:
         return x[order.to(x.device)]
     source = order // n  # (world n,)  whose row stands at each place
-    own = source[r * n:(r + 1) * n]  # (n,)  whose rows this process gets
+    own = source[r * n : (r + 1) * n]  # (n,)  whose rows this process gets
     place = (source == r).nonzero()[:, 0]  # (n,)  where its own rows go, by rank
     out, into = (who.bincount(minlength=world).tolist() for who in (place // n, own))
     flat = as_bytes(x[(order[place] - r * n).to(x.device)])
@@ -299,7 +307,8 @@ def average_buffers(module):
 
 def running_statistics(*modules):
     """BatchNorm's, the only part of a run's state in which the processes differ during an epoch
-    (their random numbers aside)."""
+    (their random numbers aside).
+    """
     return [
         buffer
         for module in modules
@@ -310,9 +319,11 @@ def running_statistics(*modules):
 
 # ------------------------------------------------------------------- Python objects: the store
 
+
 def agree(problem):
     """Every process calls it. A sentence that one of them has, or else None, ends all of them; it
-    is said once."""
+    is said once.
+    """
     problems = [p for p in gather_objects(problem) if p]
     if problems:
         if object_store:

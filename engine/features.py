@@ -1,4 +1,5 @@
 """Frozen features: extract them, and ask the neighbours."""
+
 from typing import Literal
 
 import torch
@@ -20,9 +21,11 @@ DEVICE_SHARE = 0.75  # of an accelerator's free memory; the encoder needs some, 
 
 # ---------------------------------------------------------------------------- extraction
 
+
 @torch.no_grad()
-def extract(encode, dataset, image_size, device, workers=None, recipe="eval", what="features",
-            keep_on=None):
+def extract(
+    encode, dataset, image_size, device, workers=None, recipe="eval", what="features", keep_on=None
+):
     """The features (n, F) of all n images of a data set, in its order, on every process.
 
     encode: (b, 3, S, S) -> (b, F).
@@ -79,6 +82,7 @@ def where_features_fit(needed, device):
 
 # ---------------------------------------------------------------------------- neighbours
 
+
 @torch.no_grad()
 def knn(bank, labels, queries, k, temperature):
     """Weighted kNN, as InstDisc and MoCo: the k most similar of bank (n, F) vote for their labels
@@ -118,7 +122,7 @@ def nearest(bank, queries, k, device):
     chunks = queries.split(QUERIES)
     best = [None] * len(chunks)
     for start in range(0, len(bank), size):
-        block = F.normalize(bank[start:start + size].to(device), dim=1)  # (size, F)
+        block = F.normalize(bank[start : start + size].to(device), dim=1)  # (size, F)
         for i, chunk in enumerate(chunks):
             q = F.normalize(chunk.to(device), dim=1)
             similarity, rows = (q @ block.T).topk(min(k, len(block)))
@@ -155,11 +159,24 @@ class KNN:
         features.
     """
 
-    def __init__(self, train, test, image_size, device, workers, *, every: int = 10, k: int = 200,
-                 temperature: float = 0.1, feature: Literal["output", "backbone"] = "output"):
+    def __init__(
+        self,
+        train,
+        test,
+        image_size,
+        device,
+        workers,
+        *,
+        every: int = 10,
+        k: int = 200,
+        temperature: float = 0.1,
+        feature: Literal["output", "backbone"] = "output",
+    ):
         if every < 0 or k < 1 or temperature <= 0:
-            raise ValueError(f"knn: every {every} must be at least 0, k {k} at least 1, "
-                             f"temperature {temperature} above 0")
+            raise ValueError(
+                f"knn: every {every} must be at least 0, k {k} at least 1, "
+                f"temperature {temperature} above 0"
+            )
         self.train, self.test, self.how = train, test, (image_size, device, workers)
         self.every, self.k, self.temperature, self.feature = every, k, temperature, feature
         self.voters = voters(k, len(train))
@@ -184,9 +201,13 @@ class KNN:
         """How many vote, in words."""
         if self.voters == self.k:
             return f"k {self.k}"
-        return (f"k {self.voters} (knn.k is {self.k}, but of {len(self.train)} training images a "
-                "tenth at most vote)")
+        return (
+            f"k {self.voters} (knn.k is {self.k}, but of {len(self.train)} training images a "
+            "tenth at most vote)"
+        )
 
     def __str__(self):
-        return (f"weighted kNN, {self.neighbours()}, T {self.temperature}, on the {self.feature} "
-                f"of {len(self.train)} training images")
+        return (
+            f"weighted kNN, {self.neighbours()}, T {self.temperature}, on the {self.feature} "
+            f"of {len(self.train)} training images"
+        )

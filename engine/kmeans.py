@@ -22,6 +22,7 @@ or two kinds of GPU, round a matrix product differently.
 With 1,281,167 x 128 (656 MB) and k = 10,000 that is 0.16 GB on a CPU, of which a start and an
 iteration were measured to need 0.13. No second copy of x is made.
 """
+
 import math
 
 import numpy as np
@@ -32,8 +33,8 @@ from . import distributed
 
 # Scores (row times centroid) computed at a time: 8 MB, about a CPU's cache; on a GPU 256 MB, so
 # that the products outweigh the launching of kernels.
-SCORES = {"cpu": 2 ** 21, "cuda": 2 ** 26}
-CHUNK_ROWS = {"cpu": 2 ** 11, "cuda": 2 ** 16}
+SCORES = {"cpu": 2**21, "cuda": 2**26}
+CHUNK_ROWS = {"cpu": 2**11, "cuda": 2**16}
 
 # float64 holds every whole number up to 2^53.
 EXACT_BITS = 53
@@ -73,8 +74,12 @@ def kmeans(x, k, seed=0, iterations=20, restarts=5, start="kmeans++"):
     if start not in STARTS:
         raise ValueError(f"start {start!r} of k-means is not one of {', '.join(STARTS)}")
     points = Points(x, k)
-    bar = tqdm(total=restarts * (iterations + 1), desc=f"{k} clusters", leave=False,
-               disable=None if distributed.is_main() else True)
+    bar = tqdm(
+        total=restarts * (iterations + 1),
+        desc=f"{k} clusters",
+        leave=False,
+        disable=None if distributed.is_main() else True,
+    )
     best = None
     with bar:
         for rows in choose_starts(points, k, seed, restarts, start):
@@ -83,7 +88,7 @@ def kmeans(x, k, seed=0, iterations=20, restarts=5, start="kmeans++"):
                 best = run
     _, centroids, labels = best
     everywhere = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    everywhere[points.first:points.last] = labels
+    everywhere[points.first : points.last] = labels
     return centroids + points.mean, distributed.all_reduce_sum(everywhere)
 
 
@@ -113,7 +118,7 @@ class Points:
         # A mean lies between low and high, so no coordinate less its mean is larger than this.
         spread = high - low
         self.scale = exact_scale(spread, n)
-        self.distance_scale = exact_scale(4 * dim * spread ** 2, n)
+        self.distance_scale = exact_scale(4 * dim * spread**2, n)
 
     def __len__(self):
         return self.last - self.first
@@ -132,7 +137,7 @@ class Points:
 def chunk_rows(x, k):
     """Rows of x to meet k centroids at a time."""
     kind = x.device.type
-    return max(1, min(CHUNK_ROWS.get(kind, 2 ** 16), SCORES.get(kind, 2 ** 26) // k))
+    return max(1, min(CHUNK_ROWS.get(kind, 2**16), SCORES.get(kind, 2**26) // k))
 
 
 def share(n, rows):
@@ -145,7 +150,8 @@ def share(n, rows):
 
 def exact_scale(largest, count):
     """The power of two by which to scale numbers up to `largest`, so that `count` of them, rounded
-    to whole numbers, sum exactly in float64."""
+    to whole numbers, sum exactly in float64.
+    """
     bits = EXACT_BITS - math.frexp(largest)[1] - math.frexp(count)[1]
     return 2.0 ** max(-100, min(100, bits))
 
@@ -157,7 +163,8 @@ def to_whole(x, scale):
 
 def lloyd(points, centroids, iterations, bar):
     """Lloyd's iterations. -> the sum of squared distances, centroids (k, D), clusters of this
-    process's rows."""
+    process's rows.
+    """
     for iteration in range(iterations + 1):
         labels, distance, sums, counts, objective = assign(points, centroids)
         bar.update()
@@ -187,7 +194,7 @@ def assign(points, centroids):
     buffer = torch.empty(min(len(points), points.chunk_rows), k, device=device)
     for part, rows in points.chunks():
         # The nearest centroid has the largest x c - |c|^2 / 2.
-        score = torch.addmm(half, rows, centroids.T, out=buffer[:len(rows)])           # (r, k)
+        score = torch.addmm(half, rows, centroids.T, out=buffer[: len(rows)])  # (r, k)
         highest, nearest = score.max(1)
         labels[part] = nearest
         distance[part] = rows.square().sum(1) - 2 * highest
@@ -215,7 +222,7 @@ def farthest(points, distance, count):
     the rows are shared out.
     """
     # Floats that are not negative sort as their bits do; below them stands the row, from its end.
-    last = 2 ** 32 - 1
+    last = 2**32 - 1
     row = torch.arange(points.first, points.last, device=distance.device)
     key = (distance.view(torch.int32).long() << 32) | (last - row)
     highest = torch.full((count,), -1, device=key.device)
@@ -237,7 +244,7 @@ def choose_starts(points, k, seed, restarts, start):
 
 
 def random_rows(points, k, generator):
-    """k different rows (k,), by lot."""
+    """K different rows (k,), by lot."""
     return torch.randperm(len(points.x), generator=generator)[:k].to(points.x.device)
 
 
@@ -257,7 +264,7 @@ def plus_plus_rows(points, k, generator):
     larger.
     """
     sample = random_rows(points, sample_size(len(points.x), k), generator)
-    x = points.take(sample)                                                            # (m, D)
+    x = points.take(sample)  # (m, D)
     rows, scores, candidates = draw_candidates(x, k, generator)
     return sample[rows[drop_candidates(x, k, rows, scores, candidates)]]
 
@@ -289,7 +296,7 @@ def draw_candidates(x, k, generator):
         if len(drawn) == 0:
             break
         more_scores, more = two_nearest(x, x[drawn])
-        scores, order = torch.cat([scores, more_scores], 1).topk(2)                    # of (m, 4)
+        scores, order = torch.cat([scores, more_scores], 1).topk(2)  # of (m, 4)
         candidates = torch.cat([candidates, more + len(rows)], 1).gather(1, order)
         rows = torch.cat([rows, drawn])
     return rows, scores, candidates
@@ -345,7 +352,7 @@ def two_nearest(x, centroids, rows=None):
     for i in range(0, r, max(1, size)):
         part = slice(i, min(i + size, r))
         some = x[part] if rows is None else x[rows[part]]
-        score = torch.addmm(half, some, centroids.T, out=buffer[:len(some)])           # (.., k)
+        score = torch.addmm(half, some, centroids.T, out=buffer[: len(some)])  # (.., k)
         for place in (0, 1):
             scores[part, place], nearest[part, place] = score.max(1)
             score.scatter_(1, nearest[part, place, None], -math.inf)
@@ -371,7 +378,7 @@ def confidence(z, centroids, labels, temperature, kind):
     first, last = share(len(z), size)
     for i in range(first, last, size):
         part = slice(i, min(i + size, last))
-        similarity = z[part] @ centroids.T                                             # (r, k)
+        similarity = z[part] @ centroids.T  # (r, k)
         if kind == "softmax":
             similarity = similarity.div_(temperature)
         own = similarity.gather(1, labels[part, None])[:, 0]

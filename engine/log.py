@@ -1,4 +1,5 @@
 """What a run leaves to read: one JSON line an epoch, TensorBoard scalars, and pictures."""
+
 import json
 import os
 import threading
@@ -20,11 +21,14 @@ threading.excepthook = quiet
 
 class Log:
     """folder/log.jsonl and TensorBoard's events. Lines from `epoch` on, which a killed run wrote but never saved, are dropped; of a run that
-    begins (epoch 0, unless it goes on within its first epoch: `within`) all are."""
+    begins (epoch 0, unless it goes on within its first epoch: `within`) all are.
+    """
 
     def __init__(self, folder, epoch=0, within=False):
         self.path = os.path.join(folder, "log.jsonl")
-        kept = [line for line in lines(self.path) if line["epoch"] <= epoch] if epoch or within else []
+        kept = (
+            [line for line in lines(self.path) if line["epoch"] <= epoch] if epoch or within else []
+        )
         aside = self.path + ".part"
         with writing(self.path):
             with open(aside, "w") as f:
@@ -38,13 +42,17 @@ class Log:
                 f.write(json.dumps({"epoch": epoch, **figures}) + "\n")
             for name, value in figures.items():
                 if isinstance(value, (int, float)):
-                    self.board.add_scalar(name.replace(" %", "_percent").replace(" ", "_"), value, epoch)
+                    self.board.add_scalar(
+                        name.replace(" %", "_percent").replace(" ", "_"), value, epoch
+                    )
             self.board.flush()
 
     def picture(self, path, images, columns):
         """images: (n, 3, S, S) in [0, 1], as one PNG and in TensorBoard; small ones enlarged, to be seen."""
         scale = max(1, 80 // images.shape[2])
-        grid = make_grid(images.repeat_interleave(scale, 2).repeat_interleave(scale, 3), columns, padding=2)
+        grid = make_grid(
+            images.repeat_interleave(scale, 2).repeat_interleave(scale, 3), columns, padding=2
+        )
         save_image(grid, path)
         self.board.add_image(os.path.basename(path).split(".")[0], grid)
         self.board.flush()

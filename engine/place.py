@@ -1,4 +1,5 @@
 """Where a run that was told to stop stands within an epoch, and on which data: a part of its checkpoint."""
+
 import torch
 
 from . import distributed
@@ -9,7 +10,8 @@ class Place:
 
     images: how many there are. data: the data set's fingerprint, for the rows of banks and labels of clusters are by index. modules: those with
     BatchNorm. Its statistics and the totals of the figures are each process's own until the epoch's end; of another number of processes the
-    mean is taken."""
+    mean is taken.
+    """
 
     def __init__(self, images, data, *modules):
         self.images, self.data, self.modules = images, data, modules
@@ -21,15 +23,27 @@ class Place:
     def keep(self, step, seconds, wait, total):
         """Every process calls it. seconds, wait, total: of the epoch so far."""
         self.step, self.seconds, self.wait = step, seconds, wait
-        self.own = distributed.gather_objects({"total": {k: v.cpu() if torch.is_tensor(v) else v for k, v in total.items()},
-                                               "running": dict(enumerate(b.cpu() for b in distributed.running_statistics(*self.modules)))})
+        self.own = distributed.gather_objects(
+            {
+                "total": {k: v.cpu() if torch.is_tensor(v) else v for k, v in total.items()},
+                "running": dict(
+                    enumerate(b.cpu() for b in distributed.running_statistics(*self.modules))
+                ),
+            }
+        )
 
     def take(self):
         """-> step, seconds, wait, total; and the epoch goes on."""
         own, total = self.own, {}
         if own:
-            mean = lambda what: {k: sum(one[what][k] for one in own) / len(own) for k in own[0][what]}
-            mine = own[distributed.rank()] if len(own) == distributed.world_size() else {what: mean(what) for what in own[0]}
+            mean = lambda what: {
+                k: sum(one[what][k] for one in own) / len(own) for k in own[0][what]
+            }
+            mine = (
+                own[distributed.rank()]
+                if len(own) == distributed.world_size()
+                else {what: mean(what) for what in own[0]}
+            )
             total = dict(mine["total"])
             for i, buffer in enumerate(distributed.running_statistics(*self.modules)):
                 buffer.copy_(mine["running"][i])
@@ -38,7 +52,14 @@ class Place:
         return found
 
     def state_dict(self):
-        return {"images": self.images, "data": self.data, "step": self.step, "seconds": self.seconds, "wait": self.wait, "own": self.own}
+        return {
+            "images": self.images,
+            "data": self.data,
+            "step": self.step,
+            "seconds": self.seconds,
+            "wait": self.wait,
+            "own": self.own,
+        }
 
     def load_state_dict(self, saved):
         """saved: {} of a checkpoint from before there was a place."""

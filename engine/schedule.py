@@ -1,4 +1,5 @@
 """The learning rate over training, and the optimizer that all four papers use."""
+
 import math
 from typing import Literal
 
@@ -15,9 +16,21 @@ class Schedule:
     accumulate: a batch that does not fit is taken in so many parts, one after the other, their gradients summed; BatchNorm sees a part.
     """
 
-    def __init__(self, *, epochs: int, batch_size: int, lr: float, schedule: Literal["cosine", "step", "constant"] = "cosine",
-                 milestones: list[int] = [], gamma: float = 0.1, warmup_epochs: int = 0, accumulate: int = 1):
-        for name, value in dict(epochs=epochs, batch_size=batch_size, lr=lr, gamma=gamma, accumulate=accumulate).items():
+    def __init__(
+        self,
+        *,
+        epochs: int,
+        batch_size: int,
+        lr: float,
+        schedule: Literal["cosine", "step", "constant"] = "cosine",
+        milestones: list[int] = [],
+        gamma: float = 0.1,
+        warmup_epochs: int = 0,
+        accumulate: int = 1,
+    ):
+        for name, value in dict(
+            epochs=epochs, batch_size=batch_size, lr=lr, gamma=gamma, accumulate=accumulate
+        ).items():
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; it must be above 0, and finite")
         if warmup_epochs < 0:
@@ -25,9 +38,13 @@ class Schedule:
         if warmup_epochs >= epochs:
             raise ValueError(f"warmup_epochs {warmup_epochs} leaves nothing of epochs {epochs}")
         if milestones and schedule != "step":
-            raise ValueError(f"milestones are given, but schedule is {schedule!r}; write schedule: step")
+            raise ValueError(
+                f"milestones are given, but schedule is {schedule!r}; write schedule: step"
+            )
         if schedule == "step" and not milestones:
-            raise ValueError("schedule is step, but there are no milestones; give the epochs after which lr falls, or write schedule: constant")
+            raise ValueError(
+                "schedule is step, but there are no milestones; give the epochs after which lr falls, or write schedule: constant"
+            )
         reached(milestones, epochs, "epochs")
         self.epochs, self.batch_size, self.lr, self.warmup = epochs, batch_size, lr, warmup_epochs
         self.schedule, self.milestones, self.gamma = schedule, milestones, gamma
@@ -36,7 +53,11 @@ class Schedule:
         if epoch < self.warmup:
             return self.lr * epoch / self.warmup
         if self.schedule == "cosine":
-            return self.lr * 0.5 * (1 + math.cos(math.pi * (epoch - self.warmup) / (self.epochs - self.warmup)))
+            return (
+                self.lr
+                * 0.5
+                * (1 + math.cos(math.pi * (epoch - self.warmup) / (self.epochs - self.warmup)))
+            )
         return self.lr * self.gamma ** sum(epoch >= m for m in self.milestones)
 
 
@@ -45,7 +66,9 @@ def reached(milestones, end, what):
     if min(milestones, default=1) < 1:
         raise ValueError(f"milestones {milestones} must lie above 0")
     if max(milestones, default=0) >= end:
-        say(f"milestones {milestones}: {what} {end} end before the last of them is reached, and the learning rate falls {sum(m < end for m in milestones)} times; lower them too")
+        say(
+            f"milestones {milestones}: {what} {end} end before the last of them is reached, and the learning rate falls {sum(m < end for m in milestones)} times; lower them too"
+        )
 
 
 def sensible(momentum, weight_decay):

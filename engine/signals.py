@@ -4,12 +4,15 @@ The run finishes its step, saves, and exits with 75, EX_TEMPFAIL: no success, so
 was told, and no failure of the run either, so that a script can requeue it. torchrun itself, told, passes SIGTERM on, sends SIGKILL after 30 seconds
 (TORCH_ELASTIC_SHUTDOWN_TIMEOUT; newer ones: --shutdown-timeout), and ends with 1 whatever its workers say: see slurm/train.sbatch.
 """
+
 import os
 import signal
 import threading
 
 EXIT = 75
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]          # Windows has the first alone
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)
+]  # Windows has the first alone
 caught = []
 
 
@@ -31,6 +34,6 @@ def obey_the_parent_alone():
     def obey():
         while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
             pass
-        os._exit(0)                                        # multiprocessing ends workers so
+        os._exit(0)  # multiprocessing ends workers so
 
     threading.Thread(target=obey, daemon=True).start()

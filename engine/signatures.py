@@ -5,6 +5,7 @@ imports torch and torchvision: three seconds before a misspelt key is named. Wha
 plainly (a default that is computed, an unusual annotation) raises Unreadable, and config.py imports
 the module after all.
 """
+
 import ast
 import inspect
 import os
@@ -85,7 +86,7 @@ def source_of(statement, module):
     """The module that `from ... import` in `module` names: losses.nce for .nce in losses.ring."""
     if statement.level == 0:
         return statement.module
-    package = module.split(".")[:-statement.level]
+    package = module.split(".")[: -statement.level]
     return ".".join([*package, *filter(None, [statement.module])])
 
 

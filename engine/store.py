@@ -10,6 +10,7 @@ on which one died, but not those of the other machines. So every process leaves 
 the store every few seconds, and a process that waits ends if the other one left none for long, or
 if the store itself is gone.
 """
+
 import contextlib
 import io
 import threading
@@ -17,7 +18,7 @@ from time import monotonic, sleep
 
 import torch
 
-PIECE = 2 ** 22  # bytes: the store refuses a value of more than 8 MiB
+PIECE = 2**22  # bytes: the store refuses a value of more than 8 MiB
 LONGEST_PAUSE = 0.1  # seconds between two looks, which begin at a millisecond
 BEAT = 10  # seconds from one sign of life to the next
 SILENCE = 180  # seconds without one, after which a process counts as gone
@@ -46,8 +47,8 @@ def split(joined):
     """The list of bytes again."""
     parts, start = [], 0
     while start < len(joined):
-        end = start + 8 + int.from_bytes(joined[start:start + 8], "little")
-        parts.append(joined[start + 8:end])
+        end = start + 8 + int.from_bytes(joined[start : start + 8], "little")
+        parts.append(joined[start + 8 : end])
         start = end
     return parts
 
@@ -76,7 +77,8 @@ class ObjectStore:
 
     def leave(self):
         """Before this process ends: a first process that has the store stays, for some seconds at
-        most, until the others have read what it last told them."""
+        most, until the others have read what it last told them.
+        """
         if not self.in_first:
             return
         with contextlib.suppress(RuntimeError):
@@ -122,7 +124,7 @@ class ObjectStore:
 
     def post(self, call, key, x):
         """Set a key to bytes of any number; what is too long goes in pieces, the first one last."""
-        pieces = [x[i:i + PIECE] for i in range(0, len(x), PIECE)] or [b""]
+        pieces = [x[i : i + PIECE] for i in range(0, len(x), PIECE)] or [b""]
         keys = [f"{key}/{i}" for i in range(1, len(pieces))]
         for name, piece in zip(keys, pieces[1:]):
             self.ask(self.store.set, name, piece)

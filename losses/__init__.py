@@ -7,32 +7,43 @@ To stand in a list (losses/together.py) it has one or both of
     objective(contrast, s, epoch) -> (scalar, figures)        treats positives
 on s: (..., N, K), the similarities of `similarity`, which some method before it may have narrowed.
 """
+
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-NEVER = -1e30        # "similarity" of a candidate that may not serve: e^NEVER is 0. Finite, so a query left with none has loss 0, gradient 0
+NEVER = -1e30  # "similarity" of a candidate that may not serve: e^NEVER is 0. Finite, so a query left with none has loss 0, gradient 0
 
 
 class Contrast(NamedTuple):
     """N queries and whom they meet. Vectors are unit length, fp32 (a mean of keys is shorter); unless a host says so, only the query
-    carries a gradient."""
+    carries a gradient.
+    """
 
-    query: Tensor                    # (N, D)
-    positive: Tensor                 # (N, M, D)  M keys of each query's own image
-    negative: Tensor                 # (K, D)     candidates, shared by all queries
-    index: Tensor                    # (N,)       data-set index of the query's image
-    negative_index: Tensor           # (K,)       data-set index of each candidate, -1 where none
-    mask: Tensor | None = None       # (N, K)     False where a candidate may not serve as this query's negative
-    own: Tensor | None = None        # (N,)       the one candidate of each query that may not serve: cheaper than a mask, and either or neither is given
+    query: Tensor  # (N, D)
+    positive: Tensor  # (N, M, D)  M keys of each query's own image
+    negative: Tensor  # (K, D)     candidates, shared by all queries
+    index: Tensor  # (N,)       data-set index of the query's image
+    negative_index: Tensor  # (K,)       data-set index of each candidate, -1 where none
+    mask: Tensor | None = (
+        None  # (N, K)     False where a candidate may not serve as this query's negative
+    )
+    own: Tensor | None = (
+        None  # (N,)       the one candidate of each query that may not serve: cheaper than a mask, and either or neither is given
+    )
 
 
 def serves(contrast, queries=None):
     """(N, K) bool: which candidates may serve; of the first so many queries. (In a list of losses, after IFND: (L, N, K).)"""
     if contrast.mask is not None:
         return contrast.mask[..., :queries, :]
-    every = torch.ones(len(contrast.query[:queries]), len(contrast.negative), dtype=torch.bool, device=contrast.query.device)
+    every = torch.ones(
+        len(contrast.query[:queries]),
+        len(contrast.negative),
+        dtype=torch.bool,
+        device=contrast.query.device,
+    )
     return every if contrast.own is None else every.scatter_(1, contrast.own[:queries, None], False)
 
 
@@ -56,21 +67,28 @@ def false_negatives(contrast, s, which, labels):
     labels: (n_data,) or None.
     -> the share of candidates used and, with labels, the share of false negatives among the used and among those left out, in %.
     """
-    used = s[..., :32, :].detach() > NEVER                                             # (..., 32, k)
+    used = s[..., :32, :].detach() > NEVER  # (..., 32, k)
     if which is not None:
-        used = used.new_zeros(*used.shape[:-1], len(contrast.negative)).scatter_(-1, which[..., :32, :], used)
-    allowed = ((contrast.negative_index >= 0) & serves(contrast, 32)).expand_as(used)  # (..., 32, K) not a queue's random start
+        used = used.new_zeros(*used.shape[:-1], len(contrast.negative)).scatter_(
+            -1, which[..., :32, :], used
+        )
+    allowed = ((contrast.negative_index >= 0) & serves(contrast, 32)).expand_as(
+        used
+    )  # (..., 32, K) not a queue's random start
     used, unused = used & allowed, allowed & ~used
     share = lambda some, whole: 100 * some.sum() / whole.sum().clamp(min=1)
     figures = {"used %": share(used, allowed)}
     if labels is not None:
         false = of_one_class(contrast, labels)
-        figures |= {"false negatives used %": share(false & used, used), "false negatives left out %": share(false & unused, unused)}
+        figures |= {
+            "false negatives used %": share(false & used, used),
+            "false negatives left out %": share(false & unused, unused),
+        }
     return figures
 
 
 def unchosen(contrast):
-    """s as `count` and `false_negatives` want it where no candidate is left out and s itself is never formed: (32, K), 0 or NEVER."""
+    """S as `count` and `false_negatives` want it where no candidate is left out and s itself is never formed: (32, K), 0 or NEVER."""
     return torch.where(serves(contrast, 32), 0.0, NEVER)
 
 

@@ -22,6 +22,7 @@ Not settled by what we have of the paper: the mean over the levels; SupCon's out
 `attract`; confidence = softmax_c(sim(z_i, c) / t) at the own centroid; the first clustering after
 `reassign_every` epochs, not at the start.
 """
+
 from typing import Literal
 
 import torch
@@ -52,13 +53,21 @@ class IFND(nn.Module):
         base_temperature: SupContrast's factor of the loss, see losses/nce.py.
     """
 
-    def __init__(self, epochs, n_data, labels=None, *, temperature: float = 0.5,
-                 clusters: list[int] = [10, 30, 100], reassign_every: int = 20,
-                 mode: Literal["eliminate", "attract"] = "eliminate",
-                 confidence: Literal["softmax", "similarity"] = "softmax",
-                 acceptance: list[float] = [0.0, 1.0],
-                 start: Literal["kmeans++", "random"] = "kmeans++",
-                 base_temperature: float | None = None):
+    def __init__(
+        self,
+        epochs,
+        n_data,
+        labels=None,
+        *,
+        temperature: float = 0.5,
+        clusters: list[int] = [10, 30, 100],
+        reassign_every: int = 20,
+        mode: Literal["eliminate", "attract"] = "eliminate",
+        confidence: Literal["softmax", "similarity"] = "softmax",
+        acceptance: list[float] = [0.0, 1.0],
+        start: Literal["kmeans++", "random"] = "kmeans++",
+        base_temperature: float | None = None,
+    ):
         super().__init__()
         check_settings(epochs, n_data, temperature, clusters, reassign_every, acceptance)
         self.epochs = epochs
@@ -90,7 +99,7 @@ class IFND(nn.Module):
     def accepted_labels(self, index, epoch, none):
         """(n,) data-set indices -> (L, n) pseudo labels, `none` where not accepted or no image."""
         n_accepted = self.accepted(epoch) * self.rank.shape[1] + 1e-9
-        pseudo = self.pseudo[:, index]                                                 # (L, n)
+        pseudo = self.pseudo[:, index]  # (L, n)
         is_known = (self.rank[:, index] <= n_accepted) & (index >= 0) & (pseudo >= 0)
         return torch.where(is_known, pseudo, none)
 
@@ -108,7 +117,7 @@ class IFND(nn.Module):
         if self.labels is None or (self.pseudo < 0).any():
             return
         everyone = torch.arange(self.rank.shape[1], device=self.rank.device)
-        accepted = self.accepted_labels(everyone, epoch, -1)                           # (L, n)
+        accepted = self.accepted_labels(everyone, epoch, -1)  # (L, n)
         for k, accepted_labels, pseudo in zip(self.clusters, accepted, self.pseudo):
             figures = validity(accepted_labels, pseudo, self.labels)
             self.validity |= {f"{name}, k={k}": value for name, value in figures.items()}
@@ -120,7 +129,7 @@ class IFND(nn.Module):
             # (k, D) and (n,)
             centroids, labels = kmeans(z, k, seed=(epoch, level), start=self.start)
             centroids = F.normalize(centroids, dim=1)
-            sure = confidence(z, centroids, labels, self.t, self.confidence)           # (n,)
+            sure = confidence(z, centroids, labels, self.t, self.confidence)  # (n,)
             self.pseudo[level] = labels
             self.rank[level, sure.argsort(descending=True, stable=True)] = ranks
 
@@ -145,30 +154,30 @@ class IFND(nn.Module):
 
     def attract(self, contrast, s, epoch):
         """s: (..., N, K + anything that is no candidate)."""
-        q = contrast.query                                                             # (N, D)
-        k = contrast.positive.mean(1)                                                  # (N, D)
-        positive = (q * k).sum(1)                                                      # (N,)
-        candidates = s[..., :len(contrast.negative)]                                   # (..., N, K)
-        friends = self.false(contrast, epoch) & (candidates > NEVER)                   # (L, N, K)
+        q = contrast.query  # (N, D)
+        k = contrast.positive.mean(1)  # (N, D)
+        positive = (q * k).sum(1)  # (N,)
+        candidates = s[..., : len(contrast.negative)]  # (..., N, K)
+        friends = self.false(contrast, epoch) & (candidates > NEVER)  # (L, N, K)
         # The sum over F(q) of q n_j.
-        among = candidates.masked_fill(~friends, 0).sum(-1)                            # (L, N)
-        Z = torch.logaddexp(torch.logsumexp(s / self.t, -1), positive / self.t)        # (..., N)
+        among = candidates.masked_fill(~friends, 0).sum(-1)  # (L, N)
+        Z = torch.logaddexp(torch.logsumexp(s / self.t, -1), positive / self.t)  # (..., N)
         loss = (Z - (positive + among) / self.t / (1 + friends.sum(-1))).mean()
         figures = {**self.validity, "attracted %": 100 * friends.float().mean()}
         return loss, {"positive": positive.mean(), **figures}
 
     def forward(self, contrast, epoch):
         if hasattr(self, "objective"):
-            s = similarity(contrast)                                                   # (N, K)
+            s = similarity(contrast)  # (N, K)
             loss, figures = self.attract(contrast, s, epoch)
             return self.scale * loss, {"K": count(s), **figures}
-        q = contrast.query                                                             # (N, D)
-        k = contrast.positive.mean(1)                                                  # (N, D)
-        positive = (q * k).sum(1)                                                      # (N,)
+        q = contrast.query  # (N, D)
+        k = contrast.positive.mean(1)  # (N, D)
+        positive = (q * k).sum(1)  # (N,)
         # As from eliminate's s, of all queries.
-        Z = log_partition(contrast, self.t, *self.labels_of(contrast, epoch))          # (L, N)
+        Z = log_partition(contrast, self.t, *self.labels_of(contrast, epoch))  # (L, N)
         # For the log.
-        s, _, figures = self.eliminate(contrast, unchosen(contrast), epoch)            # (L, 32, K)
+        s, _, figures = self.eliminate(contrast, unchosen(contrast), epoch)  # (L, 32, K)
         loss = F.softplus(Z - positive / self.t).mean()
         return self.scale * loss, {"K": count(s), "positive": positive.mean(), **figures}
 
@@ -176,17 +185,27 @@ class IFND(nn.Module):
 def check_settings(epochs, n_data, temperature, clusters, reassign_every, acceptance):
     """ValueError where settings have no meaning; a sentence where they do less than they say."""
     if temperature <= 0 or reassign_every < 1:
-        raise ValueError(f"temperature {temperature} must be above 0 and reassign_every "
-                         f"{reassign_every} at least 1")
+        raise ValueError(
+            f"temperature {temperature} must be above 0 and reassign_every "
+            f"{reassign_every} at least 1"
+        )
     if not clusters or not 1 <= min(clusters) <= max(clusters) <= n_data:
-        raise ValueError(f"clusters {clusters} must be one number a level, each from 1 to the "
-                         f"{n_data} images there are")
+        raise ValueError(
+            f"clusters {clusters} must be one number a level, each from 1 to the "
+            f"{n_data} images there are"
+        )
     if len(acceptance) != 2 or not 0 <= acceptance[0] <= acceptance[1] <= 1:
-        raise ValueError(f"acceptance {acceptance} must be two shares, of the first epoch and, "
-                         "not below it, of the last")
+        raise ValueError(
+            f"acceptance {acceptance} must be two shares, of the first epoch and, "
+            "not below it, of the last"
+        )
     if 1 in clusters:
-        say(f"clusters {clusters} has a level of 1, whose one cluster leaves no negatives once all "
-            "labels are accepted; take 2 or more")
+        say(
+            f"clusters {clusters} has a level of 1, whose one cluster leaves no negatives once all "
+            "labels are accepted; take 2 or more"
+        )
     if reassign_every >= epochs:
-        say(f"reassign_every {reassign_every} leaves no clustering before the end, epochs {epochs}"
-            ": no false negative is found, and ifnd is nce; lower it")
+        say(
+            f"reassign_every {reassign_every} leaves no clustering before the end, epochs {epochs}"
+            ": no false negative is found, and ifnd is nce; lower it"
+        )

@@ -10,6 +10,7 @@ and no D x D matrix is needed. q carries the gradient in both places, keys none 
 the bound; l = 0 is InfoNCE on the mean key. The paper takes M = 5, l = 4; its script 4 keys and l = 2. The script ramps l up linearly,
 l (epoch + 1) / epochs, of which the paper says nothing: `ramp`.
 """
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -21,15 +22,34 @@ from .partition import log_partition
 class JCL(nn.Module):
     """temperature: t. lam: l. ramp: l grows from l / epochs to l. average: the control, the mean of M InfoNCE losses at equal forward passes.
 
-    M is the host's to give: model.n_views."""
+    M is the host's to give: model.n_views.
+    """
 
-    def __init__(self, epochs, n_keys=None, labels=None, *, temperature: float = 0.2, lam: float = 4.0, ramp: bool = True, average: bool = False):
+    def __init__(
+        self,
+        epochs,
+        n_keys=None,
+        labels=None,
+        *,
+        temperature: float = 0.2,
+        lam: float = 4.0,
+        ramp: bool = True,
+        average: bool = False,
+    ):
         super().__init__()
         if temperature <= 0 or lam < 0:
             raise ValueError(f"temperature {temperature} must be above 0 and lam {lam} at least 0")
         if n_keys == 1:
-            raise ValueError("jcl wants several keys of each image, and this host with its model.n_views gives one, which has no variance; raise model.n_views")
-        self.epochs, self.t, self.lam, self.ramp, self.average = epochs, temperature, lam, ramp, average
+            raise ValueError(
+                "jcl wants several keys of each image, and this host with its model.n_views gives one, which has no variance; raise model.n_views"
+            )
+        self.epochs, self.t, self.lam, self.ramp, self.average = (
+            epochs,
+            temperature,
+            lam,
+            ramp,
+            average,
+        )
         self.register_buffer("labels", labels, persistent=False)
 
     def objective(self, contrast, s, epoch):
@@ -38,20 +58,22 @@ class JCL(nn.Module):
 
     def bound(self, contrast, Z, epoch):
         """Z: (..., N), the log of the sum over the negatives."""
-        q, k = contrast.query, contrast.positive                                       # (N, D), (N, M, D)
-        mu = k.mean(1)                                                                 # (N, D)
-        mean = (q * mu).sum(1)                                                         # (N,)  q mu
-        variance = ((q[:, None] * (k - mu[:, None])).sum(2) ** 2).mean(1)              # (N,)  q' Sigma q = Var_m(q k_m)
+        q, k = contrast.query, contrast.positive  # (N, D), (N, M, D)
+        mu = k.mean(1)  # (N, D)
+        mean = (q * mu).sum(1)  # (N,)  q mu
+        variance = ((q[:, None] * (k - mu[:, None])).sum(2) ** 2).mean(
+            1
+        )  # (N,)  q' Sigma q = Var_m(q k_m)
         lam = self.lam * (int(epoch) + 1) / self.epochs if self.ramp else self.lam
         if self.average:
-            p = (q[:, None] * k).sum(2)                                                # (N, M)  q k_m
+            p = (q[:, None] * k).sum(2)  # (N, M)  q k_m
             loss = F.softplus(Z[..., None] - p / self.t).mean()
         else:
-            bonus = lam / (2 * self.t ** 2) * variance                                 # (N,)
+            bonus = lam / (2 * self.t**2) * variance  # (N,)
             loss = (bonus + F.softplus(Z - mean / self.t - bonus)).mean()
         return loss, {"positive": mean.mean(), "Var(q k)": variance.mean(), "lambda": lam}
 
     def forward(self, contrast, epoch):
-        s = unchosen(contrast)                                                         # (32, K), for the log
+        s = unchosen(contrast)  # (32, K), for the log
         loss, figures = self.bound(contrast, log_partition(contrast, self.t), epoch)
         return loss, {"K": count(s), **figures, **false_negatives(contrast, s, None, self.labels)}

@@ -10,6 +10,7 @@ The formula is multiplied once by temperature / base_temperature, where a method
 that key. IFND's levels are a leading dimension of s, and the mean is over it too. Each file is
 whole without this one; here is only their order.
 """
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -25,32 +26,49 @@ class Together(nn.Module):
         names = [type(loss).__name__.lower() for loss in losses]
         for name, loss in zip(names, losses):
             if not hasattr(loss, "negatives") and not hasattr(loss, "objective"):
-                raise ValueError(f"{name} has neither negatives() nor objective(), so it cannot stand in a list of losses")
+                raise ValueError(
+                    f"{name} has neither negatives() nor objective(), so it cannot stand in a list of losses"
+                )
             if names.count(name) > 1:
                 raise ValueError(f"{name} stands in the list twice")
             if name == "nce" and loss.n_negatives is None:
-                raise ValueError("nce in a list changes nothing unless it draws n_negatives; leave it out")
+                raise ValueError(
+                    "nce in a list changes nothing unless it draws n_negatives; leave it out"
+                )
             if loss.t != losses[0].t:
-                raise ValueError(f"{names[0]} has temperature {losses[0].t} and {name} {loss.t}; there is one partition function, so give both the same")
+                raise ValueError(
+                    f"{names[0]} has temperature {losses[0].t} and {name} {loss.t}; there is one partition function, so give both the same"
+                )
         scales = {name: loss.scale for name, loss in zip(names, losses) if hasattr(loss, "scale")}
         if len(set(scales.values())) > 1:
-            raise ValueError(f"the base_temperature of {' and '.join(scales)} differ; the list has "
-                             "one loss, so give them the same")
-        self.scale = next(iter(scales.values()), 1.0)      # those without the key have no say
+            raise ValueError(
+                f"the base_temperature of {' and '.join(scales)} differ; the list has "
+                "one loss, so give them the same"
+            )
+        self.scale = next(iter(scales.values()), 1.0)  # those without the key have no say
         of_positives = [name for name, loss in zip(names, losses) if hasattr(loss, "objective")]
         if len(of_positives) > 1:
-            raise ValueError(f"{' and '.join(of_positives)} both say what the positives are; keep one"
-                             + (", or set ifnd's mode to eliminate" if "ifnd" in of_positives else ""))
+            raise ValueError(
+                f"{' and '.join(of_positives)} both say what the positives are; keep one"
+                + (", or set ifnd's mode to eliminate" if "ifnd" in of_positives else "")
+            )
         self.of_negatives = [name for name in names if name not in of_positives]
         self.of_positives = of_positives[0] if of_positives else None
         self.losses, self.t = nn.ModuleDict(zip(names, losses)), losses[0].t
-        draws = [name for name in self.of_negatives if getattr(self.losses[name], "n_negatives", None)]
+        draws = [
+            name for name in self.of_negatives if getattr(self.losses[name], "n_negatives", None)
+        ]
         for name, follower in zip(self.of_negatives, self.of_negatives[1:]):
             if name in draws or name == "mochi":
-                raise ValueError(f"{follower} cannot follow {name}, whose {'draws' if name in draws else 'mixed points'} are not the candidates to choose "
-                                 f"from; put {name} last" + (" or set its n_negatives: null" if name in draws else ""))
+                raise ValueError(
+                    f"{follower} cannot follow {name}, whose {'draws' if name in draws else 'mixed points'} are not the candidates to choose "
+                    f"from; put {name} last"
+                    + (" or set its n_negatives: null" if name in draws else "")
+                )
         if draws and self.of_positives == "ifnd":
-            raise ValueError(f"ifnd's attract cannot look for its false negatives among the draws of {draws[0]}; set its n_negatives: null")
+            raise ValueError(
+                f"ifnd's attract cannot look for its false negatives among the draws of {draws[0]}; set its n_negatives: null"
+            )
 
     def before_epoch(self, epoch, extract):
         for loss in self.losses.values():
@@ -58,17 +76,19 @@ class Together(nn.Module):
                 loss.before_epoch(epoch, extract)
 
     def forward(self, contrast, epoch):
-        s, figures, narrowed = similarity(contrast), {}, contrast                      # (N, K)
+        s, figures, narrowed = similarity(contrast), {}, contrast  # (N, K)
         for name in self.of_negatives:
-            chosen, which, more = self.losses[name].negatives(narrowed, s, epoch)      # (..., N, k)
+            chosen, which, more = self.losses[name].negatives(narrowed, s, epoch)  # (..., N, k)
             figures |= {f"{name}: {key}": value for key, value in more.items()}
             if which is not None and (name != self.of_negatives[-1] or self.of_positives == "ifnd"):
-                chosen = torch.full_like(s, NEVER).scatter(-1, which, chosen)          # (..., N, K) back in their places, to be looked up
+                chosen = torch.full_like(s, NEVER).scatter(
+                    -1, which, chosen
+                )  # (..., N, K) back in their places, to be looked up
             s, narrowed = chosen, contrast._replace(mask=chosen > NEVER, own=None)
         if self.of_positives is not None:
             loss, more = self.losses[self.of_positives].objective(contrast, s, epoch)
             return self.scale * loss, {"K": count(s), **more, **figures}
-        q, k = contrast.query, contrast.positive.mean(1)                               # (N, D), (N, D)
-        positive = (q * k).sum(1)                                                      # (N,)
+        q, k = contrast.query, contrast.positive.mean(1)  # (N, D), (N, D)
+        positive = (q * k).sum(1)  # (N,)
         loss = F.softplus(torch.logsumexp(s / self.t, -1) - positive / self.t).mean()
         return self.scale * loss, {"K": count(s), "positive": positive.mean(), **figures}

@@ -2,6 +2,7 @@
 
 The lightness of an image meets its colour: L meets ab of CIE Lab, or Y meets CbCr.
 """
+
 from typing import Literal
 
 import torch
@@ -13,14 +14,19 @@ from .memory import MemoryBank
 from .resnet import Encoder, ResNet, projection
 
 # sRGB (D65) to XYZ, over the white point's XYZ: each row sums to 1
-XYZ = ((0.412453 / 0.950456, 0.357580 / 0.950456, 0.180423 / 0.950456), (0.212671, 0.715160, 0.072169),
-       (0.019334 / 1.088754, 0.119193 / 1.088754, 0.950227 / 1.088754))
+XYZ = (
+    (0.412453 / 0.950456, 0.357580 / 0.950456, 0.180423 / 0.950456),
+    (0.212671, 0.715160, 0.072169),
+    (0.019334 / 1.088754, 0.119193 / 1.088754, 0.950227 / 1.088754),
+)
 
 
 def lab(x):
     """(n, 3, S, S) sRGB in [0, 1] -> L, a, b of CIE Lab: L in [0, 100], a about [-86, 98], b about [-108, 94]."""
     x = torch.where(x > 0.04045, ((x.clamp(min=0) + 0.055) / 1.055) ** 2.4, x / 12.92)
-    X, Y, Z = (sum(w * channel for w, channel in zip(row, x.unbind(1))) for row in XYZ)              # 3 of (n, S, S)
+    X, Y, Z = (
+        sum(w * channel for w, channel in zip(row, x.unbind(1))) for row in XYZ
+    )  # 3 of (n, S, S)
     f = lambda v: torch.where(v > 0.008856, v.clamp(min=1e-6) ** (1 / 3), 7.787 * v + 16 / 116)
     return torch.stack([116 * f(Y) - 16, 500 * (f(X) - f(Y)), 200 * (f(Y) - f(Z))], 1)
 
@@ -33,8 +39,9 @@ YCBCR_OFFSET = (16.0, 128.0, 128.0)
 def ycbcr(x):
     """(n, 3, S, S) RGB in [0, 1] -> Y, Cb, Cr."""
     red, green, blue = x.unbind(1)
-    channels = [r * red + g * green + b * blue + offset
-                for (r, g, b), offset in zip(YCBCR, YCBCR_OFFSET)]
+    channels = [
+        r * red + g * green + b * blue + offset for (r, g, b), offset in zip(YCBCR, YCBCR_OFFSET)
+    ]
     return torch.stack(channels, 1)
 
 
@@ -56,8 +63,15 @@ class LabEncoder(Encoder):
     full width.
     """
 
-    def __init__(self, mean, std, device=torch.device("cpu"), *,
-                 colour_space: Literal["lab", "ycbcr"] = "lab", **settings):
+    def __init__(
+        self,
+        mean,
+        std,
+        device=torch.device("cpu"),
+        *,
+        colour_space: Literal["lab", "ycbcr"] = "lab",
+        **settings,
+    ):
         super().__init__(device, **settings)
         self.colour_space = colour_space
         self.convert, *statistics = COLOUR_SPACES[colour_space]
@@ -70,9 +84,13 @@ class LabEncoder(Encoder):
         if width % 2:
             raise ValueError(f"width is {width}; cmc halves it, so it must be even")
         # CMC's code has 64 channels in the stem whatever the stages have: 32 (its v1), 64, or 128
-        nets = {name: ResNet(backbone, stem, width // 2, channels, stem_width=min(width, 64))
-                for name, channels in (("L", 1), ("ab", 2))}
-        return TwoStreams(**nets), TwoStreams(**{name: projection(head, net.features, dim) for name, net in nets.items()})
+        nets = {
+            name: ResNet(backbone, stem, width // 2, channels, stem_width=min(width, 64))
+            for name, channels in (("L", 1), ("ab", 2))
+        }
+        return TwoStreams(**nets), TwoStreams(
+            **{name: projection(head, net.features, dim) for name, net in nets.items()}
+        )
 
     def forward(self, x, feature="output"):
         x = self.convert(x.float() * self.std + self.mean)
@@ -87,7 +105,9 @@ class TwoStreams(nn.Module):
         self.L, self.ab = L, ab
 
     def forward(self, x):
-        first = 1 if x.dim() == 4 else x.shape[1] // 2     # of an image, the channel L; of features, the half
+        first = (
+            1 if x.dim() == 4 else x.shape[1] // 2
+        )  # of an image, the channel L; of features, the half
         return torch.cat([self.L(x[:, :first]), self.ab(x[:, first:])], 1)
 
 
@@ -102,21 +122,34 @@ class CMC(nn.Module):
 
     Encoder = LabEncoder
 
-    def __init__(self, encoder, n_data, *, momentum: float = 0.5, exclude_self: bool = True, candidates: int | None = None, n_views: int = 1):
+    def __init__(
+        self,
+        encoder,
+        n_data,
+        *,
+        momentum: float = 0.5,
+        exclude_self: bool = True,
+        candidates: int | None = None,
+        n_views: int = 1,
+    ):
         super().__init__()
         if n_views < 1:
             raise ValueError(f"n_views is {n_views}; it must be above 0")
         self.n_views, self.n_keys, self.news = n_views, n_views, []
-        self.L, self.ab = (MemoryBank(n_data, encoder.dim, momentum, exclude_self, candidates) for _ in range(2))
+        self.L, self.ab = (
+            MemoryBank(n_data, encoder.dim, momentum, exclude_self, candidates) for _ in range(2)
+        )
 
     def forward(self, encoder, views, index):
         """views: V of (N, 3, S, S); index: (N,)."""
-        z = encoder(torch.stack(views, 1).flatten(0, 1)).unflatten(0, (-1, len(views)))                  # (N, V, 2 D)
-        L, ab = z.chunk(2, 2)                                                          # (N, V, D), (N, V, D)
+        z = encoder(torch.stack(views, 1).flatten(0, 1)).unflatten(
+            0, (-1, len(views))
+        )  # (N, V, 2 D)
+        L, ab = z.chunk(2, 2)  # (N, V, D), (N, V, D)
         self.news.append(distributed.gather(L.detach().mean(1), ab.detach().mean(1), index))
         return [self.ab.contrast(L, ab.detach(), index), self.L.contrast(ab, L.detach(), index)]
 
     def after_step(self):
-        for L, ab, index in self.news:                     # only now: the backward pass needed the old rows
+        for L, ab, index in self.news:  # only now: the backward pass needed the old rows
             self.L.update(L, index), self.ab.update(ab, index)
         self.news.clear()

@@ -1,4 +1,5 @@
 """IR: instance discrimination with a memory bank (Wu et al., CVPR 2018), the host of Ring's Table 1."""
+
 import torch
 from torch import nn
 
@@ -16,7 +17,16 @@ class IR(nn.Module):
     JCL wants several keys).
     """
 
-    def __init__(self, encoder, n_data, *, momentum: float = 0.5, exclude_self: bool = True, candidates: int | None = None, n_views: int = 1):
+    def __init__(
+        self,
+        encoder,
+        n_data,
+        *,
+        momentum: float = 0.5,
+        exclude_self: bool = True,
+        candidates: int | None = None,
+        n_views: int = 1,
+    ):
         super().__init__()
         if n_views < 1:
             raise ValueError(f"n_views is {n_views}; it must be above 0")
@@ -25,11 +35,11 @@ class IR(nn.Module):
 
     def forward(self, encoder, views, index):
         """views: V of (N, 3, S, S); index: (N,)."""
-        q = encoder(torch.stack(views, 1).flatten(0, 1)).unflatten(0, (-1, len(views)))                  # (N, V, D)
+        q = encoder(torch.stack(views, 1).flatten(0, 1)).unflatten(0, (-1, len(views)))  # (N, V, D)
         self.news.append(distributed.gather(q.detach().mean(1), index))
         return [self.bank.contrast(q, q.detach(), index)]
 
     def after_step(self):
-        for z, index in self.news:                         # only now: the backward pass needed the old rows
+        for z, index in self.news:  # only now: the backward pass needed the old rows
             self.bank.update(z, index)
         self.news.clear()

@@ -1,4 +1,5 @@
 """Where old embeddings wait to be negatives: a bank with a row an image (IR, CMC), a first-in first-out queue (MoCo). All state is buffers."""
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -18,22 +19,35 @@ class MemoryBank(nn.Module):
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum {momentum} of the memory bank must lie in [0, 1)")
         if exclude_self and n_data < 2:
-            raise ValueError(f"a data set of {n_data} image has no negatives once exclude_self takes the image's own row out; take more images")
+            raise ValueError(
+                f"a data set of {n_data} image has no negatives once exclude_self takes the image's own row out; take more images"
+            )
         if candidates is not None and not 2 <= candidates <= n_data:
-            raise ValueError(f"candidates is {candidates}; it must lie between 2 and the {n_data} rows of the bank, or be null for all of them")
+            raise ValueError(
+                f"candidates is {candidates}; it must lie between 2 and the {n_data} rows of the bank, or be null for all of them"
+            )
         self.momentum, self.exclude_self, self.candidates = momentum, exclude_self, candidates
         self.register_buffer("rows", F.normalize(torch.randn(n_data, dim), dim=1))
-        self.register_buffer("index", torch.arange(n_data), persistent=False)        # (n_data,) the image of each row
+        self.register_buffer(
+            "index", torch.arange(n_data), persistent=False
+        )  # (n_data,) the image of each row
 
     def contrast(self, q, z, index):
         """Queries q (N, V, D), V views of the images `index` (N,), meet this bank. Keys: the image's row and z of its other views; z:
-        (N, V, D), constants, the embeddings of the views in the stream that the bank remembers. -> a Contrast of N V queries, M = V."""
+        (N, V, D), constants, the embeddings of the views in the stream that the bank remembers. -> a Contrast of N V queries, M = V.
+        """
         N, V, D = q.shape
-        row = self.rows[index, None].expand(N, V, D)                                   # (N, V, D)
-        k = torch.stack([row, *(z.roll(-w, 1) for w in range(1, V))], 2).flatten(0, 1)                   # (N V, V, D)
-        index = index.repeat_interleave(V)                                             # (N V,)
-        rows, negative_index, own = (self.rows, self.index, index) if self.candidates is None else self.some(index)
-        return Contrast(q.flatten(0, 1), k, rows, index, negative_index, own=own if self.exclude_self else None)
+        row = self.rows[index, None].expand(N, V, D)  # (N, V, D)
+        k = torch.stack([row, *(z.roll(-w, 1) for w in range(1, V))], 2).flatten(
+            0, 1
+        )  # (N V, V, D)
+        index = index.repeat_interleave(V)  # (N V,)
+        rows, negative_index, own = (
+            (self.rows, self.index, index) if self.candidates is None else self.some(index)
+        )
+        return Contrast(
+            q.flatten(0, 1), k, rows, index, negative_index, own=own if self.exclude_self else None
+        )
 
     def some(self, index):
         """A fresh random part of the bank, for a step whose cost does not grow with the data set: one row of each of `candidates` equal
@@ -45,7 +59,7 @@ class MemoryBank(nn.Module):
         candidates (n_negatives: null) has fewer of them, and is lower by about log(n / m).
         """
         n, m, device = len(self.rows), self.candidates, index.device
-        edge = torch.arange(m + 1, device=device) * n // m                             # (m + 1,)
+        edge = torch.arange(m + 1, device=device) * n // m  # (m + 1,)
         start = torch.randint(n, (), device=device)
         exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         within = (torch.rand(m, device=device, dtype=exact) * edge.diff()).long()  # (m,)
@@ -65,12 +79,14 @@ class Queue(nn.Module):
         super().__init__()
         self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("index", torch.full((size,), -1))
-        self.register_buffer("pointer", torch.zeros((), dtype=torch.long))           # where the next key goes
+        self.register_buffer(
+            "pointer", torch.zeros((), dtype=torch.long)
+        )  # where the next key goes
 
     @torch.no_grad()
     def enqueue(self, k, index):
         """k: (n, D), index: (n,); any n: the oldest keys go, past the end it begins again, of more than K keys the last K stay."""
         K = len(self.keys)
-        place = (self.pointer + torch.arange(len(k), device=k.device)) % K            # (n,)
+        place = (self.pointer + torch.arange(len(k), device=k.device)) % K  # (n,)
         self.keys[place[-K:]], self.index[place[-K:]] = k[-K:], index[-K:]
         self.pointer.copy_((self.pointer + len(k)) % K)

@@ -1,4 +1,5 @@
 """The momentum encoder f_k of MoCo: an exponential moving average of f_q."""
+
 import copy
 
 import torch
@@ -37,6 +38,10 @@ class MomentumEncoder(nn.Module):
         if world * splits == 1:
             return self.net(x)
         i = torch.arange(world * n)
-        order = ((i // (n // splits) + i % (n // splits)) % (world * splits)).argsort(stable=True)     # (world n,)  row j of part p goes to part p + j
-        k = self.net(distributed.exchange(x.to(self.net.dtype) if world > 1 else x, order))              # (n, D)
+        order = ((i // (n // splits) + i % (n // splits)) % (world * splits)).argsort(
+            stable=True
+        )  # (world n,)  row j of part p goes to part p + j
+        k = self.net(
+            distributed.exchange(x.to(self.net.dtype) if world > 1 else x, order)
+        )  # (n, D)
         return distributed.exchange(k, order.argsort())

@@ -1,4 +1,5 @@
 """SimCLR (Chen et al., ICML 2020): no memory; every view meets all views of the global batch."""
+
 import torch
 from torch import nn
 
@@ -22,12 +23,23 @@ class SimCLR(nn.Module):
     def forward(self, encoder, views, index):
         """views: V of (n, 3, S, S); index: (n,)."""
         V = len(views)
-        z = encoder(torch.stack(views, 1).flatten(0, 1)).unflatten(0, (-1, V))         # (n, V, D)
-        positive = torch.stack([z.roll(-w, 1) for w in range(1, V)], 2).flatten(0, 1)  # (n V, V - 1, D)
-        negative = distributed.gather_with_gradient(z.flatten(0, 1))                   # (world n V, D)
-        index = index.repeat_interleave(V)                                             # (n V,)
-        negative_index = distributed.gather(index)                                     # (world n V,)
-        return [Contrast(z.flatten(0, 1), positive, negative, index, negative_index, index[:, None] != negative_index)]
+        z = encoder(torch.stack(views, 1).flatten(0, 1)).unflatten(0, (-1, V))  # (n, V, D)
+        positive = torch.stack([z.roll(-w, 1) for w in range(1, V)], 2).flatten(
+            0, 1
+        )  # (n V, V - 1, D)
+        negative = distributed.gather_with_gradient(z.flatten(0, 1))  # (world n V, D)
+        index = index.repeat_interleave(V)  # (n V,)
+        negative_index = distributed.gather(index)  # (world n V,)
+        return [
+            Contrast(
+                z.flatten(0, 1),
+                positive,
+                negative,
+                index,
+                negative_index,
+                index[:, None] != negative_index,
+            )
+        ]
 
     def after_step(self):
         pass

@@ -3,6 +3,7 @@
 A fresh interpreter needs four seconds of CPU for the imports alone. Here a server imports them once
 and forks itself for every run. What tests fresh interpreters or torchrun itself starts these.
 """
+
 import multiprocessing
 import os
 import runpy
@@ -15,7 +16,7 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["train_pretrain", "train_linear", "train_finetune", "train_detect", "processes"]
 )
-os.environ["OMP_NUM_THREADS"] = "1"                        # of the server, which is not yet there
+os.environ["OMP_NUM_THREADS"] = "1"  # of the server, which is not yet there
 
 
 def run(folder, script, *arguments, processes=1, check=True):
@@ -24,7 +25,7 @@ def run(folder, script, *arguments, processes=1, check=True):
     script: the name of one of ours, or the path of a file. What it prints, of the first process, and
     what it exits with come back as a subprocess.CompletedProcess. check: it must exit with 0.
     """
-    script = os.path.join(ROOT, script)                    # a whole path stays as it is
+    script = os.path.join(ROOT, script)  # a whole path stays as it is
     arguments = [str(argument) for argument in arguments]
     environments = [{}] if processes == 1 else group(processes)
     started = [
@@ -76,7 +77,7 @@ def child(folder, script, arguments, environment):
     """What a fork of the server does."""
     os.chdir(folder)
     os.environ.update(environment)
-    multiprocessing.set_start_method("fork", force=True)   # as in a program of its own
+    multiprocessing.set_start_method("fork", force=True)  # as in a program of its own
     for number, kind in ((1, "out"), (2, "err")):
         path = said(folder, kind, environment)
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)

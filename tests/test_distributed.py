@@ -1,4 +1,5 @@
 """Two gloo processes against one: every collective, and the hosts' whole steps."""
+
 import contextlib
 import json
 import multiprocessing
@@ -19,7 +20,8 @@ from engine import distributed, signals
 def two(tmp_path_factory):
     """Two processes run every collective once; -> the folder with what each saw."""
     folder = tmp_path_factory.mktemp("two")
-    (folder / "job.py").write_text(textwrap.dedent("""
+    (folder / "job.py").write_text(
+        textwrap.dedent("""
         import torch
         from torch import nn
         from data.datasets import ArraySet
@@ -53,45 +55,61 @@ def two(tmp_path_factory):
                "views": [torch.stack(v) for v, _ in loader.epoch(3)], "index": [i for _, i in loader.epoch(3)]}
         torch.save(saw, f"saw{r}.pt")
         distributed.stop()
-    """))
+    """)
+    )
     run(folder, folder / "job.py", processes=2)
     return [torch.load(folder / f"saw{r}.pt") for r in (0, 1)]
 
 
 def test_collectives(two):
     for saw in two:
-        assert saw["gather"].tolist() == [0, 1, 2, 10, 11, 12] and saw["broadcast"].item() == 7 and saw["mean"].item() == 0.5
-        assert saw["sum"].item() == 2 ** 61 + 1            # whole numbers, exactly
+        assert (
+            saw["gather"].tolist() == [0, 1, 2, 10, 11, 12]
+            and saw["broadcast"].item() == 7
+            and saw["mean"].item() == 0.5
+        )
+        assert saw["sum"].item() == 2**61 + 1  # whole numbers, exactly
         assert saw["objects"] == [{"rank": 0}, {"rank": 1}] and saw["bn"].tolist() == [0.5, 0.5]
 
 
 def test_several_tensors_are_gathered_by_one_message(two):
     for r, saw in enumerate(two):
         values, index = saw["pair"]
-        assert torch.equal(values, torch.cat([torch.arange(6.0).view(3, 2), torch.arange(6.0).view(3, 2) + 10]))
+        assert torch.equal(
+            values, torch.cat([torch.arange(6.0).view(3, 2), torch.arange(6.0).view(3, 2) + 10])
+        )
         assert torch.equal(index, torch.tensor([0, 1, 2, -1, 0, 1])) and index.dtype == torch.long
-        assert saw["told"] == 3 * (2 * 4 + 8)              # three rows of two floats and one index, to one other process
+        assert saw["told"] == 3 * (
+            2 * 4 + 8
+        )  # three rows of two floats and one index, to one other process
 
 
 def test_an_exchange_deals_rows_in_any_order_and_takes_them_back(two):
     first = lambda n: [[row[0, 0].item() for row in saw["dealt"][n]] for saw in two]
-    assert first(2) == [[0, 100], [2, 102]]                # one row to each
-    assert first(3) == [[102, 0, 4], [2, 104, 100]]        # one from the other, which comes first; two
+    assert first(2) == [[0, 100], [2, 102]]  # one row to each
+    assert first(3) == [[102, 0, 4], [2, 104, 100]]  # one from the other, which comes first; two
     assert first(1) == [[100], [0]]
-    assert all(saw["back"] == {2: True, 3: True, 1: True} and saw["dealt"][3].dtype == torch.bfloat16 for saw in two)
+    assert all(
+        saw["back"] == {2: True, 3: True, 1: True} and saw["dealt"][3].dtype == torch.bfloat16
+        for saw in two
+    )
 
 
 def test_the_gradient_of_a_gather_is_summed_over_its_users(two):
-    for r, saw in enumerate(two):                          # d/dx of (1 + 2) w_r x^2
+    for r, saw in enumerate(two):  # d/dx of (1 + 2) w_r x^2
         assert saw["gradient"].tolist() == [2 * 3 * (r + 1) * (x + 10 * r) for x in range(3)]
 
 
 def test_clusters_are_the_same_on_every_rank(two):
-    assert all(torch.equal(a, b) for a, b in zip(two[0]["kmeans"], two[1]["kmeans"])) and len(two[1]["kmeans"][1].unique()) == 3
+    assert (
+        all(torch.equal(a, b) for a, b in zip(two[0]["kmeans"], two[1]["kmeans"]))
+        and len(two[1]["kmeans"][1].unique()) == 3
+    )
 
 
 def test_uneven_data_lose_and_repeat_no_image(two):
     from data.shapes import shapes
+
     expected = torch.from_numpy(shapes(21)[0]).float().flatten(1) / 255
     for saw in two:
         assert torch.allclose(saw["extract"], expected)
@@ -101,6 +119,7 @@ def test_two_processes_share_the_queries_of_knn(two):
     """Nine of them, of which the second gets four."""
     from data.shapes import shapes
     from engine.features import knn
+
     images, labels = map(torch.from_numpy, shapes(21))
     expected = knn(images.flatten(1).float(), labels, images[:9].flatten(1) + 0.5, 3, 0.1)
     assert len(expected.unique()) > 2
@@ -112,12 +131,22 @@ def test_two_processes_see_the_very_views_of_one(two):
     from data.datasets import ArraySet
     from data.loader import Loader
     from data.shapes import shapes
+
     images, labels = map(torch.from_numpy, shapes(21))
-    one = Loader(ArraySet(images, labels, None, (0.0,) * 3, (1.0,) * 3), batch_size=8, n_views=2, seed=0, device=torch.device("cpu"), augment="cifar",
-                 image_size=32)
+    one = Loader(
+        ArraySet(images, labels, None, (0.0,) * 3, (1.0,) * 3),
+        batch_size=8,
+        n_views=2,
+        seed=0,
+        device=torch.device("cpu"),
+        augment="cifar",
+        image_size=32,
+    )
     for step, (views, index) in enumerate(one.epoch(3)):
         assert torch.equal(index, torch.cat([saw["index"][step] for saw in two]))
-        assert torch.allclose(torch.stack(views), torch.cat([saw["views"][step] for saw in two], dim=1), atol=1e-6)
+        assert torch.allclose(
+            torch.stack(views), torch.cat([saw["views"][step] for saw in two], dim=1), atol=1e-6
+        )
 
 
 def in_processes(world, job, folder, nodes=1):
@@ -125,9 +154,14 @@ def in_processes(world, job, folder, nodes=1):
     of this one, which saves them the seconds of an import; the store is this process's, as it is
     torchrun's. -> what job returned in each, and what each printed."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world // nodes, "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": "True",
-              "TORCHELASTIC_RESTART_COUNT": 0}
+    shared = {
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world // nodes,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": store.port,
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": 0,
+    }
 
     def work(rank):
         node, local = divmod(rank, world // nodes)
@@ -170,15 +204,15 @@ def first_and_others():
 
     saw["value"] = run(lambda: {"by": r})
     saw["node"] = run(lambda: {"by": r}, per_node=True)
-    saw["large"] = len(run(lambda: bytes(9 * 2 ** 20)))
+    saw["large"] = len(run(lambda: bytes(9 * 2**20)))
     saw["refusal"] = ending(refuse)
     saw["error"] = ending(fail)
     saw["one node"] = ending(lambda: refuse() if r == 2 else r, per_node=True)
     saw["both nodes"] = ending(refuse, per_node=True)
-    saw["no pickle"] = ending(lambda: (lambda: 0))[0]
+    saw["no pickle"] = ending(lambda: lambda: 0)[0]
     saw["still"] = run(lambda: r)
     saw["objects"] = distributed.gather_objects(r)
-    mixed = distributed.gather_objects(bytes(2 ** 21 if r == 1 else r))
+    mixed = distributed.gather_objects(bytes(2**21 if r == 1 else r))
     saw["mixed"] = [len(part) for part in mixed]
     saw["agree"] = []
     for problem in (None, f"{r} disagrees" if r in (1, 2) else None):
@@ -234,17 +268,20 @@ def four(tmp_path_factory):
 
 def test_the_first_process_works_for_all(four):
     for saw in four[0]:
-        assert saw["value"] == {"by": 0} and saw["large"] == 9 * 2 ** 20 and saw["still"] == 0
+        assert saw["value"] == {"by": 0} and saw["large"] == 9 * 2**20 and saw["still"] == 0
     assert [saw["node"]["by"] for saw in four[0]] == [0, 0, 2, 2]
 
 
 def test_what_it_raises_ends_all_and_is_said_once(four):
     saw = four[0]
-    ended = ("SystemExit", 1)                              # a code of 1 prints nothing
+    ended = ("SystemExit", 1)  # a code of 1 prints nothing
     assert [one["refusal"] for one in saw] == [("SystemExit", "process 0 refuses"), *[ended] * 3]
     assert [one["error"] for one in saw] == [("ValueError", "process 0 fails"), *[ended] * 3]
     assert [one["one node"] for one in saw] == [
-        ended, ended, ("SystemExit", "process 2 refuses"), ended
+        ended,
+        ended,
+        ("SystemExit", "process 2 refuses"),
+        ended,
     ]
     assert [one["both nodes"] for one in saw] == [("SystemExit", "process 0 refuses"), *[ended] * 3]
     assert saw[0]["no pickle"] != "no end" and saw[1]["no pickle"] == "SystemExit"
@@ -259,7 +296,7 @@ def test_a_run_that_is_told_to_stop_while_it_waits_ends(four):
 
 def test_objects_of_any_size_are_gathered_and_a_problem_ends_all(four):
     for r, saw in enumerate(four[0]):
-        assert saw["objects"] == [0, 1, 2, 3] and saw["mixed"] == [0, 2 ** 21, 2, 3]
+        assert saw["objects"] == [0, 1, 2, 3] and saw["mixed"] == [0, 2**21, 2, 3]
         assert saw["agree"] == [None, "1 disagrees" if r == 0 else 1]
 
 
@@ -272,14 +309,36 @@ def test_the_wait_for_the_first_outlasts_the_limit_of_collectives(four):
     assert any("imed out" in end for end in ends[1:])  # and the others lose a peer
 
 
-TINY = ["--cfg", os.path.join(ROOT, "yaml", "quickstart.yaml"), "data.limit=128", "optim.batch_size=32", "optim.epochs=2", "model.width=8", "model.precision=fp32",
-        "optim.lr=0.01", "knn.every=0"]
-ALONE = {"moco": ["model.host=moco", "model.queue_size=64", "loss.name=nce"], "ir": ["model.host=ir", "optim.lr=0.001", "loss.name=nce"],
-         "cmc": ["model.host=cmc", "optim.lr=0.001", "loss.name=nce"], "simclr": ["model.host=simclr", "optim.lr=0.001", "loss.name=nce"],
-         "moco-jcl": ["model.host=moco", "model.queue_size=64", "model.n_views=4", "loss.name=jcl", "loss.temperature=0.2"]}
+TINY = [
+    "--cfg",
+    os.path.join(ROOT, "yaml", "quickstart.yaml"),
+    "data.limit=128",
+    "optim.batch_size=32",
+    "optim.epochs=2",
+    "model.width=8",
+    "model.precision=fp32",
+    "optim.lr=0.01",
+    "knn.every=0",
+]
+ALONE = {
+    "moco": ["model.host=moco", "model.queue_size=64", "loss.name=nce"],
+    "ir": ["model.host=ir", "optim.lr=0.001", "loss.name=nce"],
+    "cmc": ["model.host=cmc", "optim.lr=0.001", "loss.name=nce"],
+    "simclr": ["model.host=simclr", "optim.lr=0.001", "loss.name=nce"],
+    "moco-jcl": [
+        "model.host=moco",
+        "model.queue_size=64",
+        "model.n_views=4",
+        "loss.name=jcl",
+        "loss.temperature=0.2",
+    ],
+}
 
 
-@pytest.mark.parametrize("name", ["moco", *(pytest.param(name, marks=pytest.mark.slow) for name in ALONE if name != "moco")])
+@pytest.mark.parametrize(
+    "name",
+    ["moco", *(pytest.param(name, marks=pytest.mark.slow) for name in ALONE if name != "moco")],
+)
 def test_two_processes_train_as_one(name, tmp_path):
     """Plain InfoNCE (and JCL) on all candidates draw nothing, so one process with split BN must equal two: weights, momentum net, queue and bank.
 
@@ -287,7 +346,10 @@ def test_two_processes_train_as_one(name, tmp_path):
     settings = [*TINY, *ALONE[name], "optim.epochs=1"]
     run(tmp_path, "train_pretrain.py", *settings, "name=two", processes=2)
     run(tmp_path, "train_pretrain.py", *settings, "name=one", "model.bn_splits=2")
-    one, two = (torch.load(tmp_path / "runs" / name / "last.pt", weights_only=True) for name in ("one", "two"))
+    one, two = (
+        torch.load(tmp_path / "runs" / name / "last.pt", weights_only=True)
+        for name in ("one", "two")
+    )
     compared = 0
     for part in ("encoder", "host"):
         assert one[part].keys() == two[part].keys()
@@ -305,14 +367,24 @@ def test_a_batch_in_parts_is_a_step(tmp_path):
     run(tmp_path, "train_pretrain.py", *settings, "name=four", "optim.accumulate=2", processes=2)
     for more in (["name=split", "model.bn_splits=4"], ["name=parts", "optim.accumulate=4"]):
         run(tmp_path, "train_pretrain.py", *settings, *more)
-    split, parts, four = (torch.load(tmp_path / "runs" / name / "last.pt", weights_only=True) for name in ("split", "parts", "four"))
+    split, parts, four = (
+        torch.load(tmp_path / "runs" / name / "last.pt", weights_only=True)
+        for name in ("split", "parts", "four")
+    )
     assert torch.allclose(split["host"]["bank.rows"], parts["host"]["bank.rows"], atol=1e-5)
     for key, value in split["encoder"].items():
         if "running" not in key and "tracked" not in key:
             assert torch.allclose(value, parts["encoder"][key], atol=1e-5), key
-    line = lambda name: json.loads((tmp_path / "runs" / name / "log.jsonl").read_text().splitlines()[-1])
-    assert line("parts")["loss"] == pytest.approx(line("split")["loss"], abs=1e-4) and line("parts")["K"] == line("split")["K"]
-    assert four["epoch"] == 2 and line("four")["loss"] == pytest.approx(line("split")["loss"], abs=0.2)
+    line = lambda name: json.loads(
+        (tmp_path / "runs" / name / "log.jsonl").read_text().splitlines()[-1]
+    )
+    assert (
+        line("parts")["loss"] == pytest.approx(line("split")["loss"], abs=1e-4)
+        and line("parts")["K"] == line("split")["K"]
+    )
+    assert four["epoch"] == 2 and line("four")["loss"] == pytest.approx(
+        line("split")["loss"], abs=0.2
+    )
 
 
 @pytest.mark.slow
@@ -320,7 +392,13 @@ def test_the_linear_probe_is_the_same_in_two_processes(tmp_path):
     """kNN and the cached probe, figure for figure; the augmented one averages gradients over the same global batches."""
     run(tmp_path, "train_pretrain.py", *TINY, "name=a", "optim.epochs=1")
     for features in ("cached", "augmented"):
-        settings = [f"linear.features={features}", "linear.epochs=3", "linear.batch_size=32", "linear.lr=0.01", "--no-baselines"]
+        settings = [
+            f"linear.features={features}",
+            "linear.epochs=3",
+            "linear.batch_size=32",
+            "linear.lr=0.01",
+            "--no-baselines",
+        ]
         for processes in (1, 2):
             run(tmp_path, "train_linear.py", *TINY, "name=a", *settings, processes=processes)
         with open(tmp_path / "runs" / "a" / "linear.jsonl") as f:
@@ -329,5 +407,7 @@ def test_the_linear_probe_is_the_same_in_two_processes(tmp_path):
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
-    done = run(tmp_path, "train_pretrain.py", *TINY, "optim.batch_size=33", processes=2, check=False)
+    done = run(
+        tmp_path, "train_pretrain.py", *TINY, "optim.batch_size=33", processes=2, check=False
+    )
     assert done.returncode != 0 and "batch_size 33 does not divide by 2 processes" in done.stderr

@@ -5,6 +5,7 @@ two devices, half precision at a loss, and places where the CPU would wait for t
 The autograd engine does not run on these tensors: `backward` gives every parameter a gradient of
 its shape, and our own autograd functions are called by hand. Kernels and numbers are not tested.
 """
+
 import contextlib
 import functools
 import os
@@ -41,10 +42,11 @@ from models.simclr import SimCLR
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GPU = torch.device("cuda", 0)
-COPY = "copy to the GPU"                                   # one that waits: not non_blocking
+COPY = "copy to the GPU"  # one that waits: not non_blocking
 
 
 # ------------------------------------------------------------------------------------ the stand-in
+
 
 class FakeGPU(TorchDispatchMode):
     """Sees every operation. What touches the GPU is fake, everything else is computed.
@@ -59,7 +61,7 @@ class FakeGPU(TorchDispatchMode):
 
     def record(self, what):
         frame, where = sys._getframe(1), "a test"
-        while frame is not None:                           # the innermost of ours
+        while frame is not None:  # the innermost of ours
             path = frame.f_code.co_filename
             if path.startswith(ROOT) and path != __file__:
                 where = f"{os.path.relpath(path, ROOT)}:{frame.f_lineno}"
@@ -107,14 +109,14 @@ class FakeGPU(TorchDispatchMode):
             if any(i.dtype in (torch.bool, torch.uint8) for i in indices):
                 self.record("mask")
             elif any(i.device.type == "cpu" for i in indices):
-                self.record(COPY)                          # torch brings the index over itself
+                self.record(COPY)  # torch brings the index over itself
         if name in ("masked_select", "_unique2", "unique_dim", "unique_consecutive"):
             self.record(name)
         if name == "_to_copy" and getattr(kwargs.get("device"), "type", "") == "cpu":
             self.record("copy to the CPU")
             with unset_fake_temporarily():
                 return torch.zeros(x.shape, dtype=kwargs.get("dtype") or x.dtype)
-        if name == "_fused_sgd_":                          # torch has no fake form of it
+        if name == "_fused_sgd_":  # torch has no fake form of it
             assert len(on_gpu) == len(tensors)
             return None
         return NotImplemented
@@ -147,15 +149,22 @@ def fake_gpu():
         for p in [p for o in optimizers for group in o.param_groups for p in group["params"]]:
             p.grad = torch.empty_like(p)
 
-    answers = dict(is_bf16_supported=True, get_device_capability=(8, 0), get_device_name="fake",
-                   mem_get_info=(2 ** 36, 2 ** 36))
+    answers = dict(
+        is_bf16_supported=True,
+        get_device_capability=(8, 0),
+        get_device_name="fake",
+        mem_get_info=(2**36, 2**36),
+    )
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, return_value=answer))
-        for where, name, value in ((nn.Module, "to", move), (torch.Tensor, "backward", backward),
-                                   (torch.optim.Optimizer, "__init__", remember),
-                                   (torch.cuda.amp.common, "amp_definitely_not_available", bool),
-                                   (data.loader, "ahead", lambda items: items)):   # no thread
+        for where, name, value in (
+            (nn.Module, "to", move),
+            (torch.Tensor, "backward", backward),
+            (torch.optim.Optimizer, "__init__", remember),
+            (torch.cuda.amp.common, "amp_definitely_not_available", bool),
+            (data.loader, "ahead", lambda items: items),
+        ):  # no thread
             stack.enter_context(mock.patch.object(where, name, value))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()))
         yield stack.enter_context(FakeGPU())
@@ -171,6 +180,7 @@ def check(contrasts):
 
 # ------------------------------------------------------------------------------- it finds faults
 
+
 def test_two_devices_are_refused():
     with fake_gpu():
         x = torch.zeros(3, device=GPU)
@@ -181,10 +191,15 @@ def test_two_devices_are_refused():
         assert nn.Linear(3, 3).to(GPU)(x).device == (x + torch.tensor(1.0)).device == GPU
 
 
-WAITS = {"item": lambda x: x.sum().item(), "nonzero": lambda x: x.nonzero(),
-         "mask": lambda x: x[x > 0], "copy to the CPU": lambda x: x.cpu(),
-         "equal": lambda x: torch.equal(x, x), "bincount": lambda x: x.long().bincount(minlength=4),
-         COPY: lambda x: x[torch.tensor([0])]}
+WAITS = {
+    "item": lambda x: x.sum().item(),
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 0],
+    "copy to the CPU": lambda x: x.cpu(),
+    "equal": lambda x: torch.equal(x, x),
+    "bincount": lambda x: x.long().bincount(minlength=4),
+    COPY: lambda x: x[torch.tensor([0])],
+}
 
 
 @pytest.mark.parametrize("what", WAITS)
@@ -218,11 +233,17 @@ def test_half_precision_at_a_loss_is_found():
 
 # ------------------------------------------------------------------------------------ pre-training
 
+
 def small(*given, part, **settings):
     """16 images of 3 classes in place of a data set."""
     labels = torch.arange(16) % 3
-    return ArraySet(torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8), labels, ["a", "b", "c"],
-                    (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    return ArraySet(
+        torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8),
+        labels,
+        ["a", "b", "c"],
+        (0.5, 0.5, 0.5),
+        (0.2, 0.2, 0.2),
+    )
 
 
 @contextlib.contextmanager
@@ -261,40 +282,69 @@ def checked(forward):
         contrasts = forward(self, encoder, views, index)
         check(contrasts)
         return contrasts
+
     return run
 
 
-TINY = ["optim.batch_size=4", "model.width=2", "model.dim=4", "data.image_size=8",
-        "data.augment=moco_v2", "knn.every=2"]
+TINY = [
+    "optim.batch_size=4",
+    "model.width=2",
+    "model.dim=4",
+    "data.image_size=8",
+    "data.augment=moco_v2",
+    "knn.every=2",
+]
 HOSTS = {"ir": ["model.candidates=12"], "cmc": [], "moco": ["model.queue_size=8"], "simclr": []}
-IFND, RING, MOCHI = ("{name: ifnd, temperature: 0.2, clusters: [2, 3], reassign_every: 1}",
-                     "{name: ring, temperature: 0.2, inner: 0.1, outer: 0.6}",
-                     "{name: mochi, temperature: 0.2, hardest: 4, mixed: 3, warmup_epochs: 0}")
-LOSSES = {"nce": ["loss=[{name: nce}]"], "draws": ["loss=[{name: nce, n_negatives: 3}]"],
-          "ring": [f"loss=[{RING}]"], "mochi": [f"loss=[{MOCHI}]"], "ifnd": [f"loss=[{IFND}]"],
-          "jcl": ["loss=[{name: jcl}]", "model.n_views=3"],
-          "attract": [f"loss=[{IFND[:-1]}, mode: attract}}]"],
-          "list": [f"loss=[{IFND}, {RING}, {MOCHI}]"],
-          "list with jcl": [f"loss=[{RING}, {{name: jcl, temperature: 0.2}}]", "model.n_views=3"]}
+IFND, RING, MOCHI = (
+    "{name: ifnd, temperature: 0.2, clusters: [2, 3], reassign_every: 1}",
+    "{name: ring, temperature: 0.2, inner: 0.1, outer: 0.6}",
+    "{name: mochi, temperature: 0.2, hardest: 4, mixed: 3, warmup_epochs: 0}",
+)
+LOSSES = {
+    "nce": ["loss=[{name: nce}]"],
+    "draws": ["loss=[{name: nce, n_negatives: 3}]"],
+    "ring": [f"loss=[{RING}]"],
+    "mochi": [f"loss=[{MOCHI}]"],
+    "ifnd": [f"loss=[{IFND}]"],
+    "jcl": ["loss=[{name: jcl}]", "model.n_views=3"],
+    "attract": [f"loss=[{IFND[:-1]}, mode: attract}}]"],
+    "list": [f"loss=[{IFND}, {RING}, {MOCHI}]"],
+    "list with jcl": [f"loss=[{RING}, {{name: jcl, temperature: 0.2}}]", "model.n_views=3"],
+}
 PRECISIONS = ("bf16", "fp16", "fp32")
-QUICK = [("ir", "ring", "bf16"), ("cmc", "nce", "fp32"), ("moco", "list", "fp16"),
-         ("simclr", "jcl", "bf16")]
+QUICK = [
+    ("ir", "ring", "bf16"),
+    ("cmc", "nce", "fp32"),
+    ("moco", "list", "fp16"),
+    ("simclr", "jcl", "bf16"),
+]
 # Each pair in one precision, or with FULL=1 in all of them.
-REST = [(host, loss, precision) for i, host in enumerate(HOSTS) for j, loss in enumerate(LOSSES)
-        for k, precision in enumerate(PRECISIONS)
-        if (host, loss, precision) not in QUICK
-        and ((i + j + k) % 3 == 0 or os.environ.get("FULL"))]
+REST = [
+    (host, loss, precision)
+    for i, host in enumerate(HOSTS)
+    for j, loss in enumerate(LOSSES)
+    for k, precision in enumerate(PRECISIONS)
+    if (host, loss, precision) not in QUICK and ((i + j + k) % 3 == 0 or os.environ.get("FULL"))
+]
 
 
-@pytest.mark.parametrize("host, loss, precision", [
-    *QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)])
+@pytest.mark.parametrize(
+    "host, loss, precision",
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)],
+)
 def test_pretraining(host, loss, precision, tmp_path, monkeypatch):
     """An epoch of four steps (two epochs where there are clusters), with augmentation, kNN and
     checkpoints. Steps 1 and 2 never wait: step 0 and the last one of an epoch look at the loss.
     Augmentation asks the GPU for nothing, but it waits for what it copies there."""
     epochs = 2 if loss in ("ifnd", "attract", "list") else 1
-    settings = [*TINY, f"optim.epochs={epochs}", f"model.host={host}",
-                f"model.precision={precision}", *HOSTS[host], *LOSSES[loss]]
+    settings = [
+        *TINY,
+        f"optim.epochs={epochs}",
+        f"model.host={host}",
+        f"model.precision={precision}",
+        *HOSTS[host],
+        *LOSSES[loss],
+    ]
     with program(train_pretrain, tmp_path, monkeypatch, *settings) as (gpu, saved):
         train_pretrain.main()
         assert gpu.kinds("step 0") >= {"item"} <= gpu.kinds("step 3")
@@ -303,16 +353,26 @@ def test_pretraining(host, loss, precision, tmp_path, monkeypatch):
         assert gpu.kinds("loading") <= {COPY}
         assert {os.path.basename(path) for path in saved} == {"last.pt", "backbone.pt"}
         if loss == "nce":
-            train_pretrain.main()                          # loads last.pt, and has no step to take
+            train_pretrain.main()  # loads last.pt, and has no step to take
 
 
 # ------------------------------------------------------------------------------- the other scripts
 
-@pytest.mark.parametrize("host, precision", [
-    pytest.param("moco", "bf16", marks=pytest.mark.slow), ("cmc", "fp16")])
+
+@pytest.mark.parametrize(
+    "host, precision", [pytest.param("moco", "bf16", marks=pytest.mark.slow), ("cmc", "fp16")]
+)
 def test_finetuning(host, precision, tmp_path, monkeypatch):
-    settings = [*TINY, f"model.host={host}", f"model.precision={precision}", "finetune.epochs=1",
-                "finetune.labels=1", "finetune.batch_size=4", "--weights", "none"]
+    settings = [
+        *TINY,
+        f"model.host={host}",
+        f"model.precision={precision}",
+        "finetune.epochs=1",
+        "finetune.labels=1",
+        "finetune.batch_size=4",
+        "--weights",
+        "none",
+    ]
     with program(train_finetune, tmp_path, monkeypatch, *settings) as (gpu, saved):
         train_finetune.main()
         in_step = [wait for wait in gpu.waits if wait[0] in ("step 1", "step 2")]
@@ -336,8 +396,18 @@ def test_linear_probe(augmented, keep_on):
             return torch.zeros(16, 12, device=keep_on)
 
         gpu.waits.clear()
-        rows, _ = train_linear.evaluate(probe, encoders, {"a.b": 12}, train, train, features_of,
-                                        monitor, loader if augmented else None, 0, GPU)
+        rows, _ = train_linear.evaluate(
+            probe,
+            encoders,
+            {"a.b": 12},
+            train,
+            train,
+            features_of,
+            monitor,
+            loader if augmented else None,
+            0,
+            GPU,
+        )
         tops = {f"top-{k}, lr {lr:g}" for k in (1, 5) for lr in (0.01, 0.1)}
         assert set(rows["a.b"]) == {"knn"} | tops
         waits = {(what, where.split(":")[0]) for _, what, where in gpu.waits if what != COPY}
@@ -348,6 +418,7 @@ def test_linear_probe(augmented, keep_on):
 
 
 # ------------------------------------------------------------------------------------ parts
+
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("side", [8, 24])

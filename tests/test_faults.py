@@ -3,6 +3,7 @@
 Every run is a process of its own, forked by a server that has imported torch already (half a second each; most tests want several).
 KILLS=n: so many SIGKILLs at random moments, where every run of the tests has one; twelve pairs of host and loss instead of four.
 """
+
 import contextlib
 import ctypes
 import functools
@@ -34,8 +35,22 @@ from engine import checkpoint, signals, weights
 from engine.log import Log
 from losses.nce import NCE
 
-SMALL = ["--cfg", QUICK, "data.name=folder", "data.image_size=16", "data.workers=0", "optim.batch_size=12", "optim.epochs=3", "model.width=8", "knn.every=0"]
-TWELVE = [f"{host}-{loss}" for host in ("ir", "cmc", "moco", "simclr") for loss in ("ring", "mochi", "ifnd")]
+SMALL = [
+    "--cfg",
+    QUICK,
+    "data.name=folder",
+    "data.image_size=16",
+    "data.workers=0",
+    "optim.batch_size=12",
+    "optim.epochs=3",
+    "model.width=8",
+    "knn.every=0",
+]
+TWELVE = [
+    f"{host}-{loss}"
+    for host in ("ir", "cmc", "moco", "simclr")
+    for loss in ("ring", "mochi", "ifnd")
+]
 SOME = ["moco-ifnd"] + [
     pytest.param(pair, marks=pytest.mark.slow)
     for pair in (TWELVE if "KILLS" in os.environ else ["ir-ring", "cmc-mochi", "simclr-ifnd"])
@@ -45,6 +60,7 @@ SOME = ["moco-ifnd"] + [
 
 # ---------------------------------------------------------------------------------------------------- runs
 
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """100 images of 16 pixels, a folder a class; and the server has started."""
@@ -53,14 +69,18 @@ def images(tmp_path_factory):
     first.join()
     for i, (image, label) in enumerate(zip(*shapes(100))):
         os.makedirs(folder / f"{label:02d}", exist_ok=True)
-        Image.fromarray(image.transpose(1, 2, 0)).resize((16, 16)).save(folder / f"{label:02d}" / f"{i:03d}.png")
+        Image.fromarray(image.transpose(1, 2, 0)).resize((16, 16)).save(
+            folder / f"{label:02d}" / f"{i:03d}.png"
+        )
     return f"data.root={folder}"
 
 
 def child(folder, name, arguments, fault, environment, which="", script="train_pretrain.py"):
     os.chdir(folder)
     os.environ.update(environment)
-    multiprocessing.set_start_method("fork", force=True)   # of image workers, as in a program of its own
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # of image workers, as in a program of its own
     for number, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{name}{which}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.argv = [script, *SMALL, *arguments, f"name={name}"]
@@ -88,32 +108,46 @@ def refused(*given, **how):
     """A run that must end with one sentence. -> the sentence."""
     sentence = run(*given, code=1, **how).splitlines()[-1]
     err = (given[0] / f"{given[1]}.err").read_text()
-    assert err == sentence + "\n"                          # nothing else: no traceback
+    assert err == sentence + "\n"  # nothing else: no traceback
     return sentence
 
 
 def two(folder, name, *arguments, faults=(None, None)):
     """Two processes, without torchrun. -> their exit codes, and what the first printed."""
-    ports = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    ports = dict(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2"
+    )
     os.makedirs(folder / "1", exist_ok=True)
     with contextlib.suppress(FileExistsError):
-        os.symlink(folder / "runs", folder / "1" / "runs")                             # the second one's words go beside it
-    processes = [start(folder / where, name, *arguments, fault=fault, RANK=rank, LOCAL_RANK=rank, **ports)
-                 for rank, where, fault in (("0", "", faults[0]), ("1", "1", faults[1]))]
+        os.symlink(folder / "runs", folder / "1" / "runs")  # the second one's words go beside it
+    processes = [
+        start(folder / where, name, *arguments, fault=fault, RANK=rank, LOCAL_RANK=rank, **ports)
+        for rank, where, fault in (("0", "", faults[0]), ("1", "1", faults[1]))
+    ]
     for process in processes:
         process.join()
-    return [process.exitcode for process in processes], (folder / f"{name}.out").read_text() + (folder / f"{name}.err").read_text()
+    return [process.exitcode for process in processes], (folder / f"{name}.out").read_text() + (
+        folder / f"{name}.err"
+    ).read_text()
 
 
 def log(folder, name):
     """The log's lines, but for what no two runs share."""
     with open(folder / "runs" / name / "log.jsonl") as f:
-        return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "images/s", "data wait")} for line in f]
+        return [
+            {
+                k: v
+                for k, v in json.loads(line).items()
+                if k not in ("seconds", "images/s", "data wait")
+            }
+            for line in f
+        ]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(images, tmp_path_factory):
     """undisturbed(*settings) -> the folder of that run, and how long it took; each is run once."""
+
     @functools.cache
     def whole(*settings, processes=1):
         folder, began = tmp_path_factory.mktemp("whole"), time.time()
@@ -123,6 +157,7 @@ def undisturbed(images, tmp_path_factory):
             codes, said = two(folder, "whole", images, *settings)
             assert codes == [0, 0], said
         return folder, time.time() - began
+
     return whole
 
 
@@ -132,11 +167,14 @@ def assert_equal(folder, name, whole):
     assert a.keys() == b.keys()
     for part in a:
         assert same(a[part], b[part]), part
-    assert log(whole, "whole") == log(folder, name) and [line["epoch"] for line in log(folder, name)] == list(range(1, 1 + a["epoch"]))
+    assert log(whole, "whole") == log(folder, name) and [
+        line["epoch"] for line in log(folder, name)
+    ] == list(range(1, 1 + a["epoch"]))
     assert not [f for f in os.listdir(folder / "runs" / name) if f.endswith(".part")]
 
 
 # ---------------------------------------------------------------------------------------------------- faults: what `child` does before it runs
+
 
 def at(epoch, step, act):
     """act() when the loop asks for that step."""
@@ -147,6 +185,7 @@ def at(epoch, step, act):
             if (e, i) == (epoch, step):
                 act()
             yield item
+
     Loader.epoch = epoch_
 
 
@@ -184,9 +223,13 @@ def disk_is_small(size):
     """runs/ is a tmpfs of `size` bytes, in a mount namespace of the process's own; what lies there at its end is copied to kept/."""
     os.makedirs("runs")
     libc, user, group = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
-    if libc.unshare(0x10000000 | 0x20000):                 # CLONE_NEWUSER, CLONE_NEWNS
+    if libc.unshare(0x10000000 | 0x20000):  # CLONE_NEWUSER, CLONE_NEWNS
         raise OSError(ctypes.get_errno(), "no namespaces")
-    for file, text in (("uid_map", f"0 {user} 1"), ("setgroups", "deny"), ("gid_map", f"0 {group} 1")):
+    for file, text in (
+        ("uid_map", f"0 {user} 1"),
+        ("setgroups", "deny"),
+        ("gid_map", f"0 {group} 1"),
+    ):
         with open(f"/proc/self/{file}", "w") as f:
             f.write(text)
     if libc.mount(b"none", b"runs", b"tmpfs", 0, f"size={size}".encode()):
@@ -207,9 +250,10 @@ def dies_in_mid_file(save):
         if next(count) < save:
             return plain(value, f)
         plain(value, whole := io.BytesIO())
-        f.write(whole.getvalue()[:len(whole.getvalue()) // 2])
+        f.write(whole.getvalue()[: len(whole.getvalue()) // 2])
         f.flush()
         send(signal.SIGKILL)
+
     torch.save = half
 
 
@@ -221,6 +265,7 @@ def gets_at_an_epochs_end(epoch):
         plain(self, e, figures)
         if e == epoch:
             send(signal.SIGTERM)
+
     Log.write = write
 
 
@@ -234,6 +279,7 @@ def wrong(what, epoch, step):
             due.clear()
             loss = loss * torch.nan if what == "loss" else Broken.apply(loss)
         return loss, figures
+
     NCE.forward = forward
     at(epoch, step, lambda: due.append(True))
 
@@ -251,7 +297,7 @@ class Broken(torch.autograd.Function):
 def scales_too_far():
     """The GradScaler of fp16, on a CPU, from a scale at which gradients are infinite: it skips these steps and halves the scale."""
     plain = torch.amp.GradScaler
-    torch.amp.GradScaler = lambda device, enabled: plain(device, init_scale=2.0 ** 127)
+    torch.amp.GradScaler = lambda device, enabled: plain(device, init_scale=2.0**127)
 
 
 def both(*faults):
@@ -260,6 +306,7 @@ def both(*faults):
 
 
 # ---------------------------------------------------------------------------------------------------- killed
+
 
 def readable(folder, name):
     """No file of a run with a checkpoint's name is half a one."""
@@ -275,7 +322,9 @@ def test_killed_at_random_moments_ends_as_if_undisturbed(pair, undisturbed, imag
     chance, kills = random.Random(pair), 0
     while kills < int(os.environ.get("KILLS", 1)):
         process = start(tmp_path, "cut", images, *PAIRS[pair])
-        process.join(chance.uniform(0.1, 1) * seconds)     # a moment, not a synchronisation: any will do
+        process.join(
+            chance.uniform(0.1, 1) * seconds
+        )  # a moment, not a synchronisation: any will do
         process.kill()
         process.join()
         readable(tmp_path, "cut")
@@ -290,8 +339,15 @@ def test_killed_at_random_moments_ends_as_if_undisturbed(pair, undisturbed, imag
 @pytest.mark.slow
 def test_killed_in_the_middle_of_a_file(undisturbed, images, tmp_path):
     whole, _ = undisturbed(*PAIRS["moco-ifnd"])
-    for save in (1, 2, 1):                                 # the first epoch's; the second's; the second's again
-        run(tmp_path, "cut", images, *PAIRS["moco-ifnd"], fault=functools.partial(dies_in_mid_file, save), code=-signal.SIGKILL)
+    for save in (1, 2, 1):  # the first epoch's; the second's; the second's again
+        run(
+            tmp_path,
+            "cut",
+            images,
+            *PAIRS["moco-ifnd"],
+            fault=functools.partial(dies_in_mid_file, save),
+            code=-signal.SIGKILL,
+        )
         readable(tmp_path, "cut")
         assert os.path.exists(tmp_path / "runs" / "cut" / "last.pt.part")
     assert state(tmp_path, "cut")["epoch"] == 1
@@ -314,7 +370,11 @@ def save_and_die(line):
             send(signal.SIGKILL)
         return trace
 
-    sys.settrace(lambda frame, event, argument: trace if frame.f_code in (checkpoint.write.__code__, checkpoint.seal.__code__) else None)
+    sys.settrace(
+        lambda frame, event, argument: (
+            trace if frame.f_code in (checkpoint.write.__code__, checkpoint.seal.__code__) else None
+        )
+    )
     checkpoint.save("last.pt", {}, 3, **parts(3))
     os._exit(0)
 
@@ -339,8 +399,11 @@ def dies_at_every_line(folder, links):
         epoch = checkpoint.resume("last.pt", {}, **(after := parts(0)))
         assert after["encoder"].weight.eq(epoch).all() and (epoch == 2 or os.path.exists("last.pt"))
         found.add(epoch)
-        checkpoint.save("last.pt", {}, 3, **parts(3))      # what was left over is in nobody's way
-        assert checkpoint.resume("last.pt", {}, **parts(0)) == 3 and checkpoint.read("previous.pt")["epoch"] >= 2
+        checkpoint.save("last.pt", {}, 3, **parts(3))  # what was left over is in nobody's way
+        assert (
+            checkpoint.resume("last.pt", {}, **parts(0)) == 3
+            and checkpoint.read("previous.pt")["epoch"] >= 2
+        )
         assert sorted(os.listdir()) == ["last.pt", "previous.pt"]
     assert found == {2, 3} and line > 15 and (gaps > 0) != links
 
@@ -356,18 +419,26 @@ def test_killed_at_any_line_of_a_save(links, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- told to stop
 
+
 @pytest.mark.parametrize("pair", SOME)
 def test_told_to_stop_it_goes_on_in_mid_epoch(pair, undisturbed, images, tmp_path):
     """SIGTERM in one epoch and SIGUSR1 in the next: it finishes the step, saves, says so, exits with 75, and the end is that of an undisturbed run."""
     whole, _ = undisturbed(*PAIRS[pair])
     chance = random.Random(pair)
     for epoch, number in ((chance.choice((0, 1)), signal.SIGTERM), (2, signal.SIGUSR1)):
-        step = chance.randrange(8)                         # the last is among them: nothing but the epoch's end is left
+        step = chance.randrange(8)  # the last is among them: nothing but the epoch's end is left
         said = run(tmp_path, "cut", images, *PAIRS[pair], fault=gets(number, epoch, step), code=75)
-        assert said.splitlines()[-1] == (f"told to stop: runs/cut/last.pt holds the state after step {step + 1} of 8 of epoch {epoch + 1}, "
-                                         "and the same line goes on from there")
-        assert state(tmp_path, "cut")["epoch"] == epoch and state(tmp_path, "cut")["place"]["step"] == step + 1
-    assert f"going on after step {step + 1} of 8 of epoch 3" in run(tmp_path, "cut", images, *PAIRS[pair])
+        assert said.splitlines()[-1] == (
+            f"told to stop: runs/cut/last.pt holds the state after step {step + 1} of 8 of epoch {epoch + 1}, "
+            "and the same line goes on from there"
+        )
+        assert (
+            state(tmp_path, "cut")["epoch"] == epoch
+            and state(tmp_path, "cut")["place"]["step"] == step + 1
+        )
+    assert f"going on after step {step + 1} of 8 of epoch 3" in run(
+        tmp_path, "cut", images, *PAIRS[pair]
+    )
     assert_equal(tmp_path, "cut", whole)
 
 
@@ -375,78 +446,145 @@ def test_told_to_stop_at_an_epochs_end(undisturbed, images, tmp_path):
     """Then there is no step to go on from; and after the last epoch a run ends as ever."""
     whole, _ = undisturbed(*PAIRS["moco-ifnd"])
     for epoch in (1, 2):
-        said = run(tmp_path, "cut", images, *PAIRS["moco-ifnd"], fault=functools.partial(gets_at_an_epochs_end, epoch), code=75)
-        assert f"last.pt holds the state after epoch {epoch} of 3," in said.splitlines()[-1] and state(tmp_path, "cut")["place"]["step"] == 0
-    run(tmp_path, "cut", images, *PAIRS["moco-ifnd"], fault=functools.partial(gets_at_an_epochs_end, 3))
+        said = run(
+            tmp_path,
+            "cut",
+            images,
+            *PAIRS["moco-ifnd"],
+            fault=functools.partial(gets_at_an_epochs_end, epoch),
+            code=75,
+        )
+        assert (
+            f"last.pt holds the state after epoch {epoch} of 3," in said.splitlines()[-1]
+            and state(tmp_path, "cut")["place"]["step"] == 0
+        )
+    run(
+        tmp_path,
+        "cut",
+        images,
+        *PAIRS["moco-ifnd"],
+        fault=functools.partial(gets_at_an_epochs_end, 3),
+    )
     assert_equal(tmp_path, "cut", whole)
 
 
 def test_a_checkpoint_from_before_there_was_a_place_still_resumes(undisturbed, images, tmp_path):
     whole, _ = undisturbed(*PAIRS["moco-ifnd"])
-    run(tmp_path, "old", images, *PAIRS["moco-ifnd"], fault=gets(signal.SIGKILL, 1, 3), code=-signal.SIGKILL)
+    run(
+        tmp_path,
+        "old",
+        images,
+        *PAIRS["moco-ifnd"],
+        fault=gets(signal.SIGKILL, 1, 3),
+        code=-signal.SIGKILL,
+    )
     path = tmp_path / "runs" / "old" / "last.pt"
-    torch.save({k: v for k, v in torch.load(path, weights_only=True).items() if k != "place"}, path)           # no checksum either
+    torch.save(
+        {k: v for k, v in torch.load(path, weights_only=True).items() if k != "place"}, path
+    )  # no checksum either
     assert "going on after epoch 1 of 3" in run(tmp_path, "old", images, *PAIRS["moco-ifnd"])
     assert_equal(tmp_path, "old", whole)
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_whole_group_leaves_the_image_workers_at_work(undisturbed, images, tmp_path):
+def test_a_signal_to_the_whole_group_leaves_the_image_workers_at_work(
+    undisturbed, images, tmp_path
+):
     """As torchrun and SLURM send it. The processes that decode images outlive it, so that the step can be finished. (A program of its own, for its exit.)"""
     whole, _ = undisturbed(*PAIRS["ir-ring"])
     os.mkfifo(tmp_path / "fifo")
-    (tmp_path / "job.py").write_text(f"import runpy, sys; sys.path[:0] = [{ROOT!r}, {os.path.dirname(__file__)!r}]; import test_faults\n"
-                                     "test_faults.at(1, 2, lambda: test_faults.waits_for_a_signal('fifo'))\n"
-                                     f"runpy.run_path({os.path.join(ROOT, 'train_pretrain.py')!r}, run_name='__main__')\n")
-    process = subprocess.Popen([sys.executable, "job.py", *SMALL, images, *PAIRS["ir-ring"], "data.workers=2", "name=cut"], cwd=tmp_path, start_new_session=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    (tmp_path / "job.py").write_text(
+        f"import runpy, sys; sys.path[:0] = [{ROOT!r}, {os.path.dirname(__file__)!r}]; import test_faults\n"
+        "test_faults.at(1, 2, lambda: test_faults.waits_for_a_signal('fifo'))\n"
+        f"runpy.run_path({os.path.join(ROOT, 'train_pretrain.py')!r}, run_name='__main__')\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "job.py", *SMALL, images, *PAIRS["ir-ring"], "data.workers=2", "name=cut"],
+        cwd=tmp_path,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     there(tmp_path / "fifo")
     os.killpg(process.pid, signal.SIGTERM)
     out, err = process.communicate()
-    assert process.returncode == 75 and err == "" and "after step 3 of 8 of epoch 2" in out.splitlines()[-1], out + err
+    assert (
+        process.returncode == 75
+        and err == ""
+        and "after step 3 of 8 of epoch 2" in out.splitlines()[-1]
+    ), out + err
     run(tmp_path, "cut", images, *PAIRS["ir-ring"])
     assert_equal(tmp_path, "cut", whole)
 
 
 # ---------------------------------------------------------------------------------------------------- several processes
 
-MANY_STEPS = [*PAIRS["moco-ifnd"], "optim.batch_size=4", "optim.epochs=2"]             # 25 an epoch
+MANY_STEPS = [*PAIRS["moco-ifnd"], "optim.batch_size=4", "optim.epochs=2"]  # 25 an epoch
 
 
 def test_two_processes_stop_at_the_same_step(undisturbed, images, tmp_path):
     """The second alone gets the signal. Both look for it where they wait for one another: at the 21st step. Each goes on with its own BatchNorm statistics."""
     whole, _ = undisturbed(*MANY_STEPS, processes=2)
-    codes, said = two(tmp_path, "cut", images, *MANY_STEPS, faults=(None, gets(signal.SIGTERM, 1, 3)))
+    codes, said = two(
+        tmp_path, "cut", images, *MANY_STEPS, faults=(None, gets(signal.SIGTERM, 1, 3))
+    )
     assert codes == [75, 75] and "after step 21 of 25 of epoch 2" in said.splitlines()[-1], said
     shutil.copytree(tmp_path / "runs" / "cut", tmp_path / "runs" / "alone")
     codes, said = two(tmp_path, "cut", images, *MANY_STEPS)
     assert codes == [0, 0] and "going on after step 21" in said
     assert_equal(tmp_path, "cut", whole)
-    assert "is of 2 processes, now there are 1" in run(tmp_path, "alone", images, *MANY_STEPS)               # and a lone one goes on too
-    assert log(tmp_path, "alone")[1]["loss"] == pytest.approx(log(whole, "whole")[1]["loss"], rel=0.2)
+    assert "is of 2 processes, now there are 1" in run(
+        tmp_path, "alone", images, *MANY_STEPS
+    )  # and a lone one goes on too
+    assert log(tmp_path, "alone")[1]["loss"] == pytest.approx(
+        log(whole, "whole")[1]["loss"], rel=0.2
+    )
 
 
 def agent(folder, arguments):
     """What torchrun is, but that it forks its two workers, where torchrun starts programs that import torch each."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     os.chdir(folder)
-    config = LaunchConfig(1, 1, 2, max_restarts=1, start_method="fork", rdzv_backend="static", rdzv_endpoint=f"127.0.0.1:{free_port()}", rdzv_configs={"rank": 0})
+    config = LaunchConfig(
+        1,
+        1,
+        2,
+        max_restarts=1,
+        start_method="fork",
+        rdzv_backend="static",
+        rdzv_endpoint=f"127.0.0.1:{free_port()}",
+        rdzv_configs={"rank": 0},
+    )
     elastic_launch(config, worker)(folder, arguments)
 
 
 def worker(folder, arguments):
     rank, again = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
-    child(folder, "cut", arguments, None if again == "1" or rank == "0" else gets(signal.SIGKILL, 1, 5), {}, f".{rank}{again}")
+    child(
+        folder,
+        "cut",
+        arguments,
+        None if again == "1" or rank == "0" else gets(signal.SIGKILL, 1, 5),
+        {},
+        f".{rank}{again}",
+    )
 
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_is_started_again(undisturbed, images, tmp_path):
     """One of two, in the second epoch. torchrun's agent ends the other one too, and both go on from the first epoch's checkpoint."""
     whole, _ = undisturbed(*MANY_STEPS, processes=2)
-    process = SERVER.Process(target=agent, args=(str(tmp_path), [images, *MANY_STEPS, "--fresh"]))           # --fresh is meant for the first time
+    process = SERVER.Process(
+        target=agent, args=(str(tmp_path), [images, *MANY_STEPS, "--fresh"])
+    )  # --fresh is meant for the first time
     process.start()
     process.join()
-    assert process.exitcode == 0 and "going on after epoch 1 of 2" in (tmp_path / "cut.01.out").read_text()
+    assert (
+        process.exitcode == 0
+        and "going on after epoch 1 of 2" in (tmp_path / "cut.01.out").read_text()
+    )
     assert_equal(tmp_path, "cut", whole)
 
 
@@ -458,7 +596,7 @@ print("begins", flush=True)
 if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     import test_faults
     {fault}
-runpy.run_path({os.path.join(ROOT, 'train_pretrain.py')!r}, run_name="__main__")
+runpy.run_path({os.path.join(ROOT, "train_pretrain.py")!r}, run_name="__main__")
 """)
     return folder / "job.py"
 
@@ -468,8 +606,14 @@ def test_a_worker_that_is_killed_is_started_again_by_torchrun(undisturbed, image
     """The same with torchrun itself."""
     whole, _ = undisturbed(*MANY_STEPS, processes=2)
     script = job(tmp_path, "test_faults.gets(signal.SIGKILL, 1, 5)()")
-    done = torchrun(2, ["--max-restarts", 1, script, *SMALL, images, *MANY_STEPS, "--fresh", "name=cut"], tmp_path)        # which is meant for the first time
-    assert done.stdout.count("begins") == 4 and done.stdout.count("going on after epoch 1 of 2") == 1
+    done = torchrun(
+        2,
+        ["--max-restarts", 1, script, *SMALL, images, *MANY_STEPS, "--fresh", "name=cut"],
+        tmp_path,
+    )  # which is meant for the first time
+    assert (
+        done.stdout.count("begins") == 4 and done.stdout.count("going on after epoch 1 of 2") == 1
+    )
     assert_equal(tmp_path, "cut", whole)
 
 
@@ -478,14 +622,36 @@ def test_torchrun_is_told_to_stop(undisturbed, images, tmp_path):
     """It passes SIGTERM on to its workers' process groups, and waits."""
     whole, _ = undisturbed(*MANY_STEPS, processes=2)
     os.mkfifo(tmp_path / "fifo")
-    script = job(tmp_path, f"test_faults.at(1, 5, functools.partial(test_faults.waits_for_a_signal, {str(tmp_path / 'fifo')!r}))")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), str(script), *SMALL, images, *MANY_STEPS,
-               "data.workers=1", "name=cut"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    script = job(
+        tmp_path,
+        f"test_faults.at(1, 5, functools.partial(test_faults.waits_for_a_signal, {str(tmp_path / 'fifo')!r}))",
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+        str(script),
+        *SMALL,
+        images,
+        *MANY_STEPS,
+        "data.workers=1",
+        "name=cut",
+    ]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     there(tmp_path / "fifo")
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate()
-    assert process.returncode != 0 and "told to stop" in out and state(tmp_path, "cut")["place"]["step"] == 21, out
+    assert (
+        process.returncode != 0
+        and "told to stop" in out
+        and state(tmp_path, "cut")["place"]["step"] == 21
+    ), out
     codes, said = two(tmp_path, "cut", images, *MANY_STEPS)
     assert codes == [0, 0], said
     assert_equal(tmp_path, "cut", whole)
@@ -493,27 +659,51 @@ def test_torchrun_is_told_to_stop(undisturbed, images, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- disks
 
+
 @pytest.mark.parametrize("size,file", [(300_000, "last.pt"), (30_000, "log.jsonl")])
 def test_a_full_disk(size, file, undisturbed, images, tmp_path):
     whole, _ = undisturbed(*PAIRS["moco-ifnd"])
-    sentence = refused(tmp_path, "full", images, *PAIRS["moco-ifnd"], fault=functools.partial(at, 1, 7, functools.partial(disk_is_full, size)))
-    assert sentence == f"runs/full/{file} cannot be written: File too large; what was there before is as it was"
-    assert state(tmp_path, "full")["epoch"] == 1 and not os.path.exists(tmp_path / "runs" / "full" / "last.pt.part")
+    sentence = refused(
+        tmp_path,
+        "full",
+        images,
+        *PAIRS["moco-ifnd"],
+        fault=functools.partial(at, 1, 7, functools.partial(disk_is_full, size)),
+    )
+    assert (
+        sentence
+        == f"runs/full/{file} cannot be written: File too large; what was there before is as it was"
+    )
+    assert state(tmp_path, "full")["epoch"] == 1 and not os.path.exists(
+        tmp_path / "runs" / "full" / "last.pt.part"
+    )
     run(tmp_path, "full", images, *PAIRS["moco-ifnd"])
     assert_equal(tmp_path, "full", whole)
 
 
 def test_a_disk_that_fills_up(undisturbed, images, tmp_path):
     """A small tmpfs, with room for one checkpoint and not for the second beside it."""
-    if not shutil.which("unshare") or subprocess.run(["unshare", "--user", "--mount", "true"], stderr=subprocess.DEVNULL).returncode:
+    if (
+        not shutil.which("unshare")
+        or subprocess.run(
+            ["unshare", "--user", "--mount", "true"], stderr=subprocess.DEVNULL
+        ).returncode
+    ):
         pytest.skip("needs a Linux that lets users mount in a namespace")
     whole, _ = undisturbed(*PAIRS["moco-ifnd"])
     size = int(1.7 * os.path.getsize(whole / "runs" / "whole" / "last.pt")) + 100_000
-    sentence = refused(tmp_path, "full", images, *PAIRS["moco-ifnd"], fault=functools.partial(disk_is_small, size))
-    assert sentence == "runs/full/last.pt cannot be written: No space left on device; what was there before is as it was"
+    sentence = refused(
+        tmp_path, "full", images, *PAIRS["moco-ifnd"], fault=functools.partial(disk_is_small, size)
+    )
+    assert (
+        sentence
+        == "runs/full/last.pt cannot be written: No space left on device; what was there before is as it was"
+    )
     os.rmdir(tmp_path / "runs")
     os.rename(tmp_path / "kept", tmp_path / "runs")
-    assert state(tmp_path, "full")["epoch"] == 1 and not os.path.exists(tmp_path / "runs" / "full" / "last.pt.part")
+    assert state(tmp_path, "full")["epoch"] == 1 and not os.path.exists(
+        tmp_path / "runs" / "full" / "last.pt.part"
+    )
     run(tmp_path, "full", images, *PAIRS["moco-ifnd"])
     assert_equal(tmp_path, "full", whole)
 
@@ -522,7 +712,10 @@ def test_a_disk_that_fills_up(undisturbed, images, tmp_path):
 def test_a_folder_that_may_not_be_written(folder, images, tmp_path):
     os.makedirs(tmp_path / folder)
     os.chmod(tmp_path / folder, 0o555)
-    assert refused(tmp_path, "a", images, fault=rights_are_a_users) == "runs/a cannot be written: Permission denied; what was there before is as it was"
+    assert (
+        refused(tmp_path, "a", images, fault=rights_are_a_users)
+        == "runs/a cannot be written: Permission denied; what was there before is as it was"
+    )
 
 
 def test_every_flipped_bit_is_noticed(tmp_path):
@@ -531,10 +724,12 @@ def test_every_flipped_bit_is_noticed(tmp_path):
     checkpoint.save(path, {}, 1, **parts(1))
     with open(path, "rb") as f:
         good = f.read()
-    flips = [(i, chance.randrange(8)) for i in range(0, len(good), 5)] + [(i, bit) for i in range(len(good) - 60, len(good)) for bit in range(8)]
+    flips = [(i, chance.randrange(8)) for i in range(0, len(good), 5)] + [
+        (i, bit) for i in range(len(good) - 60, len(good)) for bit in range(8)
+    ]
     for i, bit in flips:
         with open(path, "wb") as f:
-            f.write(good[:i] + bytes([good[i] ^ 1 << bit]) + good[i + 1:])
+            f.write(good[:i] + bytes([good[i] ^ 1 << bit]) + good[i + 1 :])
         with pytest.raises(SystemExit, match="read safely"):
             checkpoint.read(path)
     for size in (*range(0, len(good), 200), *range(len(good) - 60, len(good))):
@@ -555,15 +750,35 @@ def damage(path):
 @pytest.mark.parametrize("how", [pytest.param("flipped", marks=pytest.mark.slow), "gone"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(how, undisturbed, images, tmp_path):
     whole, _ = undisturbed(*PAIRS["moco-ifnd"])
-    run(tmp_path, "a", images, *PAIRS["moco-ifnd"], fault=gets(signal.SIGKILL, 2, 4), code=-signal.SIGKILL)
+    run(
+        tmp_path,
+        "a",
+        images,
+        *PAIRS["moco-ifnd"],
+        fault=gets(signal.SIGKILL, 2, 4),
+        code=-signal.SIGKILL,
+    )
     last, previous = tmp_path / "runs" / "a" / "last.pt", tmp_path / "runs" / "a" / "previous.pt"
     if how == "gone":
         os.remove(last)
     else:
         damage(last)
-    said = run(tmp_path, "a", images, *PAIRS["moco-ifnd"], fault=gets(signal.SIGKILL, 1, 4), code=-signal.SIGKILL)             # and once more before it has saved
-    assert f"runs/a/last.pt {'does not exist' if how == 'gone' else 'is not a checkpoint that can be read safely'}" in said
-    assert "going on from the one before, runs/a/previous.pt" in said and "going on after epoch 1 of 3" in said
+    said = run(
+        tmp_path,
+        "a",
+        images,
+        *PAIRS["moco-ifnd"],
+        fault=gets(signal.SIGKILL, 1, 4),
+        code=-signal.SIGKILL,
+    )  # and once more before it has saved
+    assert (
+        f"runs/a/last.pt {'does not exist' if how == 'gone' else 'is not a checkpoint that can be read safely'}"
+        in said
+    )
+    assert (
+        "going on from the one before, runs/a/previous.pt" in said
+        and "going on after epoch 1 of 3" in said
+    )
     run(tmp_path, "a", images, *PAIRS["moco-ifnd"])
     assert_equal(tmp_path, "a", whole)
     if how != "flipped":
@@ -571,15 +786,26 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(how, undisturbed, imag
     for file in (last, previous):
         damage(file)
     sentence = refused(tmp_path, "a", images, *PAIRS["moco-ifnd"])
-    assert "last.pt is not" in sentence and "previous.pt is not" in sentence and sentence.endswith("start over with --fresh")
+    assert (
+        "last.pt is not" in sentence
+        and "previous.pt is not" in sentence
+        and sentence.endswith("start over with --fresh")
+    )
     run(tmp_path, "a", images, *PAIRS["moco-ifnd"], "--fresh")
     assert_equal(tmp_path, "a", whole)
 
 
-@pytest.mark.parametrize("settings,difference", [
-    (PAIRS["ir-nce"], "model.host was 'moco' and is now 'ir'"), (PAIRS["moco-ring"], "loss.name was 'nce' and is now 'ring'"),
-    ([*PAIRS["moco-nce"], "model.width=16"], "model.width was 8 and is now 16"), ([*PAIRS["moco-nce"], "data.limit=99"], "data.limit was None and is now 99"),
-    (PAIRS["moco-nce"], "it is of 100 images, and now there are 101")], ids=["host", "loss", "network", "fewer images", "another folder"])
+@pytest.mark.parametrize(
+    "settings,difference",
+    [
+        (PAIRS["ir-nce"], "model.host was 'moco' and is now 'ir'"),
+        (PAIRS["moco-ring"], "loss.name was 'nce' and is now 'ring'"),
+        ([*PAIRS["moco-nce"], "model.width=16"], "model.width was 8 and is now 16"),
+        ([*PAIRS["moco-nce"], "data.limit=99"], "data.limit was None and is now 99"),
+        (PAIRS["moco-nce"], "it is of 100 images, and now there are 101"),
+    ],
+    ids=["host", "loss", "network", "fewer images", "another folder"],
+)
 def test_another_runs_checkpoint_is_refused(settings, difference, undisturbed, images, tmp_path):
     whole, _ = undisturbed(*PAIRS["moco-nce"])
     shutil.copytree(whole / "runs" / "whole", tmp_path / "runs" / "whole")
@@ -590,7 +816,9 @@ def test_another_runs_checkpoint_is_refused(settings, difference, undisturbed, i
     assert difference in refused(tmp_path, "whole", images, *settings)
 
 
-def test_fresh_leaves_nothing_of_the_old_weights_to_be_taken(undisturbed, images, tmp_path, monkeypatch):
+def test_fresh_leaves_nothing_of_the_old_weights_to_be_taken(
+    undisturbed, images, tmp_path, monkeypatch
+):
     """The new run is killed in its first epoch, and once more: what the old one left is there under other names, and nothing of it is evaluated."""
     whole, _ = undisturbed(*PAIRS["moco-nce"])
     folder = tmp_path / "runs" / "whole"
@@ -600,18 +828,33 @@ def test_fresh_leaves_nothing_of_the_old_weights_to_be_taken(undisturbed, images
         (folder / part / "last.pt").write_text(part)
         (folder / f"{part}.jsonl").write_text(part)
         os.makedirs(folder / f"{part}.before" / "of an older run")
-    old = {name: (folder / name).read_bytes() for name in ("backbone.pt", "last.pt", "previous.pt", "config.yaml", "log.jsonl", "detect.jsonl")}
+    old = {
+        name: (folder / name).read_bytes()
+        for name in (
+            "backbone.pt",
+            "last.pt",
+            "previous.pt",
+            "config.yaml",
+            "log.jsonl",
+            "detect.jsonl",
+        )
+    }
     dies = {"fault": gets(signal.SIGKILL, 0, 3), "code": -signal.SIGKILL}
     run(tmp_path, "whole", images, *PAIRS["moco-nce"], "loss.temperature=0.3", "--fresh", **dies)
     run(tmp_path, "whole", images, *PAIRS["moco-nce"], "loss.temperature=0.3", **dies)
     assert all((folder / f"{name}.before").read_bytes() == value for name, value in old.items())
     for part in ("finetune", "detect"):
-        assert (folder / f"{part}.before" / "last.pt").read_text() == part and not (folder / part).exists()
+        assert (folder / f"{part}.before" / "last.pt").read_text() == part and not (
+            folder / part
+        ).exists()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="runs/whole holds no backbone.pt; first run"):
         weights.of_run(None, "runs/whole", "FILE")
     # An older version left backbone.pt where it was: then it is refused by what it says of itself.
-    with pytest.raises(SystemExit, match=r"backbone.pt.before was not trained with the settings of runs/whole/config.yaml: loss.temperature was 0.2 and is now 0.3"):
+    with pytest.raises(
+        SystemExit,
+        match=r"backbone.pt.before was not trained with the settings of runs/whole/config.yaml: loss.temperature was 0.2 and is now 0.3",
+    ):
         weights.backbone_of("runs/whole/backbone.pt.before")
     run(tmp_path, "whole", images, *PAIRS["moco-nce"], "loss.temperature=0.3")
     assert weights.backbone_of("runs/whole/backbone.pt")[0]
@@ -624,7 +867,9 @@ def test_a_second_process_on_one_folder_is_refused(images, tmp_path):
     first = start(tmp_path, "a", images, "data.workers=1", fault=wait)
     there(tmp_path / "fifo")
     sentence = refused(tmp_path, "a", images)
-    assert sentence.startswith(f"runs/a is in use: process {first.pid} on ") and sentence.endswith("choose another name=...")
+    assert sentence.startswith(f"runs/a is in use: process {first.pid} on ") and sentence.endswith(
+        "choose another name=..."
+    )
     run(tmp_path, "b", images)
     first.kill()
     first.join()
@@ -638,7 +883,7 @@ def test_a_run_that_is_refused_leaves_no_lock(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="there is no folder nowhere") as kept:
         train_pretrain.main()
     assert kept.traceback and not os.path.exists("runs/a")
-    os.makedirs("runs/a")                                  # a folder that was there before stays
+    os.makedirs("runs/a")  # a folder that was there before stays
     with pytest.raises(SystemExit, match="there is no folder nowhere"):
         train_pretrain.main()
     assert os.listdir("runs/a") == []
@@ -667,11 +912,12 @@ def test_a_lock_that_is_removed_does_not_let_two_in(tmp_path, monkeypatch):
             checkpoint.unlock(owner)
             assert not os.path.exists(path)
         plain(file, how)
+
     monkeypatch.setattr(checkpoint.fcntl, "lockf", owner_ends_first)
     held = checkpoint.lock(folder)
     monkeypatch.undo()
     assert len(opened) == 2 and os.stat(path).st_ino == opened[1] == os.fstat(held.fileno()).st_ino
-    assert not others_may_lock(folder)                     # as it would, if that first file counted
+    assert not others_may_lock(folder)  # as it would, if that first file counted
     checkpoint.unlock(held)
     assert os.listdir(folder) == [] and others_may_lock(folder)
 
@@ -679,31 +925,66 @@ def test_a_lock_that_is_removed_does_not_let_two_in(tmp_path, monkeypatch):
 def test_a_disk_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(37, "No locks available")
+
     monkeypatch.setattr(checkpoint.fcntl, "lockf", no_locks)
     with checkpoint.claim(str(tmp_path / "a")):
         pass
-    assert "cannot be locked ([Errno 37] No locks available): see to it yourself that no second process trains there" in capsys.readouterr().out
+    assert (
+        "cannot be locked ([Errno 37] No locks available): see to it yourself that no second process trains there"
+        in capsys.readouterr().out
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- numbers
 
+
 @pytest.mark.parametrize("signalled", [False, True], ids=["", "and told to stop"])
 @pytest.mark.parametrize("what", ["loss", pytest.param("gradient", marks=pytest.mark.slow)])
-def test_what_is_not_finite_ends_the_run_and_is_not_saved(what, signalled, undisturbed, images, tmp_path):
+def test_what_is_not_finite_ends_the_run_and_is_not_saved(
+    what, signalled, undisturbed, images, tmp_path
+):
     fault = functools.partial(wrong, what, 1, 3)
-    sentence = refused(tmp_path, "nan", images, fault=functools.partial(both, fault, gets(signal.SIGTERM, 1, 3)) if signalled else fault)
-    named = "the loss is nan at epoch 2, step 4 of 8" if what == "loss" else (                               # a weight is seen in the next step's loss
-        "a weight is not finite at epoch 2, step 4 of 8" if signalled else "the loss is nan at epoch 2, step 5 of 8")
-    assert sentence == f"{named}; runs/nan/last.pt holds the state after epoch 1 of 3; try a lower optim.lr, with --fresh or another name=..."
-    assert checkpoint.not_finite(saved := state(tmp_path, "nan")) is None and saved["epoch"] == 1 and saved["place"]["step"] == 0
+    sentence = refused(
+        tmp_path,
+        "nan",
+        images,
+        fault=functools.partial(both, fault, gets(signal.SIGTERM, 1, 3)) if signalled else fault,
+    )
+    named = (
+        "the loss is nan at epoch 2, step 4 of 8"
+        if what == "loss"
+        # a weight is seen in the next step's loss
+        else (
+            "a weight is not finite at epoch 2, step 4 of 8"
+            if signalled
+            else "the loss is nan at epoch 2, step 5 of 8"
+        )
+    )
+    assert (
+        sentence
+        == f"{named}; runs/nan/last.pt holds the state after epoch 1 of 3; try a lower optim.lr, with --fresh or another name=..."
+    )
+    assert (
+        checkpoint.not_finite(saved := state(tmp_path, "nan")) is None
+        and saved["epoch"] == 1
+        and saved["place"]["step"] == 0
+    )
     if not signalled:
-        run(tmp_path, "nan", images)                       # it was no fault of the settings
+        run(tmp_path, "nan", images)  # it was no fault of the settings
         assert_equal(tmp_path, "nan", undisturbed()[0])
 
 
 def test_two_processes_end_together_when_one_has_no_loss(images, tmp_path):
-    codes, said = two(tmp_path, "nan", images, *PAIRS["moco-nce"], faults=(None, functools.partial(wrong, "loss", 1, 3)))
-    assert codes == [1, 1] and said.splitlines()[-1].startswith("the loss is nan at epoch 2, step 4 of 8; runs/nan/last.pt holds the state after epoch 1"), said
+    codes, said = two(
+        tmp_path,
+        "nan",
+        images,
+        *PAIRS["moco-nce"],
+        faults=(None, functools.partial(wrong, "loss", 1, 3)),
+    )
+    assert codes == [1, 1] and said.splitlines()[-1].startswith(
+        "the loss is nan at epoch 2, step 4 of 8; runs/nan/last.pt holds the state after epoch 1"
+    ), said
     assert (tmp_path / "1" / "nan.err").read_text() == ""  # said once
 
 
@@ -719,10 +1000,19 @@ def test_nothing_that_is_not_finite_can_be_saved(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_one_value_that_is_not_finite_is_found(dtype):
     """By aminmax alone, in every shape that a state has; of integers and of nothing there is none."""
-    fine = {"scalar": torch.zeros((), dtype=dtype), "empty": torch.zeros(0, 3, dtype=dtype), "step": torch.arange(3)}
+    fine = {
+        "scalar": torch.zeros((), dtype=dtype),
+        "empty": torch.zeros(0, 3, dtype=dtype),
+        "step": torch.arange(3),
+    }
     assert checkpoint.not_finite(fine) is None
     for bad in (torch.nan, torch.inf, -torch.inf):
-        for shape, row in (((), ()), ((999, 33), (998, 32)), ((999, 33), (0, 0)), ((999, 33), (500, 7))):
+        for shape, row in (
+            ((), ()),
+            ((999, 33), (998, 32)),
+            ((999, 33), (0, 0)),
+            ((999, 33), (500, 7)),
+        ):
             value = torch.randn(shape).to(dtype)
             value[row] = bad
             assert checkpoint.not_finite({**fine, "host": [{"bank": value}]}) == "host.0.bank"
@@ -737,7 +1027,11 @@ def test_looking_for_what_is_not_finite_takes_no_memory():
     class Count(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
             result = function(*arguments, **(kwargs or {}))
-            made.extend(x.numel() for x in (result if isinstance(result, (list, tuple)) else [result]) if torch.is_tensor(x))
+            made.extend(
+                x.numel()
+                for x in (result if isinstance(result, (list, tuple)) else [result])
+                if torch.is_tensor(x)
+            )
             return result
 
     bank = torch.zeros(131072, 128)
@@ -749,7 +1043,11 @@ def test_looking_for_what_is_not_finite_takes_no_memory():
 def test_a_skipped_step_of_fp16_is_no_fault(images, tmp_path):
     run(tmp_path, "fp16", images, fault=scales_too_far)
     scaler = state(tmp_path, "fp16")["scaler"]
-    assert scaler["scale"] < 2.0 ** 127 and [line["epoch"] for line in log(tmp_path, "fp16")] == [1, 2, 3]
+    assert scaler["scale"] < 2.0**127 and [line["epoch"] for line in log(tmp_path, "fp16")] == [
+        1,
+        2,
+        3,
+    ]
 
 
 def scales_the_loss():
@@ -763,15 +1061,37 @@ def test_a_run_goes_on_on_hardware_of_another_precision(first, then, images, tmp
     """fp32 stands for fp16, the one with loss scaling. Begun without it, the scaler starts afresh; begun with it, its state is left out."""
     faults = {"fp32": [scales_the_loss], "bf16": []}
     stops = gets(signal.SIGTERM, 1, 3)
-    run(tmp_path, "a", images, f"model.precision={first}", fault=functools.partial(both, *faults[first], stops), code=75)
+    run(
+        tmp_path,
+        "a",
+        images,
+        f"model.precision={first}",
+        fault=functools.partial(both, *faults[first], stops),
+        code=75,
+    )
     assert bool(state(tmp_path, "a")["scaler"]) == (first == "fp32")
-    said = run(tmp_path, "a", images, f"model.precision={then}", fault=functools.partial(both, *faults[then]))
-    assert f"runs/a/last.pt was trained in {first} so far, and goes on in {then}" in said and "going on after step 4 of 8 of epoch 2" in said
+    said = run(
+        tmp_path,
+        "a",
+        images,
+        f"model.precision={then}",
+        fault=functools.partial(both, *faults[then]),
+    )
+    assert (
+        f"runs/a/last.pt was trained in {first} so far, and goes on in {then}" in said
+        and "going on after step 4 of 8 of epoch 2" in said
+    )
     saved = state(tmp_path, "a")
-    assert saved["epoch"] == 3 and bool(saved["scaler"]) == (then == "fp32") and [line["epoch"] for line in log(tmp_path, "a")] == [1, 2, 3]
+    assert (
+        saved["epoch"] == 3
+        and bool(saved["scaler"]) == (then == "fp32")
+        and [line["epoch"] for line in log(tmp_path, "a")] == [1, 2, 3]
+    )
 
 
-@pytest.mark.parametrize("old, new", [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "mps"), ("cpu", "cpu")])
+@pytest.mark.parametrize(
+    "old, new", [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "mps"), ("cpu", "cpu")]
+)
 def test_random_states_of_another_device_are_no_obstacle(old, new, tmp_path, monkeypatch, capsys):
     """Those of the CPU are taken, the others left alone; a state that does not fit its generator is too."""
     path = str(tmp_path / "last.pt")
@@ -794,20 +1114,35 @@ def test_random_states_of_another_device_are_no_obstacle(old, new, tmp_path, mon
 def test_a_collapse_is_warned_of_once(images, tmp_path):
     """So strong a weight decay leaves no weights, and all images look alike."""
     said = run(tmp_path, "point", images, "optim.weight_decay=20", "loss.name=nce")
-    assert said.count("WARNING: the embeddings collapse: their spread is 0.0") == 1 and log(tmp_path, "point")[2]["spread"] < 0.05
+    assert (
+        said.count("WARNING: the embeddings collapse: their spread is 0.0") == 1
+        and log(tmp_path, "point")[2]["spread"] < 0.05
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- what the end says
 
-@pytest.mark.parametrize("log, words", [
-    ([{"epoch": 0, "knn": 12.0}, {"epoch": 1, "knn": 17.0}, {"epoch": 2, "knn": 43.0}],
-     "\n  kNN    untrained  12.0 %\n  after   2 epochs  43.0 %\n\n"),
-    # knn.every was 0 at first, and 1 after a resume.
-    ([{"epoch": 1}, {"epoch": 2, "knn": 17.0}, {"epoch": 3, "knn": 43.0}], "\n  kNN after   3 epochs  43.0 %\n\n"),
-    # knn.every was 1 at first, and 0 after a resume: the last figure is not the end's.
-    ([{"epoch": 0, "knn": 12.0}, {"epoch": 1, "knn": 17.0}, {"epoch": 2}], "\n  kNN    untrained  12.0 %\n  after   1 epochs  17.0 %\n\n"),
-    ([{"epoch": 0, "knn": 12.0}, {"epoch": 1}], "\n  kNN    untrained  12.0 %\n\n"),
-    ([{"epoch": 1}], ""),
-])
+
+@pytest.mark.parametrize(
+    "log, words",
+    [
+        (
+            [{"epoch": 0, "knn": 12.0}, {"epoch": 1, "knn": 17.0}, {"epoch": 2, "knn": 43.0}],
+            "\n  kNN    untrained  12.0 %\n  after   2 epochs  43.0 %\n\n",
+        ),
+        # knn.every was 0 at first, and 1 after a resume.
+        (
+            [{"epoch": 1}, {"epoch": 2, "knn": 17.0}, {"epoch": 3, "knn": 43.0}],
+            "\n  kNN after   3 epochs  43.0 %\n\n",
+        ),
+        # knn.every was 1 at first, and 0 after a resume: the last figure is not the end's.
+        (
+            [{"epoch": 0, "knn": 12.0}, {"epoch": 1, "knn": 17.0}, {"epoch": 2}],
+            "\n  kNN    untrained  12.0 %\n  after   1 epochs  17.0 %\n\n",
+        ),
+        ([{"epoch": 0, "knn": 12.0}, {"epoch": 1}], "\n  kNN    untrained  12.0 %\n\n"),
+        ([{"epoch": 1}], ""),
+    ],
+)
 def test_only_epoch_0_is_untrained(log, words):
     assert train_pretrain.knn_summary(log) == words

@@ -1,4 +1,5 @@
 """Folders of images as people have them, through the scripts: what trains, and what is said."""
+
 import os
 import shutil
 import sys
@@ -14,9 +15,20 @@ from data.datasets import find_obstacle, load
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 QUICK = os.path.join(ROOT, "yaml", "quickstart.yaml")
-TINY = ["data.name=folder", "data.limit=null", "data.image_size=8", "data.workers=0",
-        "optim.batch_size=8", "optim.epochs=1", "model.width=8", "model.precision=fp32",
-        "model.queue_size=16", "linear.epochs=1", "linear.batch_size=8", "name=a"]
+TINY = [
+    "data.name=folder",
+    "data.limit=null",
+    "data.image_size=8",
+    "data.workers=0",
+    "optim.batch_size=8",
+    "optim.epochs=1",
+    "model.width=8",
+    "model.precision=fp32",
+    "model.queue_size=16",
+    "linear.epochs=1",
+    "linear.batch_size=8",
+    "name=a",
+]
 
 
 def put_images(folder, n=8):
@@ -38,6 +50,7 @@ def start(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", arguments)
         script.main()
         return capsys.readouterr().out
+
     return run
 
 
@@ -53,7 +66,7 @@ def test_validation_images_without_class_folders(start):
         start(train_linear)
     assert f"no linear probe on folder at data: {reason}" in refusal.value.code
     assert "\n" not in refusal.value.code
-    for part in ("train", "val"):                          # the way out works
+    for part in ("train", "val"):  # the way out works
         for name in "ab":
             put_images(f"probe/{part}/{name}")
     assert "raw pixels" in start(train_linear, "linear.data=folder", "linear.root=probe")
@@ -62,7 +75,7 @@ def test_validation_images_without_class_folders(start):
 def test_a_class_that_one_part_lacks_does_not_stop_training(start):
     for folder in ("train/a", "train/b", "train/c", "val/a", "val/b"):
         put_images(f"data/{folder}")
-    os.mkdir("data/val/c")                                 # empty, it is no class either
+    os.mkdir("data/val/c")  # empty, it is no class either
     out = start(train_pretrain)
     reason = "class c is among the training images and not among the validation images"
     assert f"no kNN: {reason}" in out and "epoch   1/1" in out
@@ -75,7 +88,7 @@ def test_a_flat_folder_is_told_of_a_probe_that_can_run(start):
     out = start(train_pretrain, "linear.data=cifar10")
     assert "no kNN: there are no validation images" in out and "linear.root=PATH" not in out
     out = start(train_pretrain, "name=b")
-    command = out[out.index("next: "):].splitlines()[0]
+    command = out[out.index("next: ") :].splitlines()[0]
     assert command.endswith("name=b linear.data=folder linear.root=PATH")
 
 

@@ -1,5 +1,6 @@
 """Every method on every host, and methods together: two epochs on shapes, in one process and in two; ranks stay equal, resume is bit-exact, and labels
 do not reach the weights."""
+
 import functools
 import json
 import textwrap
@@ -9,16 +10,43 @@ from processes import ROOT, run
 from test_distributed import TINY
 
 HOSTS = {"ir": [], "cmc": [], "moco": ["model.queue_size=64"], "simclr": []}
-LOSSES = {"nce": [], "ring": ["loss.inner=0.1", "loss.outer=0.5"], "mochi": ["loss.hardest=16", "loss.mixed=20", "loss.query_mixed=10", "loss.warmup_epochs=1"],
-          "jcl": ["model.n_views=3"], "ifnd": ["loss.clusters=[4,8]", "loss.reassign_every=1"]}
-DRAWS = {("ir", "nce"), ("cmc", "ring"), ("ir", "ring")}   # as the papers do on a bank
-IFND, RING, MOCHI = ("{name: ifnd, temperature: 0.2, clusters: [4, 8], reassign_every: 1%s}", "{name: ring, temperature: 0.2, inner: 0.05, outer: 0.6%s}",
-                     "{name: mochi, temperature: 0.2, hardest: 8, mixed: 10, query_mixed: 5, warmup_epochs: 1}")
-TOGETHER = {"moco-ifnd+ring+mochi": ["model.host=moco", "model.queue_size=64", f"loss=[{IFND % ''}, {RING % ''}, {MOCHI}]"],
-            "ir-ring+jcl": ["model.host=ir", "model.n_views=2", f"loss=[{RING % ', n_negatives: 20'}, {{name: jcl, temperature: 0.2}}]"],
-            "simclr-ring+attract": ["model.host=simclr", f"loss=[{RING % ''}, {IFND % ', mode: attract'}]"]}
-PAIRS = {f"{host}-{loss}": [f"model.host={host}", *of_host, f"loss.name={loss}", *of_loss, *(["loss.n_negatives=20"] if (host, loss) in DRAWS else [])]
-         for host, of_host in HOSTS.items() for loss, of_loss in LOSSES.items()} | TOGETHER
+LOSSES = {
+    "nce": [],
+    "ring": ["loss.inner=0.1", "loss.outer=0.5"],
+    "mochi": ["loss.hardest=16", "loss.mixed=20", "loss.query_mixed=10", "loss.warmup_epochs=1"],
+    "jcl": ["model.n_views=3"],
+    "ifnd": ["loss.clusters=[4,8]", "loss.reassign_every=1"],
+}
+DRAWS = {("ir", "nce"), ("cmc", "ring"), ("ir", "ring")}  # as the papers do on a bank
+IFND, RING, MOCHI = (
+    "{name: ifnd, temperature: 0.2, clusters: [4, 8], reassign_every: 1%s}",
+    "{name: ring, temperature: 0.2, inner: 0.05, outer: 0.6%s}",
+    "{name: mochi, temperature: 0.2, hardest: 8, mixed: 10, query_mixed: 5, warmup_epochs: 1}",
+)
+TOGETHER = {
+    "moco-ifnd+ring+mochi": [
+        "model.host=moco",
+        "model.queue_size=64",
+        f"loss=[{IFND % ''}, {RING % ''}, {MOCHI}]",
+    ],
+    "ir-ring+jcl": [
+        "model.host=ir",
+        "model.n_views=2",
+        f"loss=[{RING % ', n_negatives: 20'}, {{name: jcl, temperature: 0.2}}]",
+    ],
+    "simclr-ring+attract": ["model.host=simclr", f"loss=[{RING % ''}, {IFND % ', mode: attract'}]"],
+}
+PAIRS = {
+    f"{host}-{loss}": [
+        f"model.host={host}",
+        *of_host,
+        f"loss.name={loss}",
+        *of_loss,
+        *(["loss.n_negatives=20"] if (host, loss) in DRAWS else []),
+    ]
+    for host, of_host in HOSTS.items()
+    for loss, of_loss in LOSSES.items()
+} | TOGETHER
 
 ORACLE = {"oracle": [*PAIRS["moco-mochi"], "loss.oracle=true"]}
 # Every host, every loss (plain InfoNCE: test_distributed.py) and the longest list once; the rest are slow.
@@ -28,7 +56,12 @@ GROUPS = {
     "rest": {name: settings for name, settings in PAIRS.items() if name not in QUICK},
 }
 JOBS = [
-    pytest.param(processes, group, id=f"{processes} {'process' if processes == 1 else 'processes'}, {group}", marks=[pytest.mark.slow] * (group == "rest"))
+    pytest.param(
+        processes,
+        group,
+        id=f"{processes} {'process' if processes == 1 else 'processes'}, {group}",
+        marks=[pytest.mark.slow] * (group == "rest"),
+    )
     for processes in (1, 2)
     for group in GROUPS
 ]
@@ -94,13 +127,17 @@ def train(tmp_path_factory):
 
     It returns {pair: [(whole, resumed) of each rank]}, each a digest of every part of the state; and the folder. What resumes has its labels shuffled.
     """
+
     @functools.cache
     def train_once(processes, group):
         folder = tmp_path_factory.mktemp("pairs")
-        (folder / "job.py").write_text(textwrap.dedent(JOB).format(root=ROOT, tiny=TINY, pairs=GROUPS[group]))
+        (folder / "job.py").write_text(
+            textwrap.dedent(JOB).format(root=ROOT, tiny=TINY, pairs=GROUPS[group])
+        )
         run(folder, folder / "job.py", processes=processes)
         with open(folder / "found.json") as f:
             return json.load(f), folder
+
     return train_once
 
 
@@ -117,10 +154,10 @@ def test_trains_stays_equal_and_resumes_exactly(train, processes, group, pair):
     found, folder = train(processes, group)
     ranks = found[pair]
     for whole, resumed in ranks:
-        assert whole == resumed                            # weights, host, loss, optimizer, random numbers
+        assert whole == resumed  # weights, host, loss, optimizer, random numbers
     for part in ("encoder", "host", "loss", "optimizer"):
         assert len({whole[part] for whole, _ in ranks}) == 1
-    assert len({whole["rng"] for whole, _ in ranks}) == len(ranks)                     # each process draws its own
+    assert len({whole["rng"] for whole, _ in ranks}) == len(ranks)  # each process draws its own
     with open(folder / "runs" / pair / "log.jsonl") as f:
         log = [json.loads(line) for line in f]
     assert [line["epoch"] for line in log] == [1, 2]
@@ -132,8 +169,16 @@ def test_trains_stays_equal_and_resumes_exactly(train, processes, group, pair):
 def test_labels_reach_the_weights_of_an_oracle_alone(train, processes, group):
     """Those which resumed had other labels; all but the oracle ended as if they had not, by the test above. The log's figures differ: labels are for these."""
     found, folder = train(processes, group)
-    assert {pair for pair, ranks in found.items() if any(whole != resumed for whole, resumed in ranks)} == {"oracle"} & found.keys()
+    assert {
+        pair for pair, ranks in found.items() if any(whole != resumed for whole, resumed in ranks)
+    } == {"oracle"} & found.keys()
     for pair in {"oracle", "moco-nce", "simclr-ring"} & found.keys():
-        logs = [json.loads((folder / "runs" / name / "log.jsonl").read_text().splitlines()[-1]) for name in (pair, f"{pair}-cut")]
+        logs = [
+            json.loads((folder / "runs" / name / "log.jsonl").read_text().splitlines()[-1])
+            for name in (pair, f"{pair}-cut")
+        ]
         assert logs[0].get("oracle") == (1 if pair == "oracle" else None)
-        assert pair == "oracle" or logs[0]["false negatives used %"] != logs[1]["false negatives used %"]
+        assert (
+            pair == "oracle"
+            or logs[0]["false negatives used %"] != logs[1]["false negatives used %"]
+        )

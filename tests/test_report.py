@@ -1,4 +1,5 @@
 """report.py on runs/ and yaml/ that are written here: what stands in which cell, and what may not."""
+
 import json
 import os
 import subprocess
@@ -6,16 +7,21 @@ import sys
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 import report
 import train_linear
+import yaml
 from engine import config
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-ROW = {"data": {"name": "cifar10", "augment": "cifar", "image_size": 32}, "model": {"host": "ir", "backbone": "resnet10", "dim": 8},
-       "loss": {"name": "nce"}, "optim": {"epochs": 4, "batch_size": 8, "lr": 0.1}, "linear": {"epochs": 2, "lr": [0.1, 1.0]}}
+ROW = {
+    "data": {"name": "cifar10", "augment": "cifar", "image_size": 32},
+    "model": {"host": "ir", "backbone": "resnet10", "dim": 8},
+    "loss": {"name": "nce"},
+    "optim": {"epochs": 4, "batch_size": 8, "lr": 0.1},
+    "linear": {"epochs": 2, "lr": [0.1, 1.0]},
+}
 
 
 @pytest.fixture
@@ -28,7 +34,15 @@ def here(tmp_path, monkeypatch):
 
 def row_file(name, host, row, column, loss="nce", also={}, **paper):
     """yaml/<name>.yaml"""
-    row = ROW | {"paper": {"table": "T 1", "row": row, "column": column, **paper}, "model": ROW["model"] | {"host": host}, "loss": {"name": loss}} | also
+    row = (
+        ROW
+        | {
+            "paper": {"table": "T 1", "row": row, "column": column, **paper},
+            "model": ROW["model"] | {"host": host},
+            "loss": {"name": loss},
+        }
+        | also
+    )
     os.makedirs(os.path.dirname(f"yaml/{name}"), exist_ok=True)
     with open(f"yaml/{name}.yaml", "w") as f:
         yaml.safe_dump(row, f)
@@ -47,14 +61,31 @@ def train(file, name, *overrides, done=None, linear=None, knn=None, losses=1.0, 
     with open(f"runs/{name}/config.yaml", "w") as f:
         f.write(config.text(cfg))
     done = cfg["optim"]["epochs"] if done is None else done
-    log = [{"epoch": e, "loss": losses / e, "seconds": 30, "chance": 2.0, "hardware": hardware} for e in range(1, done + 1)]
+    log = [
+        {"epoch": e, "loss": losses / e, "seconds": 30, "chance": 2.0, "hardware": hardware}
+        for e in range(1, done + 1)
+    ]
     if knn:
         log = [{"epoch": 0, "knn": 10.0}, *log[:-1], log[-1] | {"knn": knn}]
     write(name, "log", *log)
     if linear:
         protocol = str(config.build(train_linear.Probe, cfg["linear"], file))
-        rows = {"untrained encoder": {"knn": 20.0, "top-1, lr 0.1": 30.0, "top-1, lr 1": 31.0}, name: {"knn": 40.0, "top-1, lr 0.1": linear, "top-1, lr 1": 99.0}}
-        write(name, "linear", {"weights": f"runs/{name}/backbone.pt", "protocol": protocol, "knn": "kNN, k 5", "seed": cfg["seed"], "seconds": 1, "rows": rows})
+        rows = {
+            "untrained encoder": {"knn": 20.0, "top-1, lr 0.1": 30.0, "top-1, lr 1": 31.0},
+            name: {"knn": 40.0, "top-1, lr 0.1": linear, "top-1, lr 1": 99.0},
+        }
+        write(
+            name,
+            "linear",
+            {
+                "weights": f"runs/{name}/backbone.pt",
+                "protocol": protocol,
+                "knn": "kNN, k 5",
+                "seed": cfg["seed"],
+                "seconds": 1,
+                "rows": rows,
+            },
+        )
 
 
 def write(name, stem, *found):
@@ -88,26 +119,36 @@ def test_a_table_is_whole_though_nothing_was_run(out):
     row_file("part/c_ir", "ir", "IR", "CIFAR-10")
     row_file("detectron2/other", "ir", "another program's", "CIFAR-10")
     text = out("--all")
-    assert text.splitlines() == ["T 1",
-                                 "             CIFAR-10        STL-10",
-                                 "             reported  ours  reported  ours",
-                                 "IR",
-                                 "MoCo         67.5 [1]",
-                                 "MoCo + Ring",
-                                 "[1] reported: moco README"]
+    assert text.splitlines() == [
+        "T 1",
+        "             CIFAR-10        STL-10",
+        "             reported  ours  reported  ours",
+        "IR",
+        "MoCo         67.5 [1]",
+        "MoCo + Ring",
+        "[1] reported: moco README",
+    ]
 
 
 def test_tables_without_a_run_stay_out_and_own_runs_come_first(out):
     """One run prints a few lines, not all the papers' tables."""
     row_file("a_moco", "moco", "MoCo", "CIFAR-10")
     row_file("a_ir", "ir", "IR", "CIFAR-10")
-    row_file("b_ir", "ir", "IR", "CIFAR-10", also={"paper": {"table": "T 2", "row": "IR", "column": "CIFAR-10"}})
+    row_file(
+        "b_ir",
+        "ir",
+        "IR",
+        "CIFAR-10",
+        also={"paper": {"table": "T 2", "row": "IR", "column": "CIFAR-10"}},
+    )
     own_file()
     assert out() == "2 of the papers' 2 tables have no run yet; --all prints them\n"
     train("own", "mine", linear=40.0)
     text = out("--markdown", "report.md")
     titles = [line for line in text.splitlines() if line in ("Other runs", "T 1", "T 2")]
-    assert titles == ["Other runs"] and text.startswith("Other runs\n") and len(text.splitlines()) < 10
+    assert (
+        titles == ["Other runs"] and text.startswith("Other runs\n") and len(text.splitlines()) < 10
+    )
     assert text.endswith("\n\n2 of the papers' 2 tables have no run yet; --all prints them\n")
     with open("report.md") as f:
         assert f.read().count("###") == 1
@@ -115,10 +156,16 @@ def test_tables_without_a_run_stay_out_and_own_runs_come_first(out):
     train("a_ir", "a", linear=50.0)
     text = out()
     titles = [line for line in text.splitlines() if line in ("Other runs", "T 1", "T 2")]
-    assert titles == ["Other runs", "T 1"] and "MoCo" in text                            # the whole of a table in which a run stands
+    assert (
+        titles == ["Other runs", "T 1"] and "MoCo" in text
+    )  # the whole of a table in which a run stands
     assert "1 of the papers' 2 tables have no run yet" in text
     text = out("--all")
-    assert [line for line in text.splitlines() if line in ("Other runs", "T 1", "T 2")] == ["Other runs", "T 1", "T 2"] and "no run yet" not in text
+    assert [line for line in text.splitlines() if line in ("Other runs", "T 1", "T 2")] == [
+        "Other runs",
+        "T 1",
+        "T 2",
+    ] and "no run yet" not in text
 
 
 def test_seeds_are_averaged_with_their_spread(out):
@@ -128,7 +175,11 @@ def test_seeds_are_averaged_with_their_spread(out):
     text = out()
     assert line_of(text, "IR") == ["IR", "80 [1]", "51.0 ± 1.4 (n 2) [3]"]
     assert "[3] a, b: linear top-1 after 4 epochs, 2 min on a toy; protocol [2]" in text
-    assert "[2] linear layer on standardized pooled features" in text and "lr 0.1, momentum" in text and "[1] reported: somebody" in text
+    assert (
+        "[2] linear layer on standardized pooled features" in text
+        and "lr 0.1, momentum" in text
+        and "[1] reported: somebody" in text
+    )
 
 
 def test_other_settings_never_stand_in_the_row(out):
@@ -136,14 +187,31 @@ def test_other_settings_never_stand_in_the_row(out):
     train("ir", "short", "optim.epochs=1", "data.limit=100", linear=33.0)
     train("ir", "killed", done=2, linear=44.0)
     train("ir", "probed", linear=55.0)
-    write("probed", "linear", {"weights": "runs/probed/last.pt", "protocol": "another", "seed": 0, "rows": {"probed": {"top-1, lr 9": 66.0}}})
+    write(
+        "probed",
+        "linear",
+        {
+            "weights": "runs/probed/last.pt",
+            "protocol": "another",
+            "seed": 0,
+            "rows": {"probed": {"top-1, lr 9": 66.0}},
+        },
+    )
     text = out()
     row, ours = line_of(text, "IR")
     assert ours.startswith("55.0 (n 1) [")
     below = [line for line in text.splitlines() if line.startswith("- other settings")]
-    assert len(below) == 3 and all(any(figure in line for line in below) for figure in ("33.0", "44.0", "66.0"))
-    assert "NOT this row's setting: data.limit was None and is 100; optim.epochs was 4 and is 1" in text
-    assert "NOT this row's setting: 2 of 4 epochs done" in text and "NOT this row's setting: the file asks for linear layer on" in text
+    assert len(below) == 3 and all(
+        any(figure in line for line in below) for figure in ("33.0", "44.0", "66.0")
+    )
+    assert (
+        "NOT this row's setting: data.limit was None and is 100; optim.epochs was 4 and is 1"
+        in text
+    )
+    assert (
+        "NOT this row's setting: 2 of 4 epochs done" in text
+        and "NOT this row's setting: the file asks for linear layer on" in text
+    )
 
 
 def test_unlike_runs_are_not_averaged(out):
@@ -160,7 +228,10 @@ def test_the_same_seed_twice_is_one_seed(out):
     train("ir", "a", linear=50.0)
     train("ir", "again", linear=50.0)
     text = out()
-    assert "50.0 (n 1)" in text and "runs/again has the settings, seed and epochs of runs/a, so it adds no seed" in text
+    assert (
+        "50.0 (n 1)" in text
+        and "runs/again has the settings, seed and epochs of runs/a, so it adds no seed" in text
+    )
 
 
 def test_a_run_without_its_figure_is_named(out):
@@ -169,19 +240,46 @@ def test_a_run_without_its_figure_is_named(out):
     assert "a has no linear top-1 yet; 3 of 4 epochs done" in out()
 
 
-@pytest.mark.parametrize("figure,expected", [(None, "50.0"), ("linear top-1", "50.0"), ("linear knn", "40.0"), ("knn", "45.0"), ("finetune top-1", "61.0"),
-                                             ("detect box AP", "38.5"), ("svm mAP", "85.4")])
+@pytest.mark.parametrize(
+    "figure,expected",
+    [
+        (None, "50.0"),
+        ("linear top-1", "50.0"),
+        ("linear knn", "40.0"),
+        ("knn", "45.0"),
+        ("finetune top-1", "61.0"),
+        ("detect box AP", "38.5"),
+        ("svm mAP", "85.4"),
+    ],
+)
 def test_which_figure_counts(out, figure, expected):
     row_file("ir", "ir", "IR", "C", **({"figure": figure} if figure else {}))
     train("ir", "a", linear=50.0, knn=45.0)
-    write("a", "finetune", {"weights": "runs/a/backbone.pt", "protocol": "p", "seed": 0, "figures": {"top-1": 60.0}},
-          {"weights": "runs/a/backbone.pt", "protocol": "p", "seed": 0, "figures": {"top-1": 61.0}})
-    write("a", "detect", {"weights": "runs/a/backbone.pt", "protocol": "p", "seed": 0, "figures": {"box AP": 38.5, "box AP50": 60.0}})
-    write("a", "svm", {"weights": "runs/a/backbone.pt", "protocol": "p", "seed": 0, "figures": {"mAP": 85.4}})
+    write(
+        "a",
+        "finetune",
+        {"weights": "runs/a/backbone.pt", "protocol": "p", "seed": 0, "figures": {"top-1": 60.0}},
+        {"weights": "runs/a/backbone.pt", "protocol": "p", "seed": 0, "figures": {"top-1": 61.0}},
+    )
+    write(
+        "a",
+        "detect",
+        {
+            "weights": "runs/a/backbone.pt",
+            "protocol": "p",
+            "seed": 0,
+            "figures": {"box AP": 38.5, "box AP50": 60.0},
+        },
+    )
+    write(
+        "a",
+        "svm",
+        {"weights": "runs/a/backbone.pt", "protocol": "p", "seed": 0, "figures": {"mAP": 85.4}},
+    )
     text = out()
-    table = text[:text.index("Other evaluations")]
+    table = text[: text.index("Other evaluations")]
     assert f"{expected} (n 1)" in table and table.count("(n 1)") == 1
-    assert ("finetune" in text[text.index("Other evaluations"):]) == (figure != "finetune top-1")
+    assert ("finetune" in text[text.index("Other evaluations") :]) == (figure != "finetune top-1")
 
 
 def test_the_figures_key_is_preferred_and_the_last_line_counts(out):
@@ -189,7 +287,12 @@ def test_the_figures_key_is_preferred_and_the_last_line_counts(out):
     train("ir", "a", linear=50.0)
     with open("runs/a/linear.jsonl") as f:
         line = json.loads(f.read())
-    write("a", "linear", line | {"rows": {"a": {"top-1, lr 0.1": 51.0}}}, line | {"figures": {"top-1": 52.0}})
+    write(
+        "a",
+        "linear",
+        line | {"rows": {"a": {"top-1, lr 0.1": 51.0}}},
+        line | {"figures": {"top-1": 52.0}},
+    )
     text = out()
     assert "52.0 (n 1)" in text and "50.0" not in text and "51.0" not in text
 
@@ -197,11 +300,36 @@ def test_the_figures_key_is_preferred_and_the_last_line_counts(out):
 def test_other_peoples_weights_are_not_the_runs(out):
     row_file("ir", "ir", "IR", "C")
     train("ir", "a", linear=50.0)
-    write("a", "linear", {"weights": "downloads/resnet18.pth", "protocol": "p", "seed": 0, "figures": {"top-1": 70.0}})
-    write("b", "linear", {"weights": "downloads/resnet18.pth", "protocol": "p", "seed": 0, "figures": {"top-1": 71.0, "knn": 60.0}})
+    write(
+        "a",
+        "linear",
+        {
+            "weights": "downloads/resnet18.pth",
+            "protocol": "p",
+            "seed": 0,
+            "figures": {"top-1": 70.0},
+        },
+    )
+    write(
+        "b",
+        "linear",
+        {
+            "weights": "downloads/resnet18.pth",
+            "protocol": "p",
+            "seed": 0,
+            "figures": {"top-1": 71.0, "knn": 60.0},
+        },
+    )
     text = out()
-    assert "50.0 (n 1)" in line_of(text, "IR")[-1] and "70.0" not in text[:text.index("Other evaluations")]
-    assert "a of downloads/resnet18.pth" in text and "b of downloads/resnet18.pth" in text and "knn 60.0, top-1 71.0" in text
+    assert (
+        "50.0 (n 1)" in line_of(text, "IR")[-1]
+        and "70.0" not in text[: text.index("Other evaluations")]
+    )
+    assert (
+        "a of downloads/resnet18.pth" in text
+        and "b of downloads/resnet18.pth" in text
+        and "knn 60.0, top-1 71.0" in text
+    )
 
 
 def test_transfer_rows_say_whose_weights_and_how_long_those_were_trained(out):
@@ -212,22 +340,53 @@ def test_transfer_rows_say_whose_weights_and_how_long_those_were_trained(out):
     for name, seed, epochs in (("long_0", 0, 4), ("long_1", 1, 4), ("short", 2, 1)):
         train("ir", name, f"seed={seed}", f"optim.epochs={epochs}", linear=50.0)
         train("ir_dtd", f"dtd_{name}", done=0)
-        protocol = str(config.build(train_linear.Probe, config.load("yaml/ir_dtd.yaml")["linear"], ""))
-        write(f"dtd_{name}", "linear", {"weights": f"runs/{name}/backbone.pt", "data": "dtd", "protocol": protocol, "seed": 0, "figures": {"top-1": 60.0 + seed}})
+        protocol = str(
+            config.build(train_linear.Probe, config.load("yaml/ir_dtd.yaml")["linear"], "")
+        )
+        write(
+            f"dtd_{name}",
+            "linear",
+            {
+                "weights": f"runs/{name}/backbone.pt",
+                "data": "dtd",
+                "protocol": protocol,
+                "seed": 0,
+                "figures": {"top-1": 60.0 + seed},
+            },
+        )
     text = out()
     assert "60.5 ± 0.7 (n 2)" in line_of(text, "IR")[-1]
-    assert "dtd_long_0 of long_0, dtd_long_1 of long_1: linear top-1 after 4 epochs, 2 min on a toy; protocol [" in text
+    assert (
+        "dtd_long_0 of long_0, dtd_long_1 of long_1: linear top-1 after 4 epochs, 2 min on a toy; protocol ["
+        in text
+    )
     assert "] evaluated on dtd: linear layer" in text
-    assert "62.0 (n 1)" in text and "optim.epochs was 4 and is 1" in text and "Other runs" not in text
+    assert (
+        "62.0 (n 1)" in text and "optim.epochs was 4 and is 1" in text and "Other runs" not in text
+    )
 
 
 def test_an_evaluation_on_other_data_is_not_the_rows(out):
     row_file("ir", "ir", "IR", "CIFAR-10")
     train("ir", "a")
     protocol = str(config.build(train_linear.Probe, config.load("yaml/ir.yaml")["linear"], ""))
-    write("a", "linear", {"weights": "runs/a/backbone.pt", "data": "dtd", "protocol": protocol, "seed": 0, "figures": {"top-1": 60.0}})
+    write(
+        "a",
+        "linear",
+        {
+            "weights": "runs/a/backbone.pt",
+            "data": "dtd",
+            "protocol": protocol,
+            "seed": 0,
+            "figures": {"top-1": 60.0},
+        },
+    )
     text = out()
-    assert line_of(text, "IR") == ["IR"] and "60.0 (n 1)" in text and "NOT this row's setting: the file asks for linear layer" in text
+    assert (
+        line_of(text, "IR") == ["IR"]
+        and "60.0 (n 1)" in text
+        and "NOT this row's setting: the file asks for linear layer" in text
+    )
 
 
 def test_fine_tuning_on_another_share_of_labels_is_not_the_rows(out):
@@ -236,31 +395,87 @@ def test_fine_tuning_on_another_share_of_labels_is_not_the_rows(out):
     train_finetune = pytest.importorskip("train_finetune")
     words = config.build(train_finetune.Finetune, config.load("yaml/ir.yaml")["finetune"], "")
     for share, top1 in ((1, 40.0), (10, 70.0)):
-        write("a", "finetune", {"weights": "runs/a/backbone.pt", "protocol": f"all layers fine-tuned on {share} % of the labels: ...; {words}", "seed": 0,
-                                "figures": {"top-1": top1}})
+        write(
+            "a",
+            "finetune",
+            {
+                "weights": "runs/a/backbone.pt",
+                "protocol": f"all layers fine-tuned on {share} % of the labels: ...; {words}",
+                "seed": 0,
+                "figures": {"top-1": top1},
+            },
+        )
     text = out()
-    assert "40.0 (n 1)" in line_of(text, "IR")[-1] and [line for line in text.splitlines() if "70.0 (n 1)" in line][0].startswith("- other settings")
+    assert "40.0 (n 1)" in line_of(text, "IR")[-1] and [
+        line for line in text.splitlines() if "70.0 (n 1)" in line
+    ][0].startswith("- other settings")
 
 
 def test_detection_by_the_rows_own_protocol_stands_in_the_row_and_from_random_weights_does_not(out):
     pytest.importorskip("train_detect")
     from train_detect import Detect
-    row_file("ir", "ir", "IR", "AP", figure="detect box AP", also={"detect": {"task": "box", "data": "datasets/coco"}})
+
+    row_file(
+        "ir",
+        "ir",
+        "IR",
+        "AP",
+        figure="detect box AP",
+        also={"detect": {"task": "box", "data": "datasets/coco"}},
+    )
     train("ir", "a")
-    protocol = str(config.build(Detect, config.load("yaml/ir.yaml", ["detect.data=elsewhere/coco"])["detect"], ""))
-    write("a", "detect", {"weights": "runs/a/backbone.pt", "protocol": protocol, "seed": 0, "iteration": 90000, "figures": {"box AP": 38.5}})
+    protocol = str(
+        config.build(
+            Detect, config.load("yaml/ir.yaml", ["detect.data=elsewhere/coco"])["detect"], ""
+        )
+    )
+    write(
+        "a",
+        "detect",
+        {
+            "weights": "runs/a/backbone.pt",
+            "protocol": protocol,
+            "seed": 0,
+            "iteration": 90000,
+            "figures": {"box AP": 38.5},
+        },
+    )
     train("ir", "b", done=0)
-    write("b", "detect", {"weights": "none", "protocol": protocol, "seed": 0, "iteration": 90000, "figures": {"box AP": 11.5}})
+    write(
+        "b",
+        "detect",
+        {
+            "weights": "none",
+            "protocol": protocol,
+            "seed": 0,
+            "iteration": 90000,
+            "figures": {"box AP": 11.5},
+        },
+    )
     text = out()
     assert "38.5 (n 1)" in line_of(text, "IR")[-1] and "it began from random weights" in text
-    assert [line for line in text.splitlines() if "11.5 (n 1)" in line][0].startswith("- other settings")
+    assert [line for line in text.splitlines() if "11.5 (n 1)" in line][0].startswith(
+        "- other settings"
+    )
 
 
 def test_an_evaluation_cut_off_before_its_end_is_marked(out):
     row_file("ir", "ir", "IR", "AP", figure="detect box AP")
     train("ir", "a")
-    write("a", "detect", *({"weights": "runs/a/backbone.pt", "protocol": "SGD, 90000 iterations", "seed": 0, "iteration": i, "figures": {"box AP": 30.0 + i / 1e4}}
-                           for i in (10000, 20000)))
+    write(
+        "a",
+        "detect",
+        *(
+            {
+                "weights": "runs/a/backbone.pt",
+                "protocol": "SGD, 90000 iterations",
+                "seed": 0,
+                "iteration": i,
+                "figures": {"box AP": 30.0 + i / 1e4},
+            }
+            for i in (10000, 20000)
+        ),
+    )
     text = out()
     assert "32.0 (n 1)" in text and "31.0" not in text and line_of(text, "IR") == ["IR"]
     assert "NOT this row's setting: evaluated before the end, at iteration 20000" in text
@@ -274,22 +489,53 @@ def test_a_probe_of_an_unfinished_run_stays_marked_when_the_run_has_gone_on(out)
     with open("runs/a/linear.jsonl", "w") as f:
         f.write(line.replace("backbone.pt", "last.pt"))
     text = out()
-    assert line_of(text, "IR") == ["IR"] and "50.0 (n 1)" in text and "of last.pt at an epoch that was not noted" in text
+    assert (
+        line_of(text, "IR") == ["IR"]
+        and "50.0 (n 1)" in text
+        and "of last.pt at an epoch that was not noted" in text
+    )
 
 
 def test_other_runs(out):
     row_file("ir", "ir", "IR", "CIFAR-10")
     with open("yaml/own.yaml", "w") as f:
-        yaml.safe_dump(ROW | {"data": ROW["data"] | {"limit": 500}, "loss": [{"name": "ifnd"}, {"name": "ring"}], "model": ROW["model"] | {"host": "moco"}}, f)
+        yaml.safe_dump(
+            ROW
+            | {
+                "data": ROW["data"] | {"limit": 500},
+                "loss": [{"name": "ifnd"}, {"name": "ring"}],
+                "model": ROW["model"] | {"host": "moco"},
+            },
+            f,
+        )
     train("own", "x_0", linear=50.0, knn=44.0)
     train("own", "x_1", "seed=1", linear=51.0, knn=46.0)
     train("own", "y", "optim.lr=0.5", done=3)
     text = out("--all")
-    other = text[text.index("Other runs"):]
-    assert line_of(other, "x_0, x_1") == ["x_0, x_1", "moco", "ifnd + ring", "cifar10, 500 images, 32 px", "4", "10.0 ± 0.0", "45.0 ± 1.4 [1]", "30.0 ± 0.0",
-                                          "50.5 ± 0.7 [2]", "2", "2 min on a toy"]
-    assert line_of(other, "y") == ["y", "moco", "ifnd + ring", "cifar10, 500 images, 32 px", "3 of 4", "1", "2 min on a toy"]
-    assert line_of(text, "IR") == ["IR"]                   # not touched
+    other = text[text.index("Other runs") :]
+    assert line_of(other, "x_0, x_1") == [
+        "x_0, x_1",
+        "moco",
+        "ifnd + ring",
+        "cifar10, 500 images, 32 px",
+        "4",
+        "10.0 ± 0.0",
+        "45.0 ± 1.4 [1]",
+        "30.0 ± 0.0",
+        "50.5 ± 0.7 [2]",
+        "2",
+        "2 min on a toy",
+    ]
+    assert line_of(other, "y") == [
+        "y",
+        "moco",
+        "ifnd + ring",
+        "cifar10, 500 images, 32 px",
+        "3 of 4",
+        "1",
+        "2 min on a toy",
+    ]
+    assert line_of(text, "IR") == ["IR"]  # not touched
 
 
 def test_other_runs_that_look_alike_say_what_differs(out):
@@ -302,18 +548,26 @@ def test_other_runs_that_look_alike_say_what_differs(out):
 def test_two_folders_of_images_are_two_experiments(out):
     """Of equal names too; but one folder, written otherwise, is one. A set with a name is the same wherever it lies."""
     own_file()
-    for name, seed, root, figure in (("a0", 0, "x/birds", 50.0), ("a1", 1, "x/./birds/", 52.0), ("b0", 0, "y/birds", 10.0), ("c1", 1, "fish", 90.0)):
+    for name, seed, root, figure in (
+        ("a0", 0, "x/birds", 50.0),
+        ("a1", 1, "x/./birds/", 52.0),
+        ("b0", 0, "y/birds", 10.0),
+        ("c1", 1, "fish", 90.0),
+    ):
         train("own", name, f"seed={seed}", "data.name=folder", f"data.root={root}", linear=figure)
     for name, seed, root in (("d0", 0, "here"), ("d1", 1, "there")):
         train("own", name, f"seed={seed}", f"data.root={root}", linear=30.0 + seed)
     text = out()
-    other = text[text.index("Other runs"):]
+    other = text[text.index("Other runs") :]
     assert "51.0 ± 1.4" in next(line for line in other.splitlines() if line.startswith("a0, a1 "))
     assert "30.5 ± 0.7" in next(line for line in other.splitlines() if line.startswith("d0, d1 "))
     for name, figure, data in (("b0", "10.0", "folder birds"), ("c1", "90.0", "folder fish")):
-        line, = (line for line in other.splitlines() if line.startswith(f"{name} "))
+        (line,) = (line for line in other.splitlines() if line.startswith(f"{name} "))
         assert figure in line and data in line
-    assert "beside a0: data.root was 'x/birds' and is 'y/birds'" in other and "adds no seed" not in text
+    assert (
+        "beside a0: data.root was 'x/birds' and is 'y/birds'" in other
+        and "adds no seed" not in text
+    )
 
 
 def test_two_folders_are_no_baseline_for_one_another(out):
@@ -330,12 +584,26 @@ def test_a_probe_on_the_runs_own_folder_is_its_own(out):
     own_file()
     train("own", "a", "data.name=folder", "data.root=images/birds")
     for data, figure in (("folder birds", 50.0), ("folder fish", 60.0), ("dtd", 70.0)):
-        write("a", "linear", {"weights": "runs/a/backbone.pt", "data": data, "protocol": "p", "seed": 0, "figures": {"top-1": figure}})
+        write(
+            "a",
+            "linear",
+            {
+                "weights": "runs/a/backbone.pt",
+                "data": data,
+                "protocol": "p",
+                "seed": 0,
+                "figures": {"top-1": figure},
+            },
+        )
     text = out()
     assert "50.0 [1]" in next(line for line in text.splitlines() if line.startswith("a "))
-    elsewhere = text[text.index("Other evaluations"):]
+    elsewhere = text[text.index("Other evaluations") :]
     assert "50.0" not in elsewhere and "evaluated on folder birds" not in text
-    assert "evaluated on folder fish: p" in elsewhere and "evaluated on dtd: p" in elsewhere and "60.0" in elsewhere
+    assert (
+        "evaluated on folder fish: p" in elsewhere
+        and "evaluated on dtd: p" in elsewhere
+        and "60.0" in elsewhere
+    )
 
 
 def test_truncated_lines_and_files_that_do_not_load_are_survived(out):
@@ -349,15 +617,29 @@ def test_truncated_lines_and_files_that_do_not_load_are_survived(out):
     with open("runs/broken/config.yaml", "w") as f:
         f.write("model: [")
     text = out()
-    assert "45.0 (n 1)" in text and "Left out: yaml/wrong.yaml: loss.temprature is not a setting; did you mean temperature?" in text
-    assert "Left out: yaml/z_twice.yaml: T 1, IR, CIFAR-10 is already the cell of yaml/ir.yaml" in text and "Left out: runs/broken/config.yaml is not YAML" in text
+    assert (
+        "45.0 (n 1)" in text
+        and "Left out: yaml/wrong.yaml: loss.temprature is not a setting; did you mean temperature?"
+        in text
+    )
+    assert (
+        "Left out: yaml/z_twice.yaml: T 1, IR, CIFAR-10 is already the cell of yaml/ir.yaml" in text
+        and "Left out: runs/broken/config.yaml is not YAML" in text
+    )
 
 
 def test_a_cell_that_no_file_lays_out_is_shown_as_such(out):
     row_file("ir", "ir", "IR", "CIFAR-10")
-    train("ir", "a", "paper.row=IR of old", "paper.reported=75.8", "paper.source=somebody", linear=50.0)
+    train(
+        "ir",
+        "a",
+        "paper.row=IR of old",
+        "paper.reported=75.8",
+        "paper.source=somebody",
+        linear=50.0,
+    )
     text = out()
-    assert "75.8" not in text and "somebody" not in text                               # its recipe may have changed since
+    assert "75.8" not in text and "somebody" not in text  # its recipe may have changed since
     assert "IR of old" in text and "NOT this row's setting: no file lays out this cell" in text
 
 
@@ -373,17 +655,25 @@ def test_single_runs_several_folders_and_order(out):
 def test_a_gain_is_of_equal_seeds(out):
     """Differences of seeds that both have: 1 and 3, not the difference of the means, which would be of other images. Other lr: no baseline."""
     own_file()
-    for name, seed, loss, figure in (("a0", 0, "nce", 50.0), ("a1", 1, "nce", 40.0), ("a2", 2, "nce", 10.0), ("b0", 0, "ring", 51.0), ("b1", 1, "ring", 43.0)):
+    for name, seed, loss, figure in (
+        ("a0", 0, "nce", 50.0),
+        ("a1", 1, "nce", 40.0),
+        ("a2", 2, "nce", 10.0),
+        ("b0", 0, "ring", 51.0),
+        ("b1", 1, "ring", 43.0),
+    ):
         train("own", name, f"seed={seed}", f"loss.name={loss}", linear=figure)
     train("own", "long", "optim.epochs=6", "loss.name=jcl", linear=49.0)
     train("own", "other", "optim.lr=0.2", "loss.name=ring", linear=70.0)
     train("own", "moco", "model.host=moco", "loss.name=ring", linear=70.0)
     text = out()
     assert "+2.0 ± 1.4  2" in next(line for line in text.splitlines() if line.startswith("b0, b1 "))
-    line, = (line for line in text.splitlines() if line.startswith("long "))
+    (line,) = (line for line in text.splitlines() if line.startswith("long "))
     note = line.split("-1.0 ")[1].split()[0]
     assert f"{note} beside 4 epochs" in text
-    assert [line.count("+") for line in text.splitlines() if line.startswith(("a0", "other", "moco"))] == [0, 0, 0]
+    assert [
+        line.count("+") for line in text.splitlines() if line.startswith(("a0", "other", "moco"))
+    ] == [0, 0, 0]
 
 
 def test_what_methods_log_of_themselves(out, capsys):
@@ -394,13 +684,26 @@ def test_what_methods_log_of_themselves(out, capsys):
         out("--own", "own.png")
     for seed in (0, 1):
         train("own", f"r{seed}", f"seed={seed}", "loss.name=ring", done=0)
-        write(f"r{seed}", "log", *({"epoch": e, "loss": 1.0, "inner threshold": 0.5 + seed, "outer threshold": 0.2, "false negatives used %": 10.0 + e,
-                                    "false negatives left out %": 9.0} for e in range(1, 5)))
+        write(
+            f"r{seed}",
+            "log",
+            *(
+                {
+                    "epoch": e,
+                    "loss": 1.0,
+                    "inner threshold": 0.5 + seed,
+                    "outer threshold": 0.2,
+                    "false negatives used %": 10.0 + e,
+                    "false negatives left out %": 9.0,
+                }
+                for e in range(1, 5)
+            ),
+        )
     out("--own", "own.png"), out("--own", "again.png")
     with open("own.png", "rb") as a, open("again.png", "rb") as b:
         assert a.read() == b.read()
     with Image.open("own.png") as image:
-        assert image.size == (1200, 320) and len(image.convert("RGB").getcolors(10 ** 6)) > 50
+        assert image.size == (1200, 320) and len(image.convert("RGB").getcolors(10**6)) > 50
 
 
 def test_markdown(out):
@@ -409,8 +712,16 @@ def test_markdown(out):
     out("--markdown", "report.md")
     with open("report.md") as f:
         text = f.read().splitlines()
-    assert text[:5] == ["### T 1", "", "|  | CIFAR-10<br>reported | CIFAR-10<br>ours |", "|---|---|---|", "| IR \\| bank | 80.5 [1] | 50.0 (n 1) [3] |"]
-    assert text[6].startswith("[1] reported: somebody") and text[8].startswith("[3] a: linear top-1 after 4 epochs")
+    assert text[:5] == [
+        "### T 1",
+        "",
+        "|  | CIFAR-10<br>reported | CIFAR-10<br>ours |",
+        "|---|---|---|",
+        "| IR \\| bank | 80.5 [1] | 50.0 (n 1) [3] |",
+    ]
+    assert text[6].startswith("[1] reported: somebody") and text[8].startswith(
+        "[3] a: linear top-1 after 4 epochs"
+    )
 
 
 def test_picture(out):
@@ -419,10 +730,14 @@ def test_picture(out):
     row_file("moco", "moco", "MoCo", "CIFAR-10")
     train("ir", "a", knn=40.0)
     train("ir", "b", "seed=1", knn=44.0, losses=2.0)
-    train("moco", "c", "data.limit=100", done=2)           # without kNN, in panels of its own
+    train("moco", "c", "data.limit=100", done=2)  # without kNN, in panels of its own
     out("--png", "a.png"), out("--png", "b.png")
     with Image.open("a.png") as image:
-        assert image.format == "PNG" and image.size[0] == 1100 and len(image.convert("RGB").getcolors(10 ** 6)) > 50
+        assert (
+            image.format == "PNG"
+            and image.size[0] == 1100
+            and len(image.convert("RGB").getcolors(10**6)) > 50
+        )
     with open("a.png", "rb") as a, open("b.png", "rb") as b:
         assert a.read() == b.read()
 
@@ -434,19 +749,38 @@ def test_a_band_is_the_spread_of_seeds_where_all_have_the_figure(here):
     write("b", "log", {"epoch": 5, "loss": 9.0})
     runs, _ = report.read_runs(["runs"], [])
     epochs, middle, low, high = report.curve(runs, "loss")
-    assert epochs == [1, 2, 3, 4] and middle[0] == 2.0 and high[0] - low[0] == pytest.approx(2 * torch.tensor([1.0, 3.0]).std().item())
+    assert (
+        epochs == [1, 2, 3, 4]
+        and middle[0] == 2.0
+        and high[0] - low[0] == pytest.approx(2 * torch.tensor([1.0, 3.0]).std().item())
+    )
 
 
-@pytest.mark.parametrize("arguments,message", [
-    (["nowhere"], "there is no folder nowhere; train first"),
-    (["--yaml", "nowhere"], "there is no folder nowhere; name the one whose files lay out the tables"),
-    (["--png", "a.png"], "no run has a log.jsonl with a loss to draw in a.png"),
-])
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["nowhere"], "there is no folder nowhere; train first"),
+        (
+            ["--yaml", "nowhere"],
+            "there is no folder nowhere; name the one whose files lay out the tables",
+        ),
+        (["--png", "a.png"], "no run has a log.jsonl with a loss to draw in a.png"),
+    ],
+)
 def test_bad_input_is_one_sentence(out, arguments, message):
     with pytest.raises(SystemExit, match=message):
         out(*arguments)
 
 
 def test_no_runs_folder_is_one_sentence(tmp_path):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "report.py")], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("there is no folder runs; train first, e.g.") and done.stderr.count("\n") == 1
+    done = subprocess.run(
+        [sys.executable, os.path.join(ROOT, "report.py")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("there is no folder runs; train first, e.g.")
+        and done.stderr.count("\n") == 1
+    )

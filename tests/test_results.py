@@ -1,4 +1,5 @@
 """results/: RESULTS.md shows what report.py makes of the stored logs, and the cheapest row, run again, gives its log."""
+
 import os
 import re
 import signal
@@ -28,16 +29,26 @@ def test_the_tables_are_those_that_report_makes(text, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report.py", "results", "--markdown", str(tmp_path / "a.md")])
     report.main()
     table = (tmp_path / "a.md").read_text()
-    table = table[table.index("### Other runs"):]
-    assert table.split("\n", 2)[2].strip() in text         # from below its title, footnotes and all
+    table = table[table.index("### Other runs") :]
+    assert table.split("\n", 2)[2].strip() in text  # from below its title, footnotes and all
 
 
 def test_every_run_has_its_files_and_its_command(text):
     for run in RUNS:
         log = lines(os.path.join(RESULTS, run, "log.jsonl"))
-        assert sorted(os.listdir(os.path.join(RESULTS, run))) == ["config.yaml", "linear.jsonl", "log.jsonl"]
-        assert [line["epoch"] for line in log] == list(range(len(log))) and "knn" in log[0] and "knn" in log[-1]
-        assert re.search(rf"^\| [^\n]*\bname={re.sub('_[0-9]+$', '', run)}_0\b", text, re.MULTILINE), f"no command of {run}"
+        assert sorted(os.listdir(os.path.join(RESULTS, run))) == [
+            "config.yaml",
+            "linear.jsonl",
+            "log.jsonl",
+        ]
+        assert (
+            [line["epoch"] for line in log] == list(range(len(log)))
+            and "knn" in log[0]
+            and "knn" in log[-1]
+        )
+        assert re.search(
+            rf"^\| [^\n]*\bname={re.sub('_[0-9]+$', '', run)}_0\b", text, re.MULTILINE
+        ), f"no command of {run}"
 
 
 @pytest.mark.slow
@@ -53,9 +64,19 @@ def test_the_cheapest_row_again(tmp_path, monkeypatch):
         write(self, epoch, figures)
         if epoch == 2:
             signals.caught.append(signal.SIGTERM)
+
     monkeypatch.setattr(Log, "write", stop_after_two)
     monkeypatch.setattr(signals, "caught", [])
-    monkeypatch.setattr(sys, "argv", ["train_pretrain.py", "--cfg", os.path.join(RESULTS, "moco_0", "config.yaml"), f"data.root={root}"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "train_pretrain.py",
+            "--cfg",
+            os.path.join(RESULTS, "moco_0", "config.yaml"),
+            f"data.root={root}",
+        ],
+    )
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -66,6 +87,11 @@ def test_the_cheapest_row_again(tmp_path, monkeypatch):
     again = lines("runs/moco_0/log.jsonl")
     assert len(again) == 3 and again[0]["knn"] == pytest.approx(stored[0]["knn"], abs=1)
     for one, other in zip(again[1:], stored[1:]):
-        assert one.keys() == other.keys() and all(one[key] == other[key] for key in ("K", "chance", "lr", "used %", "false negatives used %"))
-        assert one["loss"] == pytest.approx(other["loss"], rel=3e-3) and one["spread"] == pytest.approx(other["spread"], rel=0.03)
+        assert one.keys() == other.keys() and all(
+            one[key] == other[key]
+            for key in ("K", "chance", "lr", "used %", "false negatives used %")
+        )
+        assert one["loss"] == pytest.approx(other["loss"], rel=3e-3) and one[
+            "spread"
+        ] == pytest.approx(other["spread"], rel=0.03)
         assert one["positive"] == pytest.approx(other["positive"], abs=0.02)

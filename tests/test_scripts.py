@@ -1,4 +1,5 @@
 """The scripts as a user runs them, in a folder of their own, on tiny settings."""
+
 import json
 import os
 import shutil
@@ -9,17 +10,25 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-import yaml
 from PIL import Image
 from processes import ROOT, run
 
 import train_linear
 import train_pretrain
+import yaml
 from data.shapes import shapes
 from engine import config
 
 QUICK = os.path.join(ROOT, "yaml", "quickstart.yaml")
-TINY = ["data.limit=128", "optim.batch_size=32", "optim.epochs=3", "model.width=8", "knn.every=0", "linear.epochs=5", "linear.batch_size=64"]
+TINY = [
+    "data.limit=128",
+    "optim.batch_size=32",
+    "optim.epochs=3",
+    "model.width=8",
+    "knn.every=0",
+    "linear.epochs=5",
+    "linear.batch_size=64",
+]
 
 
 def state(folder, name):
@@ -48,14 +57,30 @@ def finished(tmp_path_factory):
 def test_what_a_run_leaves_and_prints(finished):
     folder, out = finished
     a = folder / "runs" / "a"
-    assert {"config.yaml", "log.jsonl", "last.pt", "backbone.pt", "augmentation.png"} <= set(os.listdir(a)) and any(f.startswith("events") for f in os.listdir(a))
+    assert {"config.yaml", "log.jsonl", "last.pt", "backbone.pt", "augmentation.png"} <= set(
+        os.listdir(a)
+    ) and any(f.startswith("events") for f in os.listdir(a))
     with open(a / "log.jsonl") as f:
         log = [json.loads(line) for line in f]
-    assert [line["epoch"] for line in log] == [0, 1, 2, 3] and [("knn" in line) for line in log] == [True, False, True, True]
-    assert {"loss", "lr", "seconds", "images/s", "data wait", "chance", "K", "spread", "used %", "false negatives used %", "false negatives left out %"} <= set(log[1])
+    assert [line["epoch"] for line in log] == [0, 1, 2, 3] and [
+        ("knn" in line) for line in log
+    ] == [True, False, True, True]
+    assert {
+        "loss",
+        "lr",
+        "seconds",
+        "images/s",
+        "data wait",
+        "chance",
+        "K",
+        "spread",
+        "used %",
+        "false negatives used %",
+        "false negatives left out %",
+    } <= set(log[1])
     assert "log(K+1)" in out and "untrained" in out and "after   3 epochs" in out
-    assert "weighted kNN, k 12 (knn.k is 200, " in out     # of 128 images
-    saved = config.load(str(a / "config.yaml"))            # serves as a --cfg itself
+    assert "weighted kNN, k 12 (knn.k is 200, " in out  # of 128 images
+    saved = config.load(str(a / "config.yaml"))  # serves as a --cfg itself
     assert saved["optim"]["epochs"] == 3 and saved == state(folder, "a")["settings"]
 
 
@@ -69,21 +94,51 @@ def test_a_finished_run_has_nothing_left_to_do(finished):
 def test_linear_probe(finished):
     folder, _ = finished
     out = run(folder, "train_linear.py", "--cfg", QUICK, *TINY, "name=a").stdout
-    assert "raw pixels" in out and "untrained encoder" in out and "did not move" in out and "linear layer on standardized pooled features" in out
+    assert (
+        "raw pixels" in out
+        and "untrained encoder" in out
+        and "did not move" in out
+        and "linear layer on standardized pooled features" in out
+    )
     with open(folder / "runs" / "a" / "linear.jsonl") as f:
         line = json.loads(f.read().splitlines()[-1])
-    assert set(line["rows"]) == {"raw pixels", "untrained encoder", "a"} and {"protocol", "seed", "weights"} <= set(line)
+    assert set(line["rows"]) == {"raw pixels", "untrained encoder", "a"} and {
+        "protocol",
+        "seed",
+        "weights",
+    } <= set(line)
     for row in line["rows"].values():
-        assert 0 <= row["top-1, lr 0.1"] <= row["top-5, lr 0.1"] <= 100 and "top-1, lr 0.01" in row and "knn" in row
+        assert (
+            0 <= row["top-1, lr 0.1"] <= row["top-5, lr 0.1"] <= 100
+            and "top-1, lr 0.01" in row
+            and "knn" in row
+        )
 
 
 def test_linear_probe_with_augmentation_and_other_weights(finished):
     folder, _ = finished
-    out = run(folder, "train_linear.py", "--cfg", QUICK, *TINY, "name=b", "linear.features=augmented", "linear.standardize=false", "linear.lr=0.1", "linear.epochs=2",
-              "--weights", "runs/a/last.pt", "--no-baselines").stdout
+    out = run(
+        folder,
+        "train_linear.py",
+        "--cfg",
+        QUICK,
+        *TINY,
+        "name=b",
+        "linear.features=augmented",
+        "linear.standardize=false",
+        "linear.lr=0.1",
+        "linear.epochs=2",
+        "--weights",
+        "runs/a/last.pt",
+        "--no-baselines",
+    ).stdout
     assert "augmentation crop_flip" in out and "untrained" not in out
     done = run(folder, "train_linear.py", "--cfg", QUICK, *TINY, "name=nothing", check=False)
-    assert done.returncode == 1 and "holds no backbone.pt; first run: python train_pretrain.py" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and "holds no backbone.pt; first run: python train_pretrain.py" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 @pytest.mark.slow
@@ -97,14 +152,38 @@ def test_the_probe_finds_a_linear_rule_and_nothing_where_there_is_none(tmp_path)
             for rule, c in (("colour", i % 3), ("lot", rng.integers(3))):
                 os.makedirs(tmp_path / rule / part / str(c), exist_ok=True)
                 Image.fromarray(image).save(tmp_path / rule / part / str(c) / f"{i}.png")
-    settings = [*TINY, "data.name=folder", "data.limit=null", "data.image_size=16", "optim.epochs=1", "data.workers=1", "linear.epochs=30"]
+    settings = [
+        *TINY,
+        "data.name=folder",
+        "data.limit=null",
+        "data.image_size=16",
+        "optim.epochs=1",
+        "data.workers=1",
+        "linear.epochs=30",
+    ]
     top1 = {}
     for rule in ("colour", "lot"):
-        run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *settings, f"data.root={tmp_path / rule}", f"name={rule}")
-        run(tmp_path, "train_linear.py", "--cfg", QUICK, *settings, f"data.root={tmp_path / rule}", f"name={rule}")
+        run(
+            tmp_path,
+            "train_pretrain.py",
+            "--cfg",
+            QUICK,
+            *settings,
+            f"data.root={tmp_path / rule}",
+            f"name={rule}",
+        )
+        run(
+            tmp_path,
+            "train_linear.py",
+            "--cfg",
+            QUICK,
+            *settings,
+            f"data.root={tmp_path / rule}",
+            f"name={rule}",
+        )
         with open(tmp_path / "runs" / rule / "linear.jsonl") as f:
             top1[rule] = json.loads(f.read())["rows"]["raw pixels"]["top-1, lr 0.01"]
-    assert top1["colour"] > 95 and top1["lot"] < 60        # chance is 33
+    assert top1["colour"] > 95 and top1["lot"] < 60  # chance is 33
 
 
 @pytest.mark.slow
@@ -113,15 +192,41 @@ def test_cmc_is_probed_on_both_streams_side_by_side(tmp_path):
     out = run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *settings).stdout
     assert "chance: 2 log(K+1)" in out and "kNN" in out
     weights = torch.load(tmp_path / "runs" / "a" / "backbone.pt", weights_only=True)
-    assert weights["L.conv1.weight"].shape[:2] == (8, 1) and weights["ab.conv1.weight"].shape[:2] == (8, 2)
-    assert weights["L.layer1.0.conv1.weight"].shape[:2] == (4, 8)                      # the stages are halved, the stem is not
+    assert weights["L.conv1.weight"].shape[:2] == (8, 1) and weights["ab.conv1.weight"].shape[
+        :2
+    ] == (8, 2)
+    assert weights["L.layer1.0.conv1.weight"].shape[:2] == (
+        4,
+        8,
+    )  # the stages are halved, the stem is not
     run(tmp_path, "train_linear.py", "--cfg", QUICK, *settings)
-    done = run(tmp_path, "train_linear.py", "--cfg", QUICK, *settings, "model.host=moco", "--weights", "runs/a/backbone.pt", check=False)
+    done = run(
+        tmp_path,
+        "train_linear.py",
+        "--cfg",
+        QUICK,
+        *settings,
+        "model.host=moco",
+        "--weights",
+        "runs/a/backbone.pt",
+        check=False,
+    )
     assert done.returncode == 1 and "it is of another network than model.backbone" in done.stderr
 
 
 def test_backbone_loads_into_torchvision(tmp_path):
-    run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *TINY, "name=a", "optim.epochs=1", "model.backbone=resnet18", "model.stem=imagenet", "model.width=64")
+    run(
+        tmp_path,
+        "train_pretrain.py",
+        "--cfg",
+        QUICK,
+        *TINY,
+        "name=a",
+        "optim.epochs=1",
+        "model.backbone=resnet18",
+        "model.stem=imagenet",
+        "model.width=64",
+    )
     weights = torch.load(tmp_path / "runs" / "a" / "backbone.pt", weights_only=True)
     missing = torchvision.models.resnet18().load_state_dict(weights, strict=False)
     assert missing.missing_keys == ["fc.weight", "fc.bias"] and not missing.unexpected_keys
@@ -132,30 +237,64 @@ def test_a_flat_folder_trains_as_one_with_classes(tmp_path):
     """The same images: identical weights. (Shuffled labels: tests/test_pairs.py.)"""
     images, labels = shapes(64)
     for i, (image, label) in enumerate(zip(images, labels)):
-        for file in (tmp_path / "classes" / f"{label:02d}" / f"{i:03d}.png", tmp_path / "flat" / f"{label:02d}_{i:03d}.png"):      # listed in one order
+        for file in (
+            tmp_path / "classes" / f"{label:02d}" / f"{i:03d}.png",
+            tmp_path / "flat" / f"{label:02d}_{i:03d}.png",
+        ):  # listed in one order
             os.makedirs(file.parent, exist_ok=True)
             Image.fromarray(image.transpose(1, 2, 0)).save(file)
-    settings = ["data.name=folder", "data.limit=null", "data.image_size=32", "optim.epochs=2", "data.workers=1", "model.queue_size=80",
-                "loss=[{name: ifnd, temperature: 0.2, clusters: [3], reassign_every: 1}, {name: mochi, hardest: 8, mixed: 9, query_mixed: 5, warmup_epochs: 0}]"]
+    settings = [
+        "data.name=folder",
+        "data.limit=null",
+        "data.image_size=32",
+        "optim.epochs=2",
+        "data.workers=1",
+        "model.queue_size=80",
+        "loss=[{name: ifnd, temperature: 0.2, clusters: [3], reassign_every: 1}, {name: mochi, hardest: 8, mixed: 9, query_mixed: 5, warmup_epochs: 0}]",
+    ]
     for name in ("classes", "flat"):
-        run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *TINY, *settings, f"data.root={tmp_path / name}", f"name={name}")
+        run(
+            tmp_path,
+            "train_pretrain.py",
+            "--cfg",
+            QUICK,
+            *TINY,
+            *settings,
+            f"data.root={tmp_path / name}",
+            f"name={name}",
+        )
     a, b = state(tmp_path, "classes"), state(tmp_path, "flat")
     assert same(a["encoder"], b["encoder"]) and same(a["host"], b["host"])
 
 
-@pytest.mark.parametrize("arguments,message", [
-    (["loss.temprature=1"], "loss.temprature is not a setting; did you mean temperature?"),
-    (["optim.batch_size=4096"], "optim: batch_size 4096 is larger than the data set of 128 images"),
-    (["data.name=folder", "data.root=nowhere"], "there is no folder nowhere"),
-    (["loss.name=ring", "loss.inner=0.5"], "inner 0.5 and outer 0.1 do not bound a ring"),
-    (["model.host=ir", "loss.name=jcl"], "jcl wants several keys of each image, and this host with its model.n_views gives one"),
-    (["loss=[{name: mochi}, {name: ring, temperature: 0.2}]"], "ring cannot follow mochi"),
-    (["loss.name=ifnd", "loss.clusters=[1000]"], "clusters [1000] must be one number a level, each from 1 to the 128 images there are"),
-    (["data.augment=moco_v9"], "augment 'moco_v9' is not a recipe"),
-    (["model.precision=fp16"], "fp16 is for GPUs"),
-    (["optim.lr=1e30", "model.precision=fp32"], "the loss is nan at epoch"),
-    (["model.bn_splits=7"], "optim.batch_size 32 gives each process 32 images, which optim.accumulate 1 times model.bn_splits 7 does not divide"),
-])
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["loss.temprature=1"], "loss.temprature is not a setting; did you mean temperature?"),
+        (
+            ["optim.batch_size=4096"],
+            "optim: batch_size 4096 is larger than the data set of 128 images",
+        ),
+        (["data.name=folder", "data.root=nowhere"], "there is no folder nowhere"),
+        (["loss.name=ring", "loss.inner=0.5"], "inner 0.5 and outer 0.1 do not bound a ring"),
+        (
+            ["model.host=ir", "loss.name=jcl"],
+            "jcl wants several keys of each image, and this host with its model.n_views gives one",
+        ),
+        (["loss=[{name: mochi}, {name: ring, temperature: 0.2}]"], "ring cannot follow mochi"),
+        (
+            ["loss.name=ifnd", "loss.clusters=[1000]"],
+            "clusters [1000] must be one number a level, each from 1 to the 128 images there are",
+        ),
+        (["data.augment=moco_v9"], "augment 'moco_v9' is not a recipe"),
+        (["model.precision=fp16"], "fp16 is for GPUs"),
+        (["optim.lr=1e30", "model.precision=fp32"], "the loss is nan at epoch"),
+        (
+            ["model.bn_splits=7"],
+            "optim.batch_size 32 gives each process 32 images, which optim.accumulate 1 times model.bn_splits 7 does not divide",
+        ),
+    ],
+)
 def test_bad_input_is_one_sentence(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_pretrain.py", "--cfg", QUICK, *TINY, *arguments])
@@ -165,18 +304,48 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, arguments, message):
 
 
 def test_a_refusal_is_a_non_zero_exit_without_a_traceback(tmp_path):
-    done = run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *TINY, "loss.temprature=1", check=False)
-    assert done.returncode == 1 and "did you mean temperature?" in done.stderr and "Traceback" not in done.stderr
+    done = run(
+        tmp_path, "train_pretrain.py", "--cfg", QUICK, *TINY, "loss.temprature=1", check=False
+    )
+    assert (
+        done.returncode == 1
+        and "did you mean temperature?" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_another_runs_folder_is_refused_and_fresh_starts_over(tmp_path):
     run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *TINY, "name=a", "optim.epochs=1")
-    done = run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *TINY, "name=a", "optim.epochs=1", "loss.temperature=0.5", check=False)
-    assert done.returncode == 1 and "loss.temperature was" in done.stderr and "--fresh" in done.stderr
-    (tmp_path / "runs" / "a" / "linear.jsonl").write_text("{}\n")                       # figures of the weights that go
-    run(tmp_path, "train_pretrain.py", "--cfg", QUICK, "--fresh", *TINY, "name=a", "optim.epochs=1", "loss.temperature=0.5")
+    done = run(
+        tmp_path,
+        "train_pretrain.py",
+        "--cfg",
+        QUICK,
+        *TINY,
+        "name=a",
+        "optim.epochs=1",
+        "loss.temperature=0.5",
+        check=False,
+    )
+    assert (
+        done.returncode == 1 and "loss.temperature was" in done.stderr and "--fresh" in done.stderr
+    )
+    (tmp_path / "runs" / "a" / "linear.jsonl").write_text("{}\n")  # figures of the weights that go
+    run(
+        tmp_path,
+        "train_pretrain.py",
+        "--cfg",
+        QUICK,
+        "--fresh",
+        *TINY,
+        "name=a",
+        "optim.epochs=1",
+        "loss.temperature=0.5",
+    )
     assert state(tmp_path, "a")["settings"]["loss"]["temperature"] == 0.5
-    assert not os.path.exists(tmp_path / "runs" / "a" / "linear.jsonl") and os.path.exists(tmp_path / "runs" / "a" / "linear.jsonl.before")
+    assert not os.path.exists(tmp_path / "runs" / "a" / "linear.jsonl") and os.path.exists(
+        tmp_path / "runs" / "a" / "linear.jsonl.before"
+    )
 
 
 @pytest.mark.parametrize("script", [train_pretrain, train_linear], ids=["pretrain", "linear"])
@@ -197,6 +366,19 @@ def test_the_readmes_loss_works(tmp_path):
         snippet = f.read().split("```python\n")[1].split("```")[0]
     (tmp_path / "losses" / "margin.py").write_text(snippet)
     assert len(snippet.strip().splitlines()) <= 22
-    done = subprocess.run([sys.executable, "train_pretrain.py", "--cfg", QUICK, *TINY, "optim.epochs=1", "loss.name=margin", "loss.margin=0.2"], cwd=tmp_path,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "train_pretrain.py",
+            "--cfg",
+            QUICK,
+            *TINY,
+            "optim.epochs=1",
+            "loss.name=margin",
+            "loss.margin=0.2",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 Malicious files of weights, layout by layout, are in tests/engine/test_weights.py.
 """
+
 import ast
 import glob
 import io
@@ -15,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-import yaml
 from PIL import Image
 from test_scripts import QUICK, ROOT, TINY
 
@@ -24,6 +24,7 @@ import train_detect
 import train_finetune
 import train_linear
 import train_pretrain
+import yaml
 from data import cache, datasets, detection
 from engine import config
 from engine.weights import export
@@ -39,7 +40,7 @@ class Malicious:
 def here(tmp_path, monkeypatch):
     """A folder of its own to stand in, where nothing may have made `owned` in the end."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileExistsError):                   # they would
+    with pytest.raises(FileExistsError):  # they would
         pickle.loads(pickle.dumps(Malicious())), pickle.loads(pickle.dumps(Malicious()))
     os.rmdir("owned")
     yield tmp_path
@@ -51,15 +52,40 @@ def refused(call, *words):
     with pytest.raises(SystemExit) as refusal:
         call()
     sentence = refusal.value.code
-    assert isinstance(sentence, str) and "\n" not in sentence and all(word in sentence for word in words), sentence
+    assert (
+        isinstance(sentence, str)
+        and "\n" not in sentence
+        and all(word in sentence for word in words)
+    ), sentence
 
 
 def script(monkeypatch, which, *arguments):
     """Its main, on six small images."""
     if not os.path.exists("i"):
         images("i")
-    small = ["data.name=folder", "data.root=i", "data.limit=null", "data.image_size=16", "data.workers=0", "optim.batch_size=4", "finetune.labels=1", "finetune.batch_size=4"]
-    monkeypatch.setattr(sys, "argv", [which.__name__, "--cfg", QUICK, *TINY, "model.precision=fp32", *(s for s in small if which is train_finetune or "finetune" not in s), *arguments])
+    small = [
+        "data.name=folder",
+        "data.root=i",
+        "data.limit=null",
+        "data.image_size=16",
+        "data.workers=0",
+        "optim.batch_size=4",
+        "finetune.labels=1",
+        "finetune.batch_size=4",
+    ]
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            which.__name__,
+            "--cfg",
+            QUICK,
+            *TINY,
+            "model.precision=fp32",
+            *(s for s in small if which is train_finetune or "finetune" not in s),
+            *arguments,
+        ],
+    )
     return which.main
 
 
@@ -69,36 +95,76 @@ def evil(path, how):
         with open(path, "wb") as f:
             pickle.dump(Malicious(), f)
     else:
-        torch.save({"epoch": 1, "settings": Malicious(), "rng": [], "model": Malicious(), "encoder": Malicious()}, path, _use_new_zipfile_serialization=how == "torch")
+        torch.save(
+            {
+                "epoch": 1,
+                "settings": Malicious(),
+                "rng": [],
+                "model": Malicious(),
+                "encoder": Malicious(),
+            },
+            path,
+            _use_new_zipfile_serialization=how == "torch",
+        )
 
 
 def detection_settings():
-    pytest.importorskip("pycocotools", reason="needs pycocotools: pip install -r requirements-dev.txt")
+    pytest.importorskip(
+        "pycocotools", reason="needs pycocotools: pip install -r requirements-dev.txt"
+    )
     devkit("VOCdevkit")
-    return ["detect.layout=voc", "detect.task=box", "detect.data=VOCdevkit", "detect.train=VOC2007/trainval", "detect.val=VOC2007/trainval", "detect.batch_size=1", "detect.channels=8",
-            "detect.norm=batch", "detect.workers=0"]
+    return [
+        "detect.layout=voc",
+        "detect.task=box",
+        "detect.data=VOCdevkit",
+        "detect.train=VOC2007/trainval",
+        "detect.val=VOC2007/trainval",
+        "detect.batch_size=1",
+        "detect.channels=8",
+        "detect.norm=batch",
+        "detect.workers=0",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- pickles
 
+
 @pytest.mark.parametrize("how", ["torch", "torch before 1.6", "pickle"])
-@pytest.mark.parametrize("which", [train_linear, train_finetune, train_detect], ids=lambda which: which.__name__)
+@pytest.mark.parametrize(
+    "which", [train_linear, train_finetune, train_detect], ids=lambda which: which.__name__
+)
 def test_weights_through_every_script(which, how, monkeypatch):
     more = detection_settings() if which is train_detect else []
     evil("w.pt", how)
-    refused(script(monkeypatch, which, "--weights", "w.pt", *more), "w.pt is not a checkpoint that can be read safely")
-    evil("runs/a/backbone.pt", how)                        # found, not given
-    refused(script(monkeypatch, which, "name=a", *more), "backbone.pt is not a checkpoint that can be read safely")
+    refused(
+        script(monkeypatch, which, "--weights", "w.pt", *more),
+        "w.pt is not a checkpoint that can be read safely",
+    )
+    evil("runs/a/backbone.pt", how)  # found, not given
+    refused(
+        script(monkeypatch, which, "name=a", *more),
+        "backbone.pt is not a checkpoint that can be read safely",
+    )
 
 
-@pytest.mark.parametrize("which,last", [(train_pretrain, "runs/a/last.pt"), (train_finetune, "runs/a/finetune/last.pt"), (train_detect, "runs/a/detect/last.pt")],
-                         ids=["pretrain", "finetune", "detect"])
+@pytest.mark.parametrize(
+    "which,last",
+    [
+        (train_pretrain, "runs/a/last.pt"),
+        (train_finetune, "runs/a/finetune/last.pt"),
+        (train_detect, "runs/a/detect/last.pt"),
+    ],
+    ids=["pretrain", "finetune", "detect"],
+)
 def test_checkpoints_through_the_scripts(which, last, monkeypatch):
     more = [] if which is train_pretrain else ["--weights", "none"]
     if which is train_detect:
         more += detection_settings()
     evil(last, "torch")
-    refused(script(monkeypatch, which, "name=a", *more), "last.pt is not a checkpoint that can be read safely")
+    refused(
+        script(monkeypatch, which, "name=a", *more),
+        "last.pt is not a checkpoint that can be read safely",
+    )
 
 
 def images(root, parts=("train", "val")):
@@ -107,17 +173,21 @@ def images(root, parts=("train", "val")):
         for c in "ab":
             os.makedirs(f"{root}/{part}/{c}")
             for i in range(3):
-                Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(f"{root}/{part}/{c}/{i}.png")
+                Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(
+                    f"{root}/{part}/{c}/{i}.png"
+                )
 
 
 def test_a_cached_index_that_is_a_pickle_is_written_anew(capsys):
     images("i")
     load = lambda: datasets.load("pretrain", 0, name="folder", root="i", cache=16)
     good = load()
-    index, = glob.glob("i/train.cache16/*.npy")
+    (index,) = glob.glob("i/train.cache16/*.npy")
     for content in (np.array([Malicious(), 1], dtype=object), None):
         with open(index, "wb") as f:
-            np.save(f, content, allow_pickle=True) if content is not None else pickle.dump(Malicious(), f)
+            np.save(f, content, allow_pickle=True) if content is not None else pickle.dump(
+                Malicious(), f
+            )
         assert cache.read(index.removesuffix(".npy")) is None
         capsys.readouterr()
         again = load()
@@ -128,7 +198,11 @@ def test_torchvisions_own_files(monkeypatch):
     """CIFAR comes as pickles, whose checksums are looked at first; MNIST once was kept as .pt files."""
     # another process would download them
     monkeypatch.setattr(datasets.distributed, "run_on_first", lambda function, per_node=False: None)
-    whole = [name for name, _ in torchvision.datasets.CIFAR10.train_list + torchvision.datasets.CIFAR10.test_list]
+    whole = [
+        name
+        for name, _ in torchvision.datasets.CIFAR10.train_list
+        + torchvision.datasets.CIFAR10.test_list
+    ]
     for name in (*whole, "batches.meta"):
         evil(f"d/cifar-10-batches-py/{name}", "pickle")
     refused(lambda: datasets.load("train", 0, name="cifar10", root="d"), "cifar10 is not at d")
@@ -145,26 +219,52 @@ def test_an_exported_pickle_holds_arrays_and_nothing_else():
         def find_class(self, module, name):
             asked.add((module.split(".")[0], name))
             return super().find_class(module, name)
+
     export("detectron2", "d.pkl", ResNet("resnet10", width=8), "w.pt")
     with open("d.pkl", "rb") as f:
         Careful(io.BytesIO(f.read())).load()
-    assert asked <= {("numpy", "ndarray"), ("numpy", "dtype"), ("numpy", "_reconstruct"), ("numpy", "_frombuffer"), ("numpy", "scalar"), ("_codecs", "encode")}, asked
+    assert asked <= {
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("numpy", "_reconstruct"),
+        ("numpy", "_frombuffer"),
+        ("numpy", "scalar"),
+        ("_codecs", "encode"),
+    }, asked
 
 
 # ---------------------------------------------------------------------------------------------------- YAML
 
-TAGS = ["!!python/object/apply:os.mkdir [owned]", "!!python/object/new:os.mkdir [owned]", "!!python/name:os.mkdir", "!!python/module:os", "!!python/object:os.mkdir {}",
-        "{? !!python/object/apply:os.mkdir [owned] : 1}", "[1, !!python/object/apply:os.mkdir [owned]]"]
+TAGS = [
+    "!!python/object/apply:os.mkdir [owned]",
+    "!!python/object/new:os.mkdir [owned]",
+    "!!python/name:os.mkdir",
+    "!!python/module:os",
+    "!!python/object:os.mkdir {}",
+    "{? !!python/object/apply:os.mkdir [owned] : 1}",
+    "[1, !!python/object/apply:os.mkdir [owned]]",
+]
 
 
 @pytest.mark.parametrize("tag", TAGS)
 def test_yaml_in_a_file_a_base_and_an_override(tag):
     with open(QUICK) as f:
         quick = f.read()
-    for name, text in (("a.yaml", f"{quick}name: {tag}\n"), ("b.yaml", "base: a.yaml\n"), ("c.yaml", tag), ("d.yaml", quick)):
+    for name, text in (
+        ("a.yaml", f"{quick}name: {tag}\n"),
+        ("b.yaml", "base: a.yaml\n"),
+        ("c.yaml", tag),
+        ("d.yaml", quick),
+    ):
         with open(name, "w") as f:
             f.write(text)
-    for call in (("a.yaml",), ("b.yaml",), ("c.yaml",), ("d.yaml", [f"optim.lr={tag}"]), ("d.yaml", [f"loss=[{tag}]"])):
+    for call in (
+        ("a.yaml",),
+        ("b.yaml",),
+        ("c.yaml",),
+        ("d.yaml", [f"optim.lr={tag}"]),
+        ("d.yaml", [f"loss=[{tag}]"]),
+    ):
         refused(lambda: config.load(*call), "cannot be read", "tag")
 
 
@@ -191,7 +291,22 @@ def test_yaml_that_would_grow_without_bound():
         refused(lambda: config.load("a.yaml"), "a.yaml cannot be read", "write it out")
 
 
-@pytest.mark.parametrize("base", ["/etc/passwd", "/etc/x.yaml", "../../../../etc/passwd", "''", "'a\\0.yaml'", "[x.yaml]", "null", "3", "http://x/y", '"a\\0.yaml"', "."])
+@pytest.mark.parametrize(
+    "base",
+    [
+        "/etc/passwd",
+        "/etc/x.yaml",
+        "../../../../etc/passwd",
+        "''",
+        "'a\\0.yaml'",
+        "[x.yaml]",
+        "null",
+        "3",
+        "http://x/y",
+        '"a\\0.yaml"',
+        ".",
+    ],
+)
 def test_a_base_is_a_yaml_file_near_by(base):
     with open("a.yaml", "w") as f:
         f.write(f"base: {base}\n")
@@ -200,8 +315,10 @@ def test_a_base_is_a_yaml_file_near_by(base):
 
 # ---------------------------------------------------------------------------------------------------- XML, JSON and images
 
-GOOD_XML = ("<annotation><size><width>80</width><height>60</height></size><object><name>cat</name><bndbox><xmin>21</xmin><ymin>11</ymin><xmax>60</xmax><ymax>40</ymax></bndbox>"
-            "</object></annotation>")
+GOOD_XML = (
+    "<annotation><size><width>80</width><height>60</height></size><object><name>cat</name><bndbox><xmin>21</xmin><ymin>11</ymin><xmax>60</xmax><ymax>40</ymax></bndbox>"
+    "</object></annotation>"
+)
 
 
 def devkit(root, names="one", xml=GOOD_XML):
@@ -209,17 +326,28 @@ def devkit(root, names="one", xml=GOOD_XML):
     for folder in ("ImageSets/Main", "Annotations", "JPEGImages"):
         os.makedirs(f"{root}/VOC2007/{folder}", exist_ok=True)
     Image.new("RGB", (80, 60)).save(f"{root}/VOC2007/JPEGImages/one.jpg")
-    for path, text in ((f"{root}/VOC2007/ImageSets/Main/trainval.txt", names + "\n"), (f"{root}/VOC2007/Annotations/one.xml", xml)):
+    for path, text in (
+        (f"{root}/VOC2007/ImageSets/Main/trainval.txt", names + "\n"),
+        (f"{root}/VOC2007/Annotations/one.xml", xml),
+    ):
         with open(path, "w") as f:
             f.write(text)
 
 
 def test_xml_brings_no_other_file_and_no_bomb():
-    bomb = "<!DOCTYPE a [<!ENTITY x0 'xxxxxxxxxx'>" + "".join(f"<!ENTITY x{i} '{f'&x{i - 1};' * 10}'>" for i in range(1, 10)) + "]>"
+    bomb = (
+        "<!DOCTYPE a [<!ENTITY x0 'xxxxxxxxxx'>"
+        + "".join(f"<!ENTITY x{i} '{f'&x{i - 1};' * 10}'>" for i in range(1, 10))
+        + "]>"
+    )
     load = lambda: detection.load("voc", "d", "VOC2007/trainval", "VOC2007/trainval", "box")
     devkit("d")
     load()
-    for head, name in ((bomb, "&x9;"), ("<!DOCTYPE a [<!ENTITY x SYSTEM 'file:///etc/hostname'>]>", "&x;"), ("<!DOCTYPE a SYSTEM 'http://127.0.0.1:9/x.dtd'>", "cat")):
+    for head, name in (
+        (bomb, "&x9;"),
+        ("<!DOCTYPE a [<!ENTITY x SYSTEM 'file:///etc/hostname'>]>", "&x;"),
+        ("<!DOCTYPE a SYSTEM 'http://127.0.0.1:9/x.dtd'>", "cat"),
+    ):
         devkit("d", xml=f"<?xml version='1.0'?>{head}" + GOOD_XML.replace("cat", name))
         refused(load, "one.xml is not an annotation of VOC: it declares a document type")
 
@@ -228,21 +356,31 @@ def coco(root, **image):
     os.makedirs(f"{root}/annotations"), os.makedirs(f"{root}/t")
     Image.new("RGB", (8, 8)).save(f"{root}/t/a.jpg")
     with open(f"{root}/annotations/instances_t.json", "w") as f:
-        json.dump({"images": [{"id": 1, "height": 8, "width": 8, "file_name": "a.jpg", **image}], "categories": [{"id": 1, "name": "cat"}],
-                   "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 4, 4]}]}, f)
+        json.dump(
+            {
+                "images": [{"id": 1, "height": 8, "width": 8, "file_name": "a.jpg", **image}],
+                "categories": [{"id": 1, "name": "cat"}],
+                "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 4, 4]}],
+            },
+            f,
+        )
 
 
 def test_json_nested_without_end():
     coco("d")
     with open("d/annotations/instances_t.json", "w") as f:
-        f.write("[" * 10 ** 6)
-    refused(lambda: detection.load("coco", "d", "t", "t", "box"), "instances_t.json cannot be read as JSON")
+        f.write("[" * 10**6)
+    refused(
+        lambda: detection.load("coco", "d", "t", "t", "box"),
+        "instances_t.json cannot be read as JSON",
+    )
 
 
 @pytest.fixture
 def ghostscript(here, monkeypatch):
     """A `gs` that makes `owned`, first in the path: PIL starts it for an image that is EPS, whatever its name."""
     from PIL import EpsImagePlugin
+
     os.mkdir("bin")
     with open("bin/gs", "w") as f:
         f.write("#!/bin/sh\nmkdir owned\n")
@@ -256,13 +394,16 @@ def test_an_image_starts_no_program(ghostscript):
     images("i")
     Image.new("RGB", (20, 24)).save("i/train/a/1.eps")
     os.replace("i/train/a/1.eps", "i/train/a/1.png")
-    with pytest.raises(Exception):                         # PIL alone
+    with pytest.raises(Exception):  # PIL alone
         Image.open("i/train/a/1.png").load()
     os.rmdir("owned")
     data = datasets.load("train", 0, name="folder", root="i")
     with pytest.raises(ValueError, match="1.png cannot be read as an image"):
         data.decode(1)
-    refused(lambda: datasets.load("train", 0, name="folder", root="i", cache=16), "1.png cannot be read as an image")
+    refused(
+        lambda: datasets.load("train", 0, name="folder", root="i", cache=16),
+        "1.png cannot be read as an image",
+    )
     coco("d")
     os.replace("i/train/a/1.png", "d/t/a.jpg")
     train, _ = detection.load("coco", "d", "t", "t", "box")
@@ -281,21 +422,40 @@ def test_lists_lead_nowhere_else(name, monkeypatch):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         Image.new("RGB", (8, 8)).save(path, "png")
     coco("c", file_name=name)
-    refused(lambda: detection.load("coco", "c", "t", "t", "box"), "instances_t.json names", "which lies outside c")
+    refused(
+        lambda: detection.load("coco", "c", "t", "t", "box"),
+        "instances_t.json names",
+        "which lies outside c",
+    )
     devkit("d/VOCdevkit", name)
-    refused(lambda: detection.load("voc", "d/VOCdevkit", "VOC2007/trainval", "VOC2007/trainval", "box"), "trainval.txt names", "which lies outside")
+    refused(
+        lambda: detection.load("voc", "d/VOCdevkit", "VOC2007/trainval", "VOC2007/trainval", "box"),
+        "trainval.txt names",
+        "which lies outside",
+    )
     for part in ("trainval", "test"):
         with open(f"d/VOCdevkit/VOC2007/ImageSets/Main/cat_{part}.txt", "w") as f:
             f.write(f"one 1\n../{name} 1\n" if name[0] != "/" else f"one 1\n{name} 1\n")
     os.remove("d/VOCdevkit/VOC2007/ImageSets/Main/trainval.txt")
-    refused(lambda: datasets.load("train", 0, name="voc2007", root="d"), "Main names", "which lies outside")
+    refused(
+        lambda: datasets.load("train", 0, name="voc2007", root="d"),
+        "Main names",
+        "which lies outside",
+    )
     # nothing is downloaded
     monkeypatch.setattr(datasets.distributed, "run_on_first", lambda function, per_node=False: None)
     os.makedirs("d/fgvc-aircraft-2013b/data")
-    for file, text in (("variants", "A380\n"), ("images_variant_trainval", f"{name if name[0] == '/' else '../../../' + name} A380\n")):
+    for file, text in (
+        ("variants", "A380\n"),
+        ("images_variant_trainval", f"{name if name[0] == '/' else '../../../' + name} A380\n"),
+    ):
         with open(f"d/fgvc-aircraft-2013b/data/{file}.txt", "w") as f:
             f.write(text)
-    refused(lambda: datasets.load("train", 0, name="aircraft", root="d"), "a list of aircraft's files names", "which lies outside d")
+    refused(
+        lambda: datasets.load("train", 0, name="aircraft", root="d"),
+        "a list of aircraft's files names",
+        "which lies outside d",
+    )
 
 
 def test_what_lies_inside_is_taken():
@@ -306,7 +466,11 @@ def test_what_lies_inside_is_taken():
     os.symlink(os.path.abspath("elsewhere"), "c/t/link")
     for name in ("sub/a..b.jpg", "link/b.jpg", "./sub/a..b.jpg", "sub/../sub/a..b.jpg"):
         assert datasets.inside("c/t", os.path.join("c/t", name), "x") == os.path.join("c/t", name)
-    assert datasets.inside("/", "/etc/passwd", "x") and datasets.inside(".", "a", "x") and datasets.inside("c/..", "c/../elsewhere", "x")
+    assert (
+        datasets.inside("/", "/etc/passwd", "x")
+        and datasets.inside(".", "a", "x")
+        and datasets.inside("c/..", "c/../elsewhere", "x")
+    )
 
 
 def test_a_list_to_fine_tune_on_names_images_and_opens_none(monkeypatch):
@@ -320,19 +484,42 @@ def test_a_list_to_fine_tune_on_names_images_and_opens_none(monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------- the program itself
 
+
 def test_nothing_in_the_program_runs_what_it_reads():
     """Its calls, as they are written: every way to load is a safe one, and none is to run text or a program."""
-    files = [f for pattern in ("*.py", "data/*.py", "engine/*.py", "losses/*.py", "models/*.py") for f in glob.glob(os.path.join(ROOT, pattern))]
+    files = [
+        f
+        for pattern in ("*.py", "data/*.py", "engine/*.py", "losses/*.py", "models/*.py")
+        for f in glob.glob(os.path.join(ROOT, pattern))
+    ]
     assert len(files) > 30
     for file in files:
         with open(file) as f:
             calls = [node for node in ast.walk(ast.parse(f.read())) if isinstance(node, ast.Call)]
         for call in calls:
-            name, given = ast.unparse(call.func), {k.arg: ast.unparse(k.value) for k in call.keywords}
+            name, given = (
+                ast.unparse(call.func),
+                {k.arg: ast.unparse(k.value) for k in call.keywords},
+            )
             where = f"{os.path.relpath(file, ROOT)}:{call.lineno}: {name}"
-            assert name not in ("eval", "exec", "__import__", "os.system", "os.popen", "pickle.load", "pickle.loads", "pickle.Unpickler", "yaml.unsafe_load", "yaml.full_load"), where
+            assert name not in (
+                "eval",
+                "exec",
+                "__import__",
+                "os.system",
+                "os.popen",
+                "pickle.load",
+                "pickle.loads",
+                "pickle.Unpickler",
+                "yaml.unsafe_load",
+                "yaml.full_load",
+            ), where
             assert not name.startswith("subprocess."), where
             assert name != "torch.load" or given.get("weights_only") == "True", where
-            assert name != "yaml.load" or ast.unparse(call.args[1]) == "Plain" and issubclass(config.Plain, yaml.SafeLoader), where
+            assert (
+                name != "yaml.load"
+                or ast.unparse(call.args[1]) == "Plain"
+                and issubclass(config.Plain, yaml.SafeLoader)
+            ), where
             assert "allow_pickle" not in given or given["allow_pickle"] == "False", where
             assert not name.endswith("import_module") or where.startswith("engine/config.py"), where

@@ -3,23 +3,24 @@ bear alone, and what makes no sense together.
 
 The first part throws whatever it can think of at the parser and at what is built from its settings; FULL=1 throws ten times as much.
 """
+
 import functools
 import glob
 import os
-import sys
 import random
 import re
+import sys
 import typing
 
 import pytest
 import torch
-import yaml
 from test_scripts import QUICK, TINY
 from torch import nn
 from torch.nn import functional as F
 
 import train_finetune
 import train_linear
+import yaml
 from data.datasets import ArraySet
 from data.loader import Loader
 from engine import config
@@ -42,42 +43,303 @@ from train_linear import Probe
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CASES = 10 if os.environ.get("FULL") else 1
 CPU = torch.device("cpu")
-DATA = ArraySet(torch.zeros(24, 3, 16, 16, dtype=torch.uint8), torch.arange(24) % 3, ["a", "b", "c"], (0.5,) * 3, (0.25,) * 3)
-EXTRA = {"train_pretrain": (), "train_linear": (), "train_finetune": ("finetune",), "train_detect": ("detect",)}          # what each script's main asks of config.load
+DATA = ArraySet(
+    torch.zeros(24, 3, 16, 16, dtype=torch.uint8),
+    torch.arange(24) % 3,
+    ["a", "b", "c"],
+    (0.5,) * 3,
+    (0.25,) * 3,
+)
+EXTRA = {
+    "train_pretrain": (),
+    "train_linear": (),
+    "train_finetune": ("finetune",),
+    "train_detect": ("detect",),
+}  # what each script's main asks of config.load
 
 # a small run: section -> key -> its value, as it is written in a file
-RUN = {"data": {"name": "shapes", "limit": "24", "augment": "cifar", "image_size": "16", "workers": "0"},
-       "optim": {"epochs": "4", "batch_size": "8", "lr": "0.1"}, "knn": {"every": "1"}, "linear": {"epochs": "3"}, "finetune": {"labels": "0.5"}, "detect": {"task": "box"}}
+RUN = {
+    "data": {
+        "name": "shapes",
+        "limit": "24",
+        "augment": "cifar",
+        "image_size": "16",
+        "workers": "0",
+    },
+    "optim": {"epochs": "4", "batch_size": "8", "lr": "0.1"},
+    "knn": {"every": "1"},
+    "linear": {"epochs": "3"},
+    "finetune": {"labels": "0.5"},
+    "detect": {"task": "box"},
+}
 ENCODER = {"backbone": "resnet10", "stem": "cifar", "width": "4", "dim": "8", "precision": "fp32"}
 HOSTS = {"ir": {}, "cmc": {"exclude_self": "false"}, "moco": {"queue_size": "16"}, "simclr": {}}
-LOSSES = {"nce": {}, "ring": {}, "mochi": {"hardest": "4", "mixed": "3", "warmup_epochs": "1"}, "ifnd": {"clusters": "[2, 3]", "reassign_every": "2"}, "jcl": {}}
+LOSSES = {
+    "nce": {},
+    "ring": {},
+    "mochi": {"hardest": "4", "mixed": "3", "warmup_epochs": "1"},
+    "ifnd": {"clusters": "[2, 3]", "reassign_every": "2"},
+    "jcl": {},
+}
 
-NUMBERS = ["0", "1", "2", "3", "5", "-1", "-3", "24", "25", "1000", "0.5", "1.5", "-0.5", "1e-4", "1.0e-4", "2E1", "-0.0", "1e-320", "1e400", ".inf", "-.inf", ".nan", "nan",
-           "inf", "-Infinity", "010", "-017", "0o17", "0x10", "0b11", "1:30", "-1:30:00", "1:30.5", "1_000", "1_0.5", "_1", "'3'", '"0.1"', "'010'", "3 # 4", "3 #4",
-           "1e", "３", "٣", "4294967296", "1125899906842624", "9223372036854775807", "9223372036854775808", "-9223372036854775809", "1" + "0" * 400, "9" * 5000, "08", "0_7", "+3"]
-WORDS = ["", "''", "~", "null", "Null", "true", "True", "false", "yes", "no", "on", "OFF", "y", "a", "abc def", "moco", "Ring", "shapes", "ring", "nce", "ir", "cmc", "jcl", "ifnd",
-         "folder", "os:system", "Encoder", "encoder", "__init__", "resnet", "resnet18", "partition", "cosine", "step", "mlp", "pil", "crop_flip", "eval", "svm", "voc2007", "coco", "voc",
-         "../x", "/etc/passwd", "a/b", "a\\b", ".", "..", '"a\\0b"', '"a\\nb"', '"\\ud800"', "\U0001f642", "x" * 3000, "2026-11-21", "2026-13-45", "2026-11-21T25:00:00", "12:30:45",
-         '"\\u202e"', "!", "=", "<<", "@x", "`x", "%x", "#x", "a: b: c", "a:", "|", ">-", "---", "--- 3", "...", "--- 1\n--- 2", "3\n4", "\t3", "3\t", "\x00", "\x07", "\ufeff3", "\r"]
-SHAPES = ["[]", "[1]", "[1, 2]", "[2, 1]", "[0.5, 1]", "[0, 0]", "[1, 1]", "[1e-4, '2']", "[-1]", "[0]", "[.inf]", "[.nan]", "[true]", "[null]", "[a]", "[[1]]", "[1, [2]]", "{}", "{a: 1}",
-          "{a: 1, a: 2}", "[{name: ring}]", "[{name: ring, inner: 0, inner: 0.02}]", "[{name: ifnd, clusters: [2]}, {name: ring, temperature: 0.5}]", "- 1", "? a", "[", "]", "}", "{", "[1,",
-          "!!python/object/apply:os.mkdir [owned]", "!!python/name:os.system", "!!python/tuple [1]", "!!bool maybe", "!!int x", "!!int ''", "!!int '3'", "!!float ''", "!!float x", "!!float 3",
-          "!!str 3", "!!null 3", "!!binary x", "!!binary YQ==", "!!set {a}", "!!omap [a: 1]", "!!pairs [a: 1]", "!!timestamp x", "!!map 3", "!!seq 3", "!x 3", "!<x> 3", "&a 3", "*a", "&a [*a]",
-          "&a {a: *a}", "[&a 1, *a]", "{<<: {a: 1}}", "{<<: 3}", "[" * 1000, "{a: " * 1000, "[" * 90 + "]" * 90, "[&a [1, 1], &b [*a, *a], &c [*b, *b]]"]
+NUMBERS = [
+    "0",
+    "1",
+    "2",
+    "3",
+    "5",
+    "-1",
+    "-3",
+    "24",
+    "25",
+    "1000",
+    "0.5",
+    "1.5",
+    "-0.5",
+    "1e-4",
+    "1.0e-4",
+    "2E1",
+    "-0.0",
+    "1e-320",
+    "1e400",
+    ".inf",
+    "-.inf",
+    ".nan",
+    "nan",
+    "inf",
+    "-Infinity",
+    "010",
+    "-017",
+    "0o17",
+    "0x10",
+    "0b11",
+    "1:30",
+    "-1:30:00",
+    "1:30.5",
+    "1_000",
+    "1_0.5",
+    "_1",
+    "'3'",
+    '"0.1"',
+    "'010'",
+    "3 # 4",
+    "3 #4",
+    "1e",
+    "３",
+    "٣",
+    "4294967296",
+    "1125899906842624",
+    "9223372036854775807",
+    "9223372036854775808",
+    "-9223372036854775809",
+    "1" + "0" * 400,
+    "9" * 5000,
+    "08",
+    "0_7",
+    "+3",
+]
+WORDS = [
+    "",
+    "''",
+    "~",
+    "null",
+    "Null",
+    "true",
+    "True",
+    "false",
+    "yes",
+    "no",
+    "on",
+    "OFF",
+    "y",
+    "a",
+    "abc def",
+    "moco",
+    "Ring",
+    "shapes",
+    "ring",
+    "nce",
+    "ir",
+    "cmc",
+    "jcl",
+    "ifnd",
+    "folder",
+    "os:system",
+    "Encoder",
+    "encoder",
+    "__init__",
+    "resnet",
+    "resnet18",
+    "partition",
+    "cosine",
+    "step",
+    "mlp",
+    "pil",
+    "crop_flip",
+    "eval",
+    "svm",
+    "voc2007",
+    "coco",
+    "voc",
+    "../x",
+    "/etc/passwd",
+    "a/b",
+    "a\\b",
+    ".",
+    "..",
+    '"a\\0b"',
+    '"a\\nb"',
+    '"\\ud800"',
+    "\U0001f642",
+    "x" * 3000,
+    "2026-11-21",
+    "2026-13-45",
+    "2026-11-21T25:00:00",
+    "12:30:45",
+    '"\\u202e"',
+    "!",
+    "=",
+    "<<",
+    "@x",
+    "`x",
+    "%x",
+    "#x",
+    "a: b: c",
+    "a:",
+    "|",
+    ">-",
+    "---",
+    "--- 3",
+    "...",
+    "--- 1\n--- 2",
+    "3\n4",
+    "\t3",
+    "3\t",
+    "\x00",
+    "\x07",
+    "\ufeff3",
+    "\r",
+]
+SHAPES = [
+    "[]",
+    "[1]",
+    "[1, 2]",
+    "[2, 1]",
+    "[0.5, 1]",
+    "[0, 0]",
+    "[1, 1]",
+    "[1e-4, '2']",
+    "[-1]",
+    "[0]",
+    "[.inf]",
+    "[.nan]",
+    "[true]",
+    "[null]",
+    "[a]",
+    "[[1]]",
+    "[1, [2]]",
+    "{}",
+    "{a: 1}",
+    "{a: 1, a: 2}",
+    "[{name: ring}]",
+    "[{name: ring, inner: 0, inner: 0.02}]",
+    "[{name: ifnd, clusters: [2]}, {name: ring, temperature: 0.5}]",
+    "- 1",
+    "? a",
+    "[",
+    "]",
+    "}",
+    "{",
+    "[1,",
+    "!!python/object/apply:os.mkdir [owned]",
+    "!!python/name:os.system",
+    "!!python/tuple [1]",
+    "!!bool maybe",
+    "!!int x",
+    "!!int ''",
+    "!!int '3'",
+    "!!float ''",
+    "!!float x",
+    "!!float 3",
+    "!!str 3",
+    "!!null 3",
+    "!!binary x",
+    "!!binary YQ==",
+    "!!set {a}",
+    "!!omap [a: 1]",
+    "!!pairs [a: 1]",
+    "!!timestamp x",
+    "!!map 3",
+    "!!seq 3",
+    "!x 3",
+    "!<x> 3",
+    "&a 3",
+    "*a",
+    "&a [*a]",
+    "&a {a: *a}",
+    "[&a 1, *a]",
+    "{<<: {a: 1}}",
+    "{<<: 3}",
+    "[" * 1000,
+    "{a: " * 1000,
+    "[" * 90 + "]" * 90,
+    "[&a [1, 1], &b [*a, *a], &c [*b, *b]]",
+]
 ANYTHING = NUMBERS + WORDS + SHAPES
-INTEGERS = ["0", "1", "2", "3", "4", "5", "8", "16", "24", "25", "100", "1000", "-1", "1125899906842624"]
-FLOATS = ["0", "0.01", "0.1", "0.2", "0.5", "0.99", "1", "1.5", "3", "100", "1e-4", "1e-30", "1e30", "-0.5"]
+INTEGERS = [
+    "0",
+    "1",
+    "2",
+    "3",
+    "4",
+    "5",
+    "8",
+    "16",
+    "24",
+    "25",
+    "100",
+    "1000",
+    "-1",
+    "1125899906842624",
+]
+FLOATS = [
+    "0",
+    "0.01",
+    "0.1",
+    "0.2",
+    "0.5",
+    "0.99",
+    "1",
+    "1.5",
+    "3",
+    "100",
+    "1e-4",
+    "1e-30",
+    "1e30",
+    "-0.5",
+]
 
 
 # ---------------------------------------------------------------------------------------------------- what is thrown
 
+
 def draw_run(chance):
     """A valid run: a host, one loss or several, all sections."""
-    host, names = chance.choice(list(HOSTS)), chance.choice([*([n] for n in LOSSES), ["ifnd", "ring"], ["ifnd", "jcl"]])
+    host, names = (
+        chance.choice(list(HOSTS)),
+        chance.choice([*([n] for n in LOSSES), ["ifnd", "ring"], ["ifnd", "jcl"]]),
+    )
     views = {"n_views": "3"} if "jcl" in names else {}
-    losses = [{"name": n, **LOSSES[n], **({"temperature": "0.2"} if len(names) > 1 else {})} for n in names]
+    losses = [
+        {"name": n, **LOSSES[n], **({"temperature": "0.2"} if len(names) > 1 else {})}
+        for n in names
+    ]
     sections = {section: dict(keys) for section, keys in RUN.items()}
-    return {**sections, "model": {"host": host, **ENCODER, **HOSTS[host], **views}, "loss": losses[0] if len(losses) == 1 else losses}
+    return {
+        **sections,
+        "model": {"host": host, **ENCODER, **HOSTS[host], **views},
+        "loss": losses[0] if len(losses) == 1 else losses,
+    }
 
 
 def written(run):
@@ -86,7 +348,10 @@ def written(run):
     for section, keys in run.items():
         out.append(f"{section}:" + (f" {keys}" if isinstance(keys, str) else ""))
         for one in keys if isinstance(keys, list) else [keys] if isinstance(keys, dict) else []:
-            out += [("  - " if isinstance(keys, list) and not i else "    ") + f"{k}: {v}" for i, (k, v) in enumerate(one.items())]
+            out += [
+                ("  - " if isinstance(keys, list) and not i else "    ") + f"{k}: {v}"
+                for i, (k, v) in enumerate(one.items())
+            ]
     return "\n".join(out) + "\n"
 
 
@@ -98,9 +363,20 @@ def save(run):
 @functools.cache
 def keys_of(section, name):
     """{key: kind} of a section, with the host or method of that name."""
-    homes = [home.replace("{host}", str(name)).replace("{name}", str(name)) for home in config.SECTIONS[section]]
-    choice = {config.CHOICE[section]: typing.Literal[*(HOSTS if section == "model" else LOSSES)]} if section in config.CHOICE else {}
-    return choice | {k: p.annotation for home in homes for k, p in config.keys_of_choice(config.find(home)).items()}
+    homes = [
+        home.replace("{host}", str(name)).replace("{name}", str(name))
+        for home in config.SECTIONS[section]
+    ]
+    choice = (
+        {config.CHOICE[section]: typing.Literal[tuple(HOSTS if section == "model" else LOSSES)]}
+        if section in config.CHOICE
+        else {}
+    )
+    return choice | {
+        k: p.annotation
+        for home in homes
+        for k, p in config.keys_of_choice(config.find(home)).items()
+    }
 
 
 def draw_key(chance, run):
@@ -111,19 +387,29 @@ def draw_key(chance, run):
     one = run[section] if isinstance(run[section], dict) else chance.choice(run[section])
     kinds = keys_of(section, one.get(config.CHOICE.get(section)))
     key = chance.choice([k for k in kinds if k != "name" or isinstance(run[section], dict)])
-    return (f"{section}.{key}" if one is run[section] else f"{section}.{one['name']}.{key}"), one, kinds[key]
+    return (
+        (f"{section}.{key}" if one is run[section] else f"{section}.{one['name']}.{key}"),
+        one,
+        kinds[key],
+    )
 
 
 def draw_value(chance, kind):
     """Something of that kind, sensible or not; or anything."""
     if chance.random() < 0.3:
         return chance.choice(ANYTHING)
-    kind = chance.choice([k for k in typing.get_args(kind) if k is not type(None)]) if type(None) in typing.get_args(kind) else kind
+    kind = (
+        chance.choice([k for k in typing.get_args(kind) if k is not type(None)])
+        if type(None) in typing.get_args(kind)
+        else kind
+    )
     if typing.get_origin(kind) is typing.Literal:
         return chance.choice(typing.get_args(kind))
     if typing.get_origin(kind) is list:
         return f"[{', '.join(draw_value(chance, typing.get_args(kind)[0]) for _ in range(chance.choice([0, 1, 1, 2, 2, 3])))}]"
-    return chance.choice({int: INTEGERS, float: FLOATS, bool: ["true", "false"], str: WORDS}.get(kind, ANYTHING))
+    return chance.choice(
+        {int: INTEGERS, float: FLOATS, bool: ["true", "false"], str: WORDS}.get(kind, ANYTHING)
+    )
 
 
 class Tiny(nn.Module):
@@ -131,55 +417,124 @@ class Tiny(nn.Module):
 
     def __init__(self, dim, vectors):
         super().__init__()
-        self.dim, self.bn_splits, self.dtype, self.layer = dim, 1, torch.float32, nn.Linear(3, vectors * dim)
+        self.dim, self.bn_splits, self.dtype, self.layer = (
+            dim,
+            1,
+            torch.float32,
+            nn.Linear(3, vectors * dim),
+        )
 
     def forward(self, x):
-        return F.normalize(self.layer(x.mean((2, 3))).unflatten(1, (-1, self.dim)), dim=2).flatten(1)
+        return F.normalize(self.layer(x.mean((2, 3))).unflatten(1, (-1, self.dim)), dim=2).flatten(
+            1
+        )
 
 
 def build(cfg, file, touched):
     """What train_pretrain.py and the other scripts make of the settings, on DATA, and a step. The encoder is a Tiny unless its settings are `touched`."""
     torch.manual_seed(cfg["seed"])
-    make = lambda target, section, **given: config.build(target, cfg[section], f"{file}: {section}", **given)
+    make = lambda target, section, **given: config.build(
+        target, cfg[section], f"{file}: {section}", **given
+    )
     Host = config.chosen(cfg["model"], "model")
     if touched:
-        encoder = make(getattr(Host, "Encoder", Encoder), "model", device=CPU, mean=DATA.mean, std=DATA.std)
+        encoder = make(
+            getattr(Host, "Encoder", Encoder), "model", device=CPU, mean=DATA.mean, std=DATA.std
+        )
     else:
         encoder = Tiny(cfg["model"]["dim"], 2 if cfg["model"]["host"] == "cmc" else 1)
     host = make(Host, "model", encoder=encoder, n_data=len(DATA))
     several = config.several(cfg["loss"])
-    losses = [config.build(config.chosen(one, "loss"), one, f"{file}: loss", epochs=cfg["optim"]["epochs"], n_data=len(DATA), n_keys=host.n_keys, labels=DATA.labels) for one in several]
-    loss_fn = config.build(Together, {}, f"{file}: loss", losses=losses) if len(losses) > 1 else losses[0]
+    losses = [
+        config.build(
+            config.chosen(one, "loss"),
+            one,
+            f"{file}: loss",
+            epochs=cfg["optim"]["epochs"],
+            n_data=len(DATA),
+            n_keys=host.n_keys,
+            labels=DATA.labels,
+        )
+        for one in several
+    ]
+    loss_fn = (
+        config.build(Together, {}, f"{file}: loss", losses=losses) if len(losses) > 1 else losses[0]
+    )
     schedule = make(Schedule, "optim")
     make(sgd, "optim", parameters=encoder.parameters(), lr=schedule.lr)
-    assert all(0 <= schedule(epoch) < float("inf") for epoch in (0, 0.5, schedule.epochs / 2, schedule.epochs)), "a learning rate that is none"
-    loader = config.build(Loader, cfg["data"], f"{file}: optim", dataset=DATA, batch_size=schedule.batch_size, n_views=host.n_views, seed=cfg["seed"], device=CPU)
+    assert all(
+        0 <= schedule(epoch) < float("inf")
+        for epoch in (0, 0.5, schedule.epochs / 2, schedule.epochs)
+    ), "a learning rate that is none"
+    loader = config.build(
+        Loader,
+        cfg["data"],
+        f"{file}: optim",
+        dataset=DATA,
+        batch_size=schedule.batch_size,
+        n_views=host.n_views,
+        seed=cfg["seed"],
+        device=CPU,
+    )
     assert len(loader) > 0, "no step"
-    make(KNN, "knn", train=DATA, test=DATA, image_size=cfg["data"]["image_size"], device=CPU, workers=0)
+    make(
+        KNN,
+        "knn",
+        train=DATA,
+        test=DATA,
+        image_size=cfg["data"]["image_size"],
+        device=CPU,
+        workers=0,
+    )
     for kind, section in ((Probe, "linear"), (Finetune, "finetune"), (Detect, "detect")):
         if section in cfg:
             assert str(make(kind, section))
-    if host.n_views <= 5 and not touched and all(getattr(one, size, 0) is None or getattr(one, size, 0) < 10000 for one in losses for size in ("n_negatives", "s", "s_q")):
-        for epoch in (0, schedule.epochs - 1):             # in the first, MoCo's queue is still of no image
+    if (
+        host.n_views <= 5
+        and not touched
+        and all(
+            getattr(one, size, 0) is None or getattr(one, size, 0) < 10000
+            for one in losses
+            for size in ("n_negatives", "s", "s_q")
+        )
+    ):
+        for epoch in (0, schedule.epochs - 1):  # in the first, MoCo's queue is still of no image
             for part in losses:
                 if hasattr(part, "before_epoch"):
-                    part.before_epoch(epoch // part.reassign_every * part.reassign_every, lambda: F.normalize(torch.randn(len(DATA), encoder.dim), dim=1))
-            results = [loss_fn(contrast, epoch + 0.5) for contrast in host(encoder, list(torch.rand(host.n_views, 8, 3, 16, 16)), torch.arange(8))]
+                    part.before_epoch(
+                        epoch // part.reassign_every * part.reassign_every,
+                        lambda: F.normalize(torch.randn(len(DATA), encoder.dim), dim=1),
+                    )
+            results = [
+                loss_fn(contrast, epoch + 0.5)
+                for contrast in host(
+                    encoder, list(torch.rand(host.n_views, 8, 3, 16, 16)), torch.arange(8)
+                )
+            ]
             sum(loss for loss, _ in results).backward()
             host.after_step()
-            assert all(figures["K"] > 0 for _, figures in results) or any(1 in getattr(part, "clusters", []) for part in losses), "a query has no negatives"
+            assert all(figures["K"] > 0 for _, figures in results) or any(
+                1 in getattr(part, "clusters", []) for part in losses
+            ), "a query has no negatives"
     return True
 
 
 # ---------------------------------------------------------------------------------------------------- what must hold
 
+
 def meant(raw, got):
     """Is `got` what one reads in `raw`?"""
     if re.fullmatch(r"[-+]?[0-9][0-9_]*", raw):
-        number = int(raw.replace("_", ""))                 # not octal
-        return got == raw or type(got) is int and got == number or type(got) is float and got == float(number)
+        number = int(raw.replace("_", ""))  # not octal
+        return (
+            got == raw
+            or type(got) is int
+            and got == number
+            or type(got) is float
+            and got == float(number)
+        )
     if re.fullmatch(r"[-+]?[0-9]+(:[0-9]+)+(\.[0-9]*)?", raw):
-        return isinstance(got, str)                        # not to the base of sixty
+        return isinstance(got, str)  # not to the base of sixty
     return alike(yaml.safe_load(raw), got)
 
 
@@ -188,7 +543,9 @@ def alike(read, got):
     if isinstance(got, list):
         return isinstance(read, list) and len(read) == len(got) and all(map(alike, read, got))
     if isinstance(got, dict):
-        return isinstance(read, dict) and all(k in got and alike(v, got[k]) for k, v in read.items())
+        return isinstance(read, dict) and all(
+            k in got and alike(v, got[k]) for k, v in read.items()
+        )
     if isinstance(got, float) and type(read) in (int, str):
         read = float(read)
     return type(read) is type(got) and read == got and read not in (float("inf"), float("-inf"))
@@ -199,7 +556,10 @@ def flat(cfg):
     found = {}
     for section, value in cfg.items():
         for one in value if isinstance(value, list) else [value] if isinstance(value, dict) else []:
-            found |= {f"{section}.{one['name'] + '.' if isinstance(value, list) else ''}{k}": v for k, v in one.items()}
+            found |= {
+                f"{section}.{one['name'] + '.' if isinstance(value, list) else ''}{k}": v
+                for k, v in one.items()
+            }
         if not isinstance(value, (list, dict)):
             found[section] = value
     return found
@@ -211,7 +571,9 @@ def outcome(call, *names):
         return call()
     except SystemExit as refusal:
         sentence = refusal.code
-        assert isinstance(sentence, str) and sentence and "\n" not in sentence and len(sentence) < 1500, f"refused by {sentence!r:.300}"
+        assert (
+            isinstance(sentence, str) and sentence and "\n" not in sentence and len(sentence) < 1500
+        ), f"refused by {sentence!r:.300}"
         assert any(name in sentence for name in names), f"names none of {names}: {sentence:.300}"
     except Exception as error:
         raise AssertionError(f"{type(error).__name__}: {error}"[:300])
@@ -242,7 +604,12 @@ class Tally:
             self.faults.append(f"{str(what)[:300]}\n        {str(error).splitlines()[0]}")
 
     def __str__(self):
-        return "\n".join([f"{self.accepted} accepted, {self.refused} refused, {len(self.faults)} faults", *self.faults[:int(os.environ.get("SHOW", 10))]])
+        return "\n".join(
+            [
+                f"{self.accepted} accepted, {self.refused} refused, {len(self.faults)} faults",
+                *self.faults[: int(os.environ.get("SHOW", 10))],
+            ]
+        )
 
 
 @pytest.fixture
@@ -258,20 +625,30 @@ def tally(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------- whatever
 
+
 @pytest.mark.slow
 def test_values_are_taken_as_they_stand_or_refused_and_what_follows_is_built_or_refused(tally):
     """One to three keys of a valid run get another value, in the file or on the command line."""
     chance, valid = random.Random(1), {}
     for _ in range(800 * CASES):
         run, script = draw_run(chance), chance.choice(list(EXTRA))
-        if written(run) not in valid:                      # parsing takes most of this test's time
+        if written(run) not in valid:  # parsing takes most of this test's time
             save(run)
             valid[written(run)] = flat(config.load("a.yaml"))
         before, given, words, names = valid[written(run)], {}, [], []
-        for key, one, kind in [draw_key(chance, run) for _ in range(chance.choice([1, 1, 1, 2, 3]))]:
+        for key, one, kind in [
+            draw_key(chance, run) for _ in range(chance.choice([1, 1, 1, 2, 3]))
+        ]:
             raw = draw_value(chance, kind)
-            names += [key.split(".")[-1], *["n_views", "clusters"] * (key == "loss.name")]             # another method's defaults may not suit the rest
-            if chance.random() < 0.3 and not re.search("[\n\r\t\x00\ufeff]|^---|^[.]{3}$", raw) and key not in given:
+            names += [
+                key.split(".")[-1],
+                *["n_views", "clusters"] * (key == "loss.name"),
+            ]  # another method's defaults may not suit the rest
+            if (
+                chance.random() < 0.3
+                and not re.search("[\n\r\t\x00\ufeff]|^---|^[.]{3}$", raw)
+                and key not in given
+            ):
                 one[key.split(".")[-1]] = raw
                 given[key] = raw, "file"
                 names.append("a.yaml")
@@ -282,20 +659,40 @@ def test_values_are_taken_as_they_stand_or_refused_and_what_follows_is_built_or_
 
         def check():
             arguments = config.command_line("").parse_args(["--cfg", "a.yaml", *words])
-            cfg = outcome(lambda: config.load(arguments.cfg, arguments.overrides, EXTRA[script]), *names)
+            cfg = outcome(
+                lambda: config.load(arguments.cfg, arguments.overrides, EXTRA[script]), *names
+            )
             if cfg is None:
                 return False
-            after, chosen = flat(cfg), [key.split(".")[0] for key in given if key in ("model.host", "loss.name")]
+            after, chosen = (
+                flat(cfg),
+                [key.split(".")[0] for key in given if key in ("model.host", "loss.name")],
+            )
             for key, (raw, place) in given.items():
-                if place == "command line" or key.split(".")[0] not in chosen:           # another host takes the file's keys away, but not the command line's
-                    assert key in after and meant(raw, after[key]), f"{key}={raw:.100} became {after.get(key)!r:.100}"
+                if (
+                    place == "command line" or key.split(".")[0] not in chosen
+                ):  # another host takes the file's keys away, but not the command line's
+                    assert key in after and meant(raw, after[key]), (
+                        f"{key}={raw:.100} became {after.get(key)!r:.100}"
+                    )
             for key in {**before, **after}:
-                if key not in given and key.split(".")[0] not in chosen and key.split(".")[0] in before:
-                    assert before.get(key) == after.get(key), f"{key} was {before.get(key)} and is now {after.get(key)}"
+                if (
+                    key not in given
+                    and key.split(".")[0] not in chosen
+                    and key.split(".")[0] in before
+                ):
+                    assert before.get(key) == after.get(key), (
+                        f"{key} was {before.get(key)} and is now {after.get(key)}"
+                    )
             if chance.random() < 0.25:
                 same_as_saved(cfg)
-            touched = any(key.startswith("model.") and key.split(".")[1] in ("host", *ENCODER, "head", "bn_splits") for key in given)
+            touched = any(
+                key.startswith("model.")
+                and key.split(".")[1] in ("host", *ENCODER, "head", "bn_splits")
+                for key in given
+            )
             return outcome(lambda: build(cfg, "a.yaml", touched), *names, "more memory")
+
         tally.case((given, written(run)), check)
     assert min(tally.accepted, tally.refused) > 200 * CASES
 
@@ -308,19 +705,52 @@ def test_a_key_that_does_not_exist_is_never_taken(tally):
         key, one, kind = draw_key(chance, run)
         *path, last = key.split(".")
         i = chance.randrange(len(last) + 1)
-        wrong = chance.choice([last[:i] + last[i + 1:], last[:i] + chance.choice("aeiou_ -3") + last[i:], last.upper(), last[:i] + last[i:][::-1], last.capitalize(), last + "s",
-                               f"{last}.{last}", f".{last}", f"{last}.", "self", "encoder", "dataset", "device", "epochs_", "__init__", "\u00e9" + last, "queue_size", "name"])
-        if wrong.strip() == last or wrong in dict(keys_of(path[0], one.get(config.CHOICE.get(path[0])))) if path else wrong.strip() in ("name", "seed"):
+        wrong = chance.choice(
+            [
+                last[:i] + last[i + 1 :],
+                last[:i] + chance.choice("aeiou_ -3") + last[i:],
+                last.upper(),
+                last[:i] + last[i:][::-1],
+                last.capitalize(),
+                last + "s",
+                f"{last}.{last}",
+                f".{last}",
+                f"{last}.",
+                "self",
+                "encoder",
+                "dataset",
+                "device",
+                "epochs_",
+                "__init__",
+                "\u00e9" + last,
+                "queue_size",
+                "name",
+            ]
+        )
+        if (
+            wrong.strip() == last
+            or wrong in dict(keys_of(path[0], one.get(config.CHOICE.get(path[0]))))
+            if path
+            else wrong.strip() in ("name", "seed")
+        ):
             continue
         in_file, raw = chance.random() < 0.5, draw_value(chance, kind)
-        words = [] if in_file else [".".join([*path, wrong]) + f"={chance.choice(['3', '0.5', 'a'])}"]
+        words = (
+            [] if in_file else [".".join([*path, wrong]) + f"={chance.choice(['3', '0.5', 'a'])}"]
+        )
         if in_file:
             one[wrong] = chance.choice(["3", "0.5", "a"])
         save(run)
 
         def check():
-            cfg = outcome(lambda: config.load("a.yaml", words), wrong.split(".")[0].strip(), repr(wrong.strip())[1:-1], "a.yaml")
+            cfg = outcome(
+                lambda: config.load("a.yaml", words),
+                wrong.split(".")[0].strip(),
+                repr(wrong.strip())[1:-1],
+                "a.yaml",
+            )
             assert cfg is None, f"{wrong!r} was taken"
+
         tally.case((words, wrong), check)
     assert tally.refused > 200 * CASES
 
@@ -338,11 +768,16 @@ def test_a_key_twice_is_refused(tally):
         pairs = [f"{k}: {v}" for k, v in one.items()]
         pairs.insert(chance.randrange(len(pairs) + 1), f"{again}: {chance.choice([one[key], '3'])}")
         if kind == "section":
-            key, text = section, text + f"{section}: {{{', '.join(f'{k}: {v}' for k, v in one.items())}}}\n"
+            key, text = (
+                section,
+                text + f"{section}: {{{', '.join(f'{k}: {v}' for k, v in one.items())}}}\n",
+            )
         elif kind == "command line":
             words = [f"loss=[{{{', '.join(pairs)}}}]"]
         else:
-            run[section] = f"{{{', '.join(pairs)}}}" if kind == "flow" else "\n    " + "\n    ".join(pairs)
+            run[section] = (
+                f"{{{', '.join(pairs)}}}" if kind == "flow" else "\n    " + "\n    ".join(pairs)
+            )
             text = written(run)
         with open("a.yaml", "w") as f:
             f.write(text)
@@ -350,6 +785,7 @@ def test_a_key_twice_is_refused(tally):
         def check():
             cfg = outcome(lambda: config.load("a.yaml", words), f"{key} stands twice")
             assert cfg is None, "was taken"
+
         tally.case((kind, again, text, words), check)
     assert tally.refused == 100 * CASES
 
@@ -357,8 +793,31 @@ def test_a_key_twice_is_refused(tally):
 def test_files_with_anything_in_them(tally):
     """Lines and characters of a valid file are lost, doubled, moved and put in, bytes among them that are no text: the file is named, or means what PyYAML reads."""
     chance = random.Random(4)
-    bits = [*"{}[]:,-#'\"&*!|>%@`?0.~= \n\r\t", ": ", "- ", "&a ", "*a", "!!int ", "!!python/name:os.system ", "<<: ", "---\n", "...\n", "# ", "\u00e9", "\u2028", "\x85", "\x00", "\x1b"]
-    bits = [bit.encode() for bit in bits] + [b"\xff", b"\xfe\xff", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\xc3"]
+    bits = [
+        *"{}[]:,-#'\"&*!|>%@`?0.~= \n\r\t",
+        ": ",
+        "- ",
+        "&a ",
+        "*a",
+        "!!int ",
+        "!!python/name:os.system ",
+        "<<: ",
+        "---\n",
+        "...\n",
+        "# ",
+        "\u00e9",
+        "\u2028",
+        "\x85",
+        "\x00",
+        "\x1b",
+    ]
+    bits = [bit.encode() for bit in bits] + [
+        b"\xff",
+        b"\xfe\xff",
+        b"\xef\xbb\xbf",
+        b"\xed\xa0\x80",
+        b"\xc3",
+    ]
     rows = sorted(glob.glob(os.path.join(ROOT, "yaml", "*.yaml")))
     for _ in range(500 * CASES):
         lines = written(draw_run(chance)).encode().splitlines(True)
@@ -367,11 +826,20 @@ def test_files_with_anything_in_them(tally):
                 lines = f.read().splitlines(True)
         for _ in range(chance.choice([0, 0, 0, 1, 2])):
             i, j = chance.randrange(len(lines)), chance.randrange(len(lines))
-            lines[i] = chance.choice([b"", lines[j], lines[i] + lines[j], b"  " + lines[i], lines[i].lstrip(), lines[i].split(b":")[0] + b":\n"])
+            lines[i] = chance.choice(
+                [
+                    b"",
+                    lines[j],
+                    lines[i] + lines[j],
+                    b"  " + lines[i],
+                    lines[i].lstrip(),
+                    lines[i].split(b":")[0] + b":\n",
+                ]
+            )
         text = b"".join(lines)
         for _ in range(chance.choice([0, 1, 1, 2, 3])):
             i = chance.randrange(len(text) + 1)
-            text = text[:i] + chance.choice([b"", *bits]) + text[i + chance.choice([0, 1]):]
+            text = text[:i] + chance.choice([b"", *bits]) + text[i + chance.choice([0, 1]) :]
         with open("a.yaml", "wb") as f:
             f.write(text)
 
@@ -381,55 +849,146 @@ def test_files_with_anything_in_them(tally):
                 return False
             assert alike(yaml.safe_load(text), cfg), f"PyYAML reads {yaml.safe_load(text)}"
             return same_as_saved(cfg)
+
         tally.case(text, check)
     assert min(tally.accepted, tally.refused) > 50 * CASES
 
 
 # ---------------------------------------------------------------------------------------------------- one by one, and together
 
+
 def schedule(**settings):
     return Schedule(**{**dict(epochs=5, batch_size=2, lr=1.0), **settings})
 
 
 def loader(images=24, **settings):
-    return Loader(DATA.select(torch.arange(images)), **{**dict(batch_size=8, n_views=2, seed=0, device=CPU, augment="cifar", image_size=16), **settings})
+    return Loader(
+        DATA.select(torch.arange(images)),
+        **{
+            **dict(batch_size=8, n_views=2, seed=0, device=CPU, augment="cifar", image_size=16),
+            **settings,
+        },
+    )
 
 
-@pytest.mark.parametrize("make,message", [
-    (lambda: schedule(gamma=0.0), "gamma is 0.0; it must be above 0"), (lambda: schedule(warmup_epochs=-1), "warmup_epochs is -1"), (lambda: schedule(warmup_epochs=5), "leaves nothing"),
-    (lambda: schedule(schedule="step"), "schedule is step, but there are no milestones; .* schedule: constant"), (lambda: schedule(accumulate=0), "accumulate is 0"),
-    (lambda: schedule(schedule="step", milestones=[3, 0]), r"milestones \[3, 0\] must lie above 0"), (lambda: schedule(milestones=[3]), "write schedule: step"),
-    (lambda: sgd([], 1.0, momentum=1.0), "momentum value: 1.0"), (lambda: sgd([], 1.0, weight_decay=-1e-4), "weight_decay value"),
-    (lambda: loader(image_size=7), "data.image_size is 7"), (lambda: loader(image_size=10 ** 5), "4096 at most"), (lambda: loader(workers=10 ** 6), "1024 at most"),
-    (lambda: loader(images=7), "batch_size 8 is larger than the data set of 7 images"),
-    (lambda: IR(Tiny(8, 1), 1), "a data set of 1 image has no negatives once exclude_self"), (lambda: CMC(Tiny(8, 2), 1), "has no negatives"), (lambda: MoCo(Tiny(8, 1), 1), "has no negatives"),
-    (lambda: IR(Tiny(8, 1), 24, candidates=25), "candidates is 25; it must lie between 2 and the 24 rows"), (lambda: IR(Tiny(8, 1), 24, candidates=1), "candidates is 1"),
-    (lambda: IR(Tiny(8, 1), 24, n_views=0), "n_views is 0"), (lambda: MoCo(Tiny(8, 1), 24, n_views=0), "n_views is 0"), (lambda: MoCo(Tiny(8, 1), 24, queue_size=0), "queue_size is 0"),
-    (lambda: LabEncoder((0.0,) * 3, (1.0,) * 3, backbone="resnet10", width=5), "width is 5; cmc halves it, so it must be even"),
-    (lambda: IFND(10, 24, clusters=[2, 25]), "the 24 images there are"),
-    (lambda: Ring(10, anneal_epochs=-1.0), "anneal_epochs is -1.0"), (lambda: Ring(10, inner=0.2, outer=0.1), "do not bound a ring"), (lambda: MoCHi(warmup_epochs=-1.0), "warmup_epochs is -1.0"),
-    (lambda: KNN(DATA, DATA, 16, CPU, 0, k=0), "k 0 at least 1"), (lambda: KNN(DATA, DATA, 16, CPU, 0, temperature=0.0), "temperature 0.0 above 0"),
-    (lambda: Probe(momentum=-1.0), "momentum value: -1.0"), (lambda: Probe(weight_decay=-1.0), "weight_decay value"), (lambda: Probe(lr=[0.1, 0.2, 0.1]), "twice"), (lambda: Probe(lr=[]), "lr is an empty"),
-    (lambda: Probe(image_size=4), "image_size is 4"), (lambda: Probe(augment="crop_flop"), "augment 'crop_flop' is not a recipe; there are moco_v1"),
-    (lambda: Finetune(momentum=1.5), "momentum value: 1.5"), (lambda: Finetune(augment="x"), "augment 'x' is not a recipe"), (lambda: Finetune(labels=0.0), "labels is 0"),
-    (lambda: Detect(momentum=-1.0), "momentum value"), (lambda: Detect(gamma=0.0), "gamma is 0.0"), (lambda: Detect(milestones=[-5]), r"milestones \[-5\] must lie"), (lambda: Detect(workers=2000), "1024"),
-])
+@pytest.mark.parametrize(
+    "make,message",
+    [
+        (lambda: schedule(gamma=0.0), "gamma is 0.0; it must be above 0"),
+        (lambda: schedule(warmup_epochs=-1), "warmup_epochs is -1"),
+        (lambda: schedule(warmup_epochs=5), "leaves nothing"),
+        (
+            lambda: schedule(schedule="step"),
+            "schedule is step, but there are no milestones; .* schedule: constant",
+        ),
+        (lambda: schedule(accumulate=0), "accumulate is 0"),
+        (
+            lambda: schedule(schedule="step", milestones=[3, 0]),
+            r"milestones \[3, 0\] must lie above 0",
+        ),
+        (lambda: schedule(milestones=[3]), "write schedule: step"),
+        (lambda: sgd([], 1.0, momentum=1.0), "momentum value: 1.0"),
+        (lambda: sgd([], 1.0, weight_decay=-1e-4), "weight_decay value"),
+        (lambda: loader(image_size=7), "data.image_size is 7"),
+        (lambda: loader(image_size=10**5), "4096 at most"),
+        (lambda: loader(workers=10**6), "1024 at most"),
+        (lambda: loader(images=7), "batch_size 8 is larger than the data set of 7 images"),
+        (lambda: IR(Tiny(8, 1), 1), "a data set of 1 image has no negatives once exclude_self"),
+        (lambda: CMC(Tiny(8, 2), 1), "has no negatives"),
+        (lambda: MoCo(Tiny(8, 1), 1), "has no negatives"),
+        (
+            lambda: IR(Tiny(8, 1), 24, candidates=25),
+            "candidates is 25; it must lie between 2 and the 24 rows",
+        ),
+        (lambda: IR(Tiny(8, 1), 24, candidates=1), "candidates is 1"),
+        (lambda: IR(Tiny(8, 1), 24, n_views=0), "n_views is 0"),
+        (lambda: MoCo(Tiny(8, 1), 24, n_views=0), "n_views is 0"),
+        (lambda: MoCo(Tiny(8, 1), 24, queue_size=0), "queue_size is 0"),
+        (
+            lambda: LabEncoder((0.0,) * 3, (1.0,) * 3, backbone="resnet10", width=5),
+            "width is 5; cmc halves it, so it must be even",
+        ),
+        (lambda: IFND(10, 24, clusters=[2, 25]), "the 24 images there are"),
+        (lambda: Ring(10, anneal_epochs=-1.0), "anneal_epochs is -1.0"),
+        (lambda: Ring(10, inner=0.2, outer=0.1), "do not bound a ring"),
+        (lambda: MoCHi(warmup_epochs=-1.0), "warmup_epochs is -1.0"),
+        (lambda: KNN(DATA, DATA, 16, CPU, 0, k=0), "k 0 at least 1"),
+        (lambda: KNN(DATA, DATA, 16, CPU, 0, temperature=0.0), "temperature 0.0 above 0"),
+        (lambda: Probe(momentum=-1.0), "momentum value: -1.0"),
+        (lambda: Probe(weight_decay=-1.0), "weight_decay value"),
+        (lambda: Probe(lr=[0.1, 0.2, 0.1]), "twice"),
+        (lambda: Probe(lr=[]), "lr is an empty"),
+        (lambda: Probe(image_size=4), "image_size is 4"),
+        (
+            lambda: Probe(augment="crop_flop"),
+            "augment 'crop_flop' is not a recipe; there are moco_v1",
+        ),
+        (lambda: Finetune(momentum=1.5), "momentum value: 1.5"),
+        (lambda: Finetune(augment="x"), "augment 'x' is not a recipe"),
+        (lambda: Finetune(labels=0.0), "labels is 0"),
+        (lambda: Detect(momentum=-1.0), "momentum value"),
+        (lambda: Detect(gamma=0.0), "gamma is 0.0"),
+        (lambda: Detect(milestones=[-5]), r"milestones \[-5\] must lie"),
+        (lambda: Detect(workers=2000), "1024"),
+    ],
+)
 def test_what_no_run_can_bear_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-@pytest.mark.parametrize("make,said", [
-    (lambda: schedule(schedule="step", milestones=[3, 5, 9]), r"milestones \[3, 5, 9\]: epochs 5 end before the last of them is reached, and the learning rate falls 1 times; lower them too"),
-    (lambda: MoCo(Tiny(8, 1), 24, queue_size=25), "queue_size 25 is larger than the data set of 24 images, so that a query's own image is always among its negatives; lower it"),
-    (lambda: NCE(n_data=24, n_negatives=25), "n_negatives 25 is larger than the data set of 24 images, so that each is drawn several times; lower it"),
-    (lambda: Ring(10, n_data=24, n_negatives=4095), "n_negatives 4095 is larger than the data set of 24 images"),
-    (lambda: IFND(20, 24, clusters=[3]), "reassign_every 20 leaves no clustering before the end, epochs 20: .* ifnd is nce; lower it"),
-    (lambda: IFND(30, 24, clusters=[3, 1]), r"clusters \[3, 1\] has a level of 1, whose one cluster leaves no negatives .*; take 2 or more"),
-    (lambda: Ring(5, anneal_epochs=6.0), "anneal_epochs 6 is above epochs 5: the ring does not get down to outer 0.1"),
-    (lambda: MoCHi(epochs=10, warmup_epochs=10.0), "warmup_epochs 10 of mochi leaves nothing of epochs 10: no negatives are mixed"),
-    (lambda: Detect(iterations=1000), r"(?s)milestones \[60000, 80000\]: iterations 1000 end .* falls 0 times.*warmup_iterations 1000 leaves nothing of iterations 1000"),
-], ids=["milestones", "queue", "draws", "draws in a ring", "reassign", "clusters", "anneal", "mochi's warm-up", "detect"])
+@pytest.mark.parametrize(
+    "make,said",
+    [
+        (
+            lambda: schedule(schedule="step", milestones=[3, 5, 9]),
+            r"milestones \[3, 5, 9\]: epochs 5 end before the last of them is reached, and the learning rate falls 1 times; lower them too",
+        ),
+        (
+            lambda: MoCo(Tiny(8, 1), 24, queue_size=25),
+            "queue_size 25 is larger than the data set of 24 images, so that a query's own image is always among its negatives; lower it",
+        ),
+        (
+            lambda: NCE(n_data=24, n_negatives=25),
+            "n_negatives 25 is larger than the data set of 24 images, so that each is drawn several times; lower it",
+        ),
+        (
+            lambda: Ring(10, n_data=24, n_negatives=4095),
+            "n_negatives 4095 is larger than the data set of 24 images",
+        ),
+        (
+            lambda: IFND(20, 24, clusters=[3]),
+            "reassign_every 20 leaves no clustering before the end, epochs 20: .* ifnd is nce; lower it",
+        ),
+        (
+            lambda: IFND(30, 24, clusters=[3, 1]),
+            r"clusters \[3, 1\] has a level of 1, whose one cluster leaves no negatives .*; take 2 or more",
+        ),
+        (
+            lambda: Ring(5, anneal_epochs=6.0),
+            "anneal_epochs 6 is above epochs 5: the ring does not get down to outer 0.1",
+        ),
+        (
+            lambda: MoCHi(epochs=10, warmup_epochs=10.0),
+            "warmup_epochs 10 of mochi leaves nothing of epochs 10: no negatives are mixed",
+        ),
+        (
+            lambda: Detect(iterations=1000),
+            r"(?s)milestones \[60000, 80000\]: iterations 1000 end .* falls 0 times.*warmup_iterations 1000 leaves nothing of iterations 1000",
+        ),
+    ],
+    ids=[
+        "milestones",
+        "queue",
+        "draws",
+        "draws in a ring",
+        "reassign",
+        "clusters",
+        "anneal",
+        "mochi's warm-up",
+        "detect",
+    ],
+)
 def test_what_does_less_than_it_says_is_said(make, said, capsys):
     """Not refused: a run cut short for a look, optim.epochs=10 on a paper's file, is one of these."""
     make()
@@ -437,7 +996,17 @@ def test_what_does_less_than_it_says_is_said(make, said, capsys):
 
 
 def test_nothing_is_said_of_settings_that_suit(capsys):
-    schedule(schedule="step", milestones=[3, 4]), MoCo(Tiny(8, 1), 24, queue_size=24), IFND(21, 24, clusters=[3]), Ring(5, anneal_epochs=5.0), Ring(5), NCE(n_data=24, n_negatives=24), MoCHi(epochs=1), MoCHi(), Detect()
+    (
+        schedule(schedule="step", milestones=[3, 4]),
+        MoCo(Tiny(8, 1), 24, queue_size=24),
+        IFND(21, 24, clusters=[3]),
+        Ring(5, anneal_epochs=5.0),
+        Ring(5),
+        NCE(n_data=24, n_negatives=24),
+        MoCHi(epochs=1),
+        MoCHi(),
+        Detect(),
+    )
     assert capsys.readouterr().out == ""
 
 
@@ -446,8 +1015,16 @@ def contrast(K=5):
     return Contrast(q.requires_grad_(), k, n, torch.arange(4), torch.arange(10, 10 + K))
 
 
-@pytest.mark.parametrize("loss,K", [(NCE(n_negatives=1000), 1000), (Ring(10, n_negatives=1000, anneal_epochs=0.0), 1000), (Ring(10, inner=0.0, outer=1e-9, anneal_epochs=0.0), 1),
-                                    (MoCHi(hardest=1000, mixed=7, query_mixed=0, warmup_epochs=0.0), 12)], ids=["nce", "ring", "thin ring", "mochi"])
+@pytest.mark.parametrize(
+    "loss,K",
+    [
+        (NCE(n_negatives=1000), 1000),
+        (Ring(10, n_negatives=1000, anneal_epochs=0.0), 1000),
+        (Ring(10, inner=0.0, outer=1e-9, anneal_epochs=0.0), 1),
+        (MoCHi(hardest=1000, mixed=7, query_mixed=0, warmup_epochs=0.0), 12),
+    ],
+    ids=["nce", "ring", "thin ring", "mochi"],
+)
 def test_more_than_there_are_candidates_is_taken_as_it_is_meant(loss, K):
     """n_negatives: draws with replacement, an estimate of the same mean, however many; a ring is never empty; hardest: all that there are."""
     value, figures = loss(contrast(), 0.0)
@@ -457,22 +1034,51 @@ def test_more_than_there_are_candidates_is_taken_as_it_is_meant(loss, K):
 
 def test_neighbours_beyond_the_bank_and_a_small_temperature():
     """k: all there are, of which the monitor lets a tenth vote. e^{s / T} overflows below T = 1 / 88, and all classes would tie at infinity: the first would win."""
-    bank, labels = F.normalize(torch.tensor([[1.0, 0.1], [1.0, 0.0], [0.0, 1.0]]), dim=1), torch.tensor([0, 1, 2])
+    bank, labels = (
+        F.normalize(torch.tensor([[1.0, 0.1], [1.0, 0.0], [0.0, 1.0]]), dim=1),
+        torch.tensor([0, 1, 2]),
+    )
     queries = torch.tensor([[1.0, 0.0], [0.1, 1.0]])
     for temperature in (1.0, 0.1, 0.01, 1e-4, 1e-30):
         assert knn(bank, labels, queries, 1000, temperature).tolist() == [1, 2]
     assert str(KNN(DATA, DATA, 16, CPU, 0)).startswith("weighted kNN, k 2 (knn.k is 200,")
 
 
-@pytest.mark.parametrize("script,arguments,message", [
-    (train_linear, ["data.image_size=4"], "data.image_size is 4; it must be at least 8"), (train_linear, ["data.limit=1"], "a linear probe needs more training images than 1"),
-    (train_finetune, ["data.image_size=-4"], "data.image_size is -4"), (train_finetune, ["finetune.batch_size=1"], "finetune.batch_size 1 leaves BatchNorm one image at a time, .* so raise batch_size"),
-    (train_finetune, ["finetune.batch_size=8", "model.bn_splits=8"], "model.bn_splits 8; it needs two"),
-])
+@pytest.mark.parametrize(
+    "script,arguments,message",
+    [
+        (train_linear, ["data.image_size=4"], "data.image_size is 4; it must be at least 8"),
+        (train_linear, ["data.limit=1"], "a linear probe needs more training images than 1"),
+        (train_finetune, ["data.image_size=-4"], "data.image_size is -4"),
+        (
+            train_finetune,
+            ["finetune.batch_size=1"],
+            "finetune.batch_size 1 leaves BatchNorm one image at a time, .* so raise batch_size",
+        ),
+        (
+            train_finetune,
+            ["finetune.batch_size=8", "model.bn_splits=8"],
+            "model.bn_splits 8; it needs two",
+        ),
+    ],
+)
 def test_what_a_script_alone_can_see(script, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(Encoder(backbone="resnet10", stem="cifar", width=8).backbone.state_dict(), "w.pt")
-    monkeypatch.setattr(sys, "argv", ["x", "--cfg", QUICK, "--weights", "w.pt", *TINY, *["finetune.labels=1"] * (script is train_finetune), *arguments])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "x",
+            "--cfg",
+            QUICK,
+            "--weights",
+            "w.pt",
+            *TINY,
+            *["finetune.labels=1"] * (script is train_finetune),
+            *arguments,
+        ],
+    )
     with pytest.raises(SystemExit, match=message) as refusal:
         script.main()
     assert "\n" not in refusal.value.code

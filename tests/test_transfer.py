@@ -1,4 +1,5 @@
 """Sets for transfer, in torchvision's own layouts made here, and the probe on them."""
+
 import gzip
 import json
 import os
@@ -20,29 +21,51 @@ from train_linear import Probe
 def trained(tmp_path_factory):
     """A folder with a short run of its own."""
     folder = tmp_path_factory.mktemp("transfer")
-    run(folder, "train_pretrain.py", "--cfg", QUICK, *TINY, "name=a", "optim.epochs=1", "model.stem=imagenet")
+    run(
+        folder,
+        "train_pretrain.py",
+        "--cfg",
+        QUICK,
+        *TINY,
+        "name=a",
+        "optim.epochs=1",
+        "model.stem=imagenet",
+    )
     return folder
 
 
 def probe(folder, *settings, **how):
-    return run(folder, "train_linear.py", "--cfg", QUICK, *TINY, "model.stem=imagenet", *settings, **how)
+    return run(
+        folder, "train_linear.py", "--cfg", QUICK, *TINY, "model.stem=imagenet", *settings, **how
+    )
 
 
 def idx(path, array):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     for file in (path, path + ".gz"):
         with (gzip.open if file.endswith(".gz") else open)(file, "wb") as f:
-            f.write(struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes())
+            f.write(
+                struct.pack(">HBB", 0, 8, array.ndim)
+                + struct.pack(f">{array.ndim}I", *array.shape)
+                + array.tobytes()
+            )
 
 
 def test_mnist_has_three_equal_channels(tmp_path):
-    images, labels = np.arange(5 * 28 * 28, dtype=np.uint8).reshape(5, 28, 28), np.array([3, 1, 4, 1, 5], np.uint8)
+    images, labels = (
+        np.arange(5 * 28 * 28, dtype=np.uint8).reshape(5, 28, 28),
+        np.array([3, 1, 4, 1, 5], np.uint8),
+    )
     for part in ("train", "t10k"):
         idx(str(tmp_path / "MNIST" / "raw" / f"{part}-images-idx3-ubyte"), images)
         idx(str(tmp_path / "MNIST" / "raw" / f"{part}-labels-idx1-ubyte"), labels)
     for part in ("train", "test"):
         data = load(part, 0, name="mnist", root=str(tmp_path))
-        assert data.images.shape == (5, 3, 28, 28) and torch.equal(data.images[:, 0], torch.from_numpy(images)) and torch.equal(data.images[:, 0], data.images[:, 2])
+        assert (
+            data.images.shape == (5, 3, 28, 28)
+            and torch.equal(data.images[:, 0], torch.from_numpy(images))
+            and torch.equal(data.images[:, 0], data.images[:, 2])
+        )
         assert data.labels.tolist() == labels.tolist() and len(data.classes) == 10
 
 
@@ -54,10 +77,17 @@ def test_sets_of_files_are_read_as_folders_are(tmp_path):
             for texture in ("banded", "woven"):
                 os.makedirs(tmp_path / "dtd" / "dtd" / "images" / texture, exist_ok=True)
                 name = f"{texture}/{split}.jpg"
-                Image.new("RGB", (40, 30), (10, 20, 30)).save(tmp_path / "dtd" / "dtd" / "images" / name)
+                Image.new("RGB", (40, 30), (10, 20, 30)).save(
+                    tmp_path / "dtd" / "dtd" / "images" / name
+                )
                 f.write(name + "\n")
     data = load("test", 0, name="dtd", root=str(tmp_path))
-    assert isinstance(data, FolderSet) and data.labels.tolist() == [0, 1] and data.decode(1).size == (40, 30) and data.files[1].endswith("woven/test.jpg")
+    assert (
+        isinstance(data, FolderSet)
+        and data.labels.tolist() == [0, 1]
+        and data.decode(1).size == (40, 30)
+        and data.files[1].endswith("woven/test.jpg")
+    )
 
 
 def voc(root):
@@ -67,11 +97,15 @@ def voc(root):
     for split, n in (("trainval", 60), ("test", 30)):
         there = rng.integers(0, 2, (n, 3)) * 2 - 1
         there[:3, 0] = 0
-        for i, values in enumerate(there):                 # each class is a channel that is bright
+        for i, values in enumerate(there):  # each class is a channel that is bright
             image = rng.integers(0, 120, (16, 16, 3)) + 120 * (values > 0)
-            Image.fromarray(image.astype(np.uint8)).save(root / "VOCdevkit" / "VOC2007" / "JPEGImages" / f"{split}{i:03d}.jpg", quality=95)
+            Image.fromarray(image.astype(np.uint8)).save(
+                root / "VOCdevkit" / "VOC2007" / "JPEGImages" / f"{split}{i:03d}.jpg", quality=95
+            )
         for c, name in enumerate(("aeroplane", "bird", "cat")):
-            with open(root / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{name}_{split}.txt", "w") as f:
+            with open(
+                root / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{name}_{split}.txt", "w"
+            ) as f:
                 f.writelines(f"{split}{i:03d} {v:2d}\n" for i, v in enumerate(there[:, c]))
 
 
@@ -79,34 +113,72 @@ def test_voc2007_and_its_svm_through_the_script(trained, tmp_path):
     pytest.importorskip("sklearn")
     voc(tmp_path)
     data = load("train", 0, name="voc2007", root=str(tmp_path))
-    assert data.labels.shape == (60, 3) and set(data.labels.unique().tolist()) == {-1, 0, 1} and data.classes == ["aeroplane", "bird", "cat"]
-    out = probe(trained, "name=voc", "--weights", "runs/a/backbone.pt", "linear.data=voc2007", f"linear.root={tmp_path}", "linear.classifier=svm", "data.workers=0").stdout
+    assert (
+        data.labels.shape == (60, 3)
+        and set(data.labels.unique().tolist()) == {-1, 0, 1}
+        and data.classes == ["aeroplane", "bird", "cat"]
+    )
+    out = probe(
+        trained,
+        "name=voc",
+        "--weights",
+        "runs/a/backbone.pt",
+        "linear.data=voc2007",
+        f"linear.root={tmp_path}",
+        "linear.classifier=svm",
+        "data.workers=0",
+    ).stdout
     assert "linear SVM a class" in out and "mAP" in out
     with open(trained / "runs" / "voc" / "linear.jsonl") as f:
         line = json.loads(f.read())
-    assert line["figures"] == line["rows"]["voc"] and 0 < line["figures"]["mAP"] <= 100 and line["rows"]["raw pixels"]["mAP"] > 90 and line["data"] == "voc2007"
+    assert (
+        line["figures"] == line["rows"]["voc"]
+        and 0 < line["figures"]["mAP"] <= 100
+        and line["rows"]["raw pixels"]["mAP"] > 90
+        and line["data"] == "voc2007"
+    )
 
 
 def test_what_makes_no_sense_is_refused(tmp_path):
     for settings in ({"classifier": "svm"}, {"data": "voc2007"}):
-        with pytest.raises(ValueError, match="voc2007, with several classes an image, and svm belong together"):
+        with pytest.raises(
+            ValueError, match="voc2007, with several classes an image, and svm belong together"
+        ):
             Probe(**settings)
-    for name, part, message in [("voc2007", "train", "as in VOCdevkit"), ("dtdd", "train", "did you mean dtd"), ("voc2007", "pretrain", "take data.name=folder")]:
+    for name, part, message in [
+        ("voc2007", "train", "as in VOCdevkit"),
+        ("dtdd", "train", "did you mean dtd"),
+        ("voc2007", "pretrain", "take data.name=folder"),
+    ]:
         with pytest.raises(SystemExit, match=message):
             load(part, 0, name=name, root=str(tmp_path))
 
 
-@pytest.mark.parametrize("name", [pytest.param("imagenette96", marks=pytest.mark.slow), "tiny_imagenet_10"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("imagenette96", marks=pytest.mark.slow), "tiny_imagenet_10"]
+)
 def test_transfer_to_a_folder_at_its_own_size_with_another_runs_weights(name, trained):
     root = os.path.join(os.environ.get("DATASETS", os.path.join(ROOT, "datasets")), name)
     if not os.path.isdir(root):
         pytest.skip(f"{root} is not there")
-    out = probe(trained, f"name={name}", "linear.data=folder", f"linear.root={root}", "linear.image_size=32", "linear.epochs=2", "--weights", "runs/a/backbone.pt",
-                "--no-baselines").stdout
+    out = probe(
+        trained,
+        f"name={name}",
+        "linear.data=folder",
+        f"linear.root={root}",
+        "linear.image_size=32",
+        "linear.epochs=2",
+        "--weights",
+        "runs/a/backbone.pt",
+        "--no-baselines",
+    ).stdout
     assert f"runs/a/backbone.pt on folder {name}" in out and "10 classes" in out
     with open(trained / "runs" / name / "linear.jsonl") as f:
         line = json.loads(f.read())
-    assert set(line["figures"]) == {"knn", "top-1", "top-5"} and line["figures"]["top-1"] == line["rows"][name]["top-1, lr 0.01"]
+    assert (
+        set(line["figures"]) == {"knn", "top-1", "top-5"}
+        and line["figures"]["top-1"] == line["rows"][name]["top-1, lr 0.01"]
+    )
     assert os.path.exists(trained / "runs" / name / "config.yaml")
 
 

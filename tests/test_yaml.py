@@ -1,4 +1,5 @@
 """Every row of every table: it loads, is honest about itself, and takes one training step on tiny data."""
+
 import collections
 import glob
 import json
@@ -19,9 +20,27 @@ from train_finetune import Finetune
 from train_linear import Probe
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-FILES = sorted(path for path in glob.glob(os.path.join(ROOT, "yaml", "**", "*.yaml"), recursive=True) if "detectron2" not in path)
-ROWS = {"Ring, Table 1": 24, "Ring, ablations": 11, "Ring, transfer": 28, "MoCHi, ImageNet-100": 10, "MoCHi, ImageNet-1K": 12, "MoCHi, detection": 5, "JCL, ImageNet": 5,
-        "JCL, ablations": 18, "JCL, COCO": 6, "IFND, ImageNet": 3, "IFND, CIFAR": 6, "IFND, ablations": 9, "IFND, semi-supervised": 4, "IFND, transfer": 8}
+FILES = sorted(
+    path
+    for path in glob.glob(os.path.join(ROOT, "yaml", "**", "*.yaml"), recursive=True)
+    if "detectron2" not in path
+)
+ROWS = {
+    "Ring, Table 1": 24,
+    "Ring, ablations": 11,
+    "Ring, transfer": 28,
+    "MoCHi, ImageNet-100": 10,
+    "MoCHi, ImageNet-1K": 12,
+    "MoCHi, detection": 5,
+    "JCL, ImageNet": 5,
+    "JCL, ablations": 18,
+    "JCL, COCO": 6,
+    "IFND, ImageNet": 3,
+    "IFND, CIFAR": 6,
+    "IFND, ablations": 9,
+    "IFND, semi-supervised": 4,
+    "IFND, transfer": 8,
+}
 
 
 def short(path):
@@ -33,17 +52,23 @@ def test_it_resolves_and_its_header_is_honest(path):
     cfg = config.load(path)
     with open(path) as f:
         head = [line for line in f.read().splitlines() if line.startswith("#")]
-    assert head and any(f"--cfg {short(path)}" in line for line in head), "the header says how to run it"
-    assert cfg["name"] == short(path).removeprefix("yaml" + os.sep).removesuffix(".yaml").replace(os.sep, "_")
+    assert head and any(f"--cfg {short(path)}" in line for line in head), (
+        "the header says how to run it"
+    )
+    assert cfg["name"] == short(path).removeprefix("yaml" + os.sep).removesuffix(".yaml").replace(
+        os.sep, "_"
+    )
     if short(path).count(os.sep) > 1:
         assert "paper" in cfg
     if "paper" in cfg:
         assert cfg["paper"]["table"] and cfg["paper"]["row"] and cfg["paper"]["column"]
-        assert cfg["paper"].get("reported") is None or cfg["paper"].get("source"), "a reported number needs its source"
+        assert cfg["paper"].get("reported") is None or cfg["paper"].get("source"), (
+            "a reported number needs its source"
+        )
     for kind, section in ((Probe, "linear"), (Finetune, "finetune"), (Detect, "detect")):
         if section in cfg:
             config.build(kind, cfg[section], path)
-    for line in head:                                      # weights that another row's run would leave
+    for line in head:  # weights that another row's run would leave
         if "--weights runs/" in line:
             name = line.split("--weights runs/")[1].split("/")[0]
             assert any(name == config.default_name(other) for other in FILES), name
@@ -64,7 +89,11 @@ def test_its_header_says_of_every_setting_where_it_comes_from(path):
     if referred:
         folder = ROOT if referred[1].startswith("yaml/") else os.path.dirname(path)
         assert os.path.exists(os.path.join(folder, referred[1]))
-    own = {line.split(":")[0] for line in lines if re.match("[a-z]+:", line)} - {"base", "paper", "knn"}
+    own = {line.split(":")[0] for line in lines if re.match("[a-z]+:", line)} - {
+        "base",
+        "paper",
+        "knn",
+    }
     for section in own:
         named = re.search(rf"\b{section}(?:, [a-z]+)*: ", head)
         assert named or referred and "All else" in head, f"the header says nothing of {section}"
@@ -83,13 +112,24 @@ def test_no_row_is_missing_and_no_two_are_one_cell():
 def tiny(path):
     """The row's own settings, on 40 images of 16 pixels, a network of width 4, and more queries than the log looks at."""
     cfg = config.load(path)
-    overrides = ["data.name=shapes", "data.split=train", "data.limit=40", "data.image_size=16", "model.width=4", "model.precision=fp32", "optim.batch_size=36", "model.bn_splits=1"]
+    overrides = [
+        "data.name=shapes",
+        "data.split=train",
+        "data.limit=40",
+        "data.image_size=16",
+        "model.width=4",
+        "model.precision=fp32",
+        "optim.batch_size=36",
+        "model.bn_splits=1",
+    ]
     if cfg["model"]["host"] == "moco":
         overrides.append("model.queue_size=32")
     several = config.several(cfg["loss"])
     for one in several:
         if one["name"] == "ifnd":
-            overrides.append(f"loss.{'ifnd.' if len(several) > 1 else ''}clusters={[2, 3, 4][:len(one['clusters'])]}")
+            overrides.append(
+                f"loss.{'ifnd.' if len(several) > 1 else ''}clusters={[2, 3, 4][: len(one['clusters'])]}"
+            )
     return config.load(path, overrides)
 
 
@@ -98,7 +138,9 @@ def distinct():
     seen = {}
     for path in FILES:
         cfg = tiny(path)
-        seen.setdefault(json.dumps([cfg["data"], cfg["model"], cfg["loss"], cfg["optim"]], sort_keys=True), path)
+        seen.setdefault(
+            json.dumps([cfg["data"], cfg["model"], cfg["loss"], cfg["optim"]], sort_keys=True), path
+        )
     return list(seen.values())
 
 
@@ -109,19 +151,51 @@ def test_it_takes_a_step(path):
     torch.manual_seed(0)
     data = config.build(load, cfg["data"], path, part="pretrain", seed=0)
     Host = config.chosen(cfg["model"], "model")
-    encoder = config.build(getattr(Host, "Encoder", Encoder), cfg["model"], path, device=device, mean=data.mean, std=data.std)
+    encoder = config.build(
+        getattr(Host, "Encoder", Encoder),
+        cfg["model"],
+        path,
+        device=device,
+        mean=data.mean,
+        std=data.std,
+    )
     host = config.build(Host, cfg["model"], path, encoder=encoder, n_data=len(data))
     schedule = config.build(Schedule, cfg["optim"], path)
     several = config.several(cfg["loss"])
-    losses = [config.build(config.chosen(one, "loss"), one, path, epochs=schedule.epochs, n_data=len(data), n_keys=host.n_keys, labels=data.labels) for one in several]
+    losses = [
+        config.build(
+            config.chosen(one, "loss"),
+            one,
+            path,
+            epochs=schedule.epochs,
+            n_data=len(data),
+            n_keys=host.n_keys,
+            labels=data.labels,
+        )
+        for one in several
+    ]
     loss_fn = losses[0] if len(losses) == 1 else Together(losses)
-    loader = config.build(Loader, cfg["data"], path, dataset=data, batch_size=36, n_views=host.n_views, seed=0, device=device)
+    loader = config.build(
+        Loader,
+        cfg["data"],
+        path,
+        dataset=data,
+        batch_size=36,
+        n_views=host.n_views,
+        seed=0,
+        device=device,
+    )
     now = schedule.epochs // 2
     if hasattr(loss_fn, "before_epoch"):
         one = next(l for l in losses if hasattr(l, "reassign_every"))
-        loss_fn.before_epoch(now // one.reassign_every * one.reassign_every, lambda: torch.nn.functional.normalize(torch.randn(40, encoder.dim), dim=1))
+        loss_fn.before_epoch(
+            now // one.reassign_every * one.reassign_every,
+            lambda: torch.nn.functional.normalize(torch.randn(40, encoder.dim), dim=1),
+        )
     before = [p.clone() for p in encoder.parameters()]
-    optimizer = config.build(sgd, cfg["optim"], path, parameters=encoder.parameters(), lr=schedule(now))
+    optimizer = config.build(
+        sgd, cfg["optim"], path, parameters=encoder.parameters(), lr=schedule(now)
+    )
     views, index = next(iter(loader.epoch(0)))
     results = [loss_fn(contrast, now) for contrast in host(encoder, views, index)]
     loss = sum(value for value, _ in results)
@@ -129,4 +203,6 @@ def test_it_takes_a_step(path):
     optimizer.step()
     host.after_step()
     assert loss.isfinite() and results[0][1]["K"] > 0
-    assert any(not torch.equal(p, b) for p, b in zip(encoder.parameters(), before)) and all(p.isfinite().all() for p in encoder.parameters())
+    assert any(not torch.equal(p, b) for p, b in zip(encoder.parameters(), before)) and all(
+        p.isfinite().all() for p in encoder.parameters()
+    )

@@ -1,4 +1,5 @@
 """benchmarks/startup.py on few images: it runs, and leaves nothing behind."""
+
 import os
 import shutil
 
@@ -6,7 +7,7 @@ from benchmarks import startup
 
 
 def test_it_prints_a_row_each_and_removes_its_files(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda program: None)                 # strace takes long
+    monkeypatch.setattr(shutil, "which", lambda program: None)  # strace takes long
     startup.main(["--images", "300", "--classes", "5", "--rounds", "1", "--folder", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert "300 images in 5 classes" in lines[0] and os.listdir(tmp_path) == []
@@ -14,4 +15,4 @@ def test_it_prints_a_row_each_and_removes_its_files(tmp_path, capsys, monkeypatc
     if os.path.exists(startup.MEMORY):
         rows = [line.split() for line in lines if line.startswith(("our paths  ", "a list of str"))]
         assert len(rows) == 2 * startup.WORKERS
-        assert all(float(row[-2]) >= float(row[-1]) > 0 for row in rows)       # resident, private
+        assert all(float(row[-2]) >= float(row[-1]) > 0 for row in rows)  # resident, private

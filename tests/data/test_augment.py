@@ -1,4 +1,5 @@
 """Batched augmentation against torchvision's transforms on PIL images: each operation with equal parameters, and the statistics of views."""
+
 import math
 
 import numpy as np
@@ -14,7 +15,7 @@ from data.shapes import shapes
 
 @pytest.fixture(scope="module")
 def images():
-    return torch.from_numpy(shapes(24, size=48, seed=3)[0])                            # (24, 3, 48, 48) uint8
+    return torch.from_numpy(shapes(24, size=48, seed=3)[0])  # (24, 3, 48, 48) uint8
 
 
 def pil(x):
@@ -22,19 +23,26 @@ def pil(x):
 
 
 def back(images):
-    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 for image in images])
+    return torch.stack(
+        [torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 for image in images]
+    )
 
 
 def close(ours, theirs, levels=1.01):
     """Equal up to so many of PIL's 255 levels: PIL rounds, we do not."""
-    assert (ours - theirs).abs().max() <= levels / 255, f"{(ours - theirs).abs().max() * 255:.2f} levels apart"
+    assert (ours - theirs).abs().max() <= levels / 255, (
+        f"{(ours - theirs).abs().max() * 255:.2f} levels apart"
+    )
 
 
-@pytest.mark.parametrize("operation,theirs,values,levels", [
-    ("brightness", TF.adjust_brightness, (0.6, 1.4), 1.01),
-    ("contrast", TF.adjust_contrast, (0.6, 1.4), 1.51),                                # PIL rounds the mean as well
-    ("saturation", TF.adjust_saturation, (0.6, 1.4), 1.51),                            # and the grey image
-])
+@pytest.mark.parametrize(
+    "operation,theirs,values,levels",
+    [
+        ("brightness", TF.adjust_brightness, (0.6, 1.4), 1.01),
+        ("contrast", TF.adjust_contrast, (0.6, 1.4), 1.51),  # PIL rounds the mean as well
+        ("saturation", TF.adjust_saturation, (0.6, 1.4), 1.51),  # and the grey image
+    ],
+)
 def test_colour_operations_equal_torchvisions(images, operation, theirs, values, levels):
     factor = torch.linspace(*values, len(images))
     ours = getattr(augment, operation)(images.float() / 255, factor.view(-1, 1, 1, 1))
@@ -45,19 +53,25 @@ def test_hue_equals_torchvisions_tensor_form(images):
     """PIL's HSV has 256 hues, so the float form is the exact one; PIL itself must agree on the average."""
     shift = torch.linspace(-0.4, 0.4, len(images))
     ours = augment.hue(images.float() / 255, shift.view(-1, 1, 1, 1))
-    exact = torch.stack([TF.adjust_hue(image.float() / 255, s) for image, s in zip(images, shift.tolist())])
+    exact = torch.stack(
+        [TF.adjust_hue(image.float() / 255, s) for image, s in zip(images, shift.tolist())]
+    )
     assert (ours - exact).abs().max() < 1e-5
-    assert (ours - back([TF.adjust_hue(image, s) for image, s in zip(pil(images), shift.tolist())])).abs().mean() < 2 / 255
+    assert (
+        ours - back([TF.adjust_hue(image, s) for image, s in zip(pil(images), shift.tolist())])
+    ).abs().mean() < 2 / 255
 
 
-@pytest.mark.parametrize("size", [32, 96])                 # groups by reach; one by one
+@pytest.mark.parametrize("size", [32, 96])  # groups by reach; one by one
 def test_an_image_alone_is_treated_as_in_a_batch(size):
     """Which images share a call, and whether a parameter is a number or a tensor, changes rounding alone."""
     x, aug = torch.rand(9, 3, size, size), Augment("moco_v2", size)
     u = aug.draw(9, torch.Generator().manual_seed(0))
     del u["crop"]
     whole = aug.colour(x.clone(), u)
-    alone = torch.cat([aug.colour(x[i:i + 1].clone(), pick(u, slice(i, i + 1))) for i in range(9)])
+    alone = torch.cat(
+        [aug.colour(x[i : i + 1].clone(), pick(u, slice(i, i + 1))) for i in range(9)]
+    )
     assert (whole - alone).abs().max() < 1e-5 and (whole - x).abs().max() > 0.1
 
 
@@ -71,32 +85,51 @@ def test_grey_and_flip_equal_torchvisions(images):
 def test_blur_equals_torchvisions_and_is_near_pils(images):
     sigma, x = torch.linspace(0.1, 2, len(images)), images.float() / 255
     ours = augment.blur(x.clone(), sigma, torch.ones(len(images), dtype=torch.bool))
-    exact = torch.cat([TF.gaussian_blur(image[None], 2 * math.ceil(3 * s) + 1, s) for image, s in zip(x, sigma.tolist())])
+    exact = torch.cat(
+        [
+            TF.gaussian_blur(image[None], 2 * math.ceil(3 * s) + 1, s)
+            for image, s in zip(x, sigma.tolist())
+        ]
+    )
     assert (ours - exact).abs().max() < 1e-5
     wide = torch.cat([TF.gaussian_blur(image[None], 31, s) for image, s in zip(x, sigma.tolist())])
-    assert (ours - wide).abs().max() < 0.5 / 255          # what lies beyond three sigma
-    theirs = back([im.filter(ImageFilter.GaussianBlur(s)) for im, s in zip(pil(images), sigma.tolist())])
-    assert (ours - theirs).abs().mean() < 2 / 255          # PIL's is three box filters
+    assert (ours - wide).abs().max() < 0.5 / 255  # what lies beyond three sigma
+    theirs = back(
+        [im.filter(ImageFilter.GaussianBlur(s)) for im, s in zip(pil(images), sigma.tolist())]
+    )
+    assert (ours - theirs).abs().mean() < 2 / 255  # PIL's is three box filters
 
 
-@pytest.mark.parametrize("size", [48, 64, 20])             # enlarged always; and where some boxes shrink
+@pytest.mark.parametrize("size", [48, 64, 20])  # enlarged always; and where some boxes shrink
 def test_crop_equals_pils(images, size):
     """The same boxes through Image.crop + Image.resize. PIL rounds between its two passes."""
     u = augment.draw_crop(len(images), torch.Generator().manual_seed(0), (0.2, 1.0))
     box = augment.crop_box(u, 48, 48, (0.2, 1.0))
-    theirs = [TF.resized_crop(im, *map(int, b), [size, size]) for im, b in zip(pil(images), box.tolist())]
+    theirs = [
+        TF.resized_crop(im, *map(int, b), [size, size]) for im, b in zip(pil(images), box.tolist())
+    ]
     close(augment.crop(images.float() / 255, box, size), back(theirs), 1.3)
-    close(augment.crop(images, box, size), back(theirs), 1.3)                          # uint8: for 64 pixels by another way
+    close(augment.crop(images, box, size), back(theirs), 1.3)  # uint8: for 64 pixels by another way
 
 
 def test_bilinear_is_antialiased_where_boxes_grow(images):
-    box = augment.crop_box(augment.draw_crop(len(images), torch.Generator().manual_seed(1), (0.2, 1.0)), 48, 48, (0.2, 1.0))
+    box = augment.crop_box(
+        augment.draw_crop(len(images), torch.Generator().manual_seed(1), (0.2, 1.0)),
+        48,
+        48,
+        (0.2, 1.0),
+    )
     x = images.float() / 255
-    arguments = [augment.sampling(s, l, 48, 48, False) for s, l in ((box[:, :1], box[:, 2:3]), (box[:, 1:2], box[:, 3:]))]
+    arguments = [
+        augment.sampling(s, l, 48, 48, False)
+        for s, l in ((box[:, :1], box[:, 2:3]), (box[:, 1:2], box[:, 3:]))
+    ]
     assert (augment.bilinear(x, *arguments) - augment.antialiased(x, *arguments)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("height,width,size", [(48, 48, 28), (48, 48, 48), (48, 48, 56), (40, 60, 28)])
+@pytest.mark.parametrize(
+    "height,width,size", [(48, 48, 28), (48, 48, 48), (48, 48, 56), (40, 60, 28)]
+)
 def test_eval_equals_resize_and_centre_crop(height, width, size):
     image = torch.from_numpy(shapes(1, size=60, seed=5)[0])[:, :, :height, :width]
     ours = Augment("eval", size)(image, None)
@@ -107,17 +140,38 @@ def test_eval_equals_resize_and_centre_crop(height, width, size):
 def test_crop_boxes_follow_torchvisions_distribution():
     """Means and quantiles of 20,000 boxes of an oblong image against RandomResizedCrop.get_params; elongated, so that the fallback is met."""
     from torchvision.transforms import RandomResizedCrop
+
     n, H, W = 20000, 20, 100
-    ours = augment.crop_box(augment.draw_crop(n, torch.Generator().manual_seed(0), (0.2, 1.0)), H, W, (0.2, 1.0))
+    ours = augment.crop_box(
+        augment.draw_crop(n, torch.Generator().manual_seed(0), (0.2, 1.0)), H, W, (0.2, 1.0)
+    )
     torch.manual_seed(0)
     image = torch.zeros(1, H, W)
-    theirs = torch.tensor([RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(n)]).float()
+    theirs = torch.tensor(
+        [RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(n)]
+    ).float()
     assert (ours.mean(0) - theirs.mean(0)).abs().max() < 0.35
-    assert (ours.quantile(torch.tensor([0.1, 0.5, 0.9]), 0) - theirs.quantile(torch.tensor([0.1, 0.5, 0.9]), 0)).abs().max() <= 1.5
-    assert (ours[:, :2] >= 0).all() and (ours[:, 0] + ours[:, 2] <= H).all() and (ours[:, 1] + ours[:, 3] <= W).all()
+    assert (
+        ours.quantile(torch.tensor([0.1, 0.5, 0.9]), 0)
+        - theirs.quantile(torch.tensor([0.1, 0.5, 0.9]), 0)
+    ).abs().max() <= 1.5
+    assert (
+        (ours[:, :2] >= 0).all()
+        and (ours[:, 0] + ours[:, 2] <= H).all()
+        and (ours[:, 1] + ours[:, 3] <= W).all()
+    )
 
 
-@pytest.mark.parametrize("recipe", ["moco_v2", *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in ("moco_v1", "cifar", "crop_flip"))])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "moco_v2",
+        *(
+            pytest.param(recipe, marks=pytest.mark.slow)
+            for recipe in ("moco_v1", "cifar", "crop_flip")
+        ),
+    ],
+)
 def test_views_have_the_statistics_of_torchvisions(images, recipe):
     """4,000 views of one image by each path: every pixel's mean and spread, how many are grey, and how sharp they are, agree."""
     n, image = 4000, images[:1]
@@ -125,10 +179,17 @@ def test_views_have_the_statistics_of_torchvisions(images, recipe):
     torch.manual_seed(0)
     transform, one = pil_transforms(recipe, 24), pil(image)[0]
     theirs = back([transform(one) for _ in range(n)])
-    error = 5 * 0.3 * (2 / n) ** 0.5                       # five standard errors of the difference of two means of values spread by 0.3
-    for figure in (lambda v: v.mean((0, 2, 3)), lambda v: v.std(0).mean((1, 2)), lambda v: v.mean(0), lambda v: v.mean(1).std((1, 2)).mean(),
-                   lambda v: (v.amax(1) - v.amin(1)).amax((1, 2)).lt(0.02).float().mean(),
-                   lambda v: (v[..., 1:] - v[..., :-1]).abs().mean()):
+    error = (
+        5 * 0.3 * (2 / n) ** 0.5
+    )  # five standard errors of the difference of two means of values spread by 0.3
+    for figure in (
+        lambda v: v.mean((0, 2, 3)),
+        lambda v: v.std(0).mean((1, 2)),
+        lambda v: v.mean(0),
+        lambda v: v.mean(1).std((1, 2)).mean(),
+        lambda v: (v.amax(1) - v.amin(1)).amax((1, 2)).lt(0.02).float().mean(),
+        lambda v: (v[..., 1:] - v[..., :-1]).abs().mean(),
+    ):
         assert (figure(ours) - figure(theirs)).abs().max() < error
 
 
@@ -141,10 +202,10 @@ def test_jitter_draws_every_order_and_applies_it():
     factors = drawn["factors"][:24]
     ours = augment.jitter(x.clone(), factors, orders, torch.ones(24, dtype=torch.bool))
     for i, order in enumerate(orders.tolist()):
-        one = x[i:i + 1]
+        one = x[i : i + 1]
         for operation in order:
-            one = augment.JITTER[operation](one, factors[i:i + 1, operation])
-        assert torch.equal(ours[i:i + 1], one)
+            one = augment.JITTER[operation](one, factors[i : i + 1, operation])
+        assert torch.equal(ours[i : i + 1], one)
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))

@@ -1,4 +1,5 @@
 """The cache of decoded images: what it holds, when it is built, and that nobody but the clock can tell it from the folder."""
+
 import glob
 import hashlib
 import os
@@ -34,7 +35,9 @@ def jpegs(tmp_path):
             os.makedirs(tmp_path / "jpegs" / part / c)
             for i in range(count):
                 image = rng.integers(0, 255, (32 + 3 * i, 54 - 3 * i, 3), dtype=np.uint8)
-                Image.fromarray(image[..., 0] if i == 1 else image).save(tmp_path / "jpegs" / part / c / f"{i}.jpg")
+                Image.fromarray(image[..., 0] if i == 1 else image).save(
+                    tmp_path / "jpegs" / part / c / f"{i}.jpg"
+                )
     return str(tmp_path / "jpegs")
 
 
@@ -47,14 +50,21 @@ def builds(monkeypatch):
 
 
 def files(root, part="train", size=24):
-    return sorted(os.path.splitext(f)[1] for f in os.listdir(f"{root}/{part}.cache{size}") if not f.endswith(".lock"))
+    return sorted(
+        os.path.splitext(f)[1]
+        for f in os.listdir(f"{root}/{part}.cache{size}")
+        if not f.endswith(".lock")
+    )
 
 
 def same(a, b):
-    return len(a) == len(b) and all(np.array_equal(np.asarray(a.decode(i)), np.asarray(b.decode(i))) for i in range(len(a)))
+    return len(a) == len(b) and all(
+        np.array_equal(np.asarray(a.decode(i)), np.asarray(b.decode(i))) for i in range(len(a))
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- what it holds
+
 
 def test_pixels_are_those_of_pil_and_small_images_stay_as_they_are(jpegs):
     plain, data = (load("pretrain", 0, name="folder", root=jpegs, cache=c) for c in (None, 38))
@@ -68,17 +78,45 @@ def test_pixels_are_those_of_pil_and_small_images_stay_as_they_are(jpegs):
         if short > 38:
             shrunk += 1
             other = 38 * long // short
-            image = image.resize((38, other) if image.size[0] == short else (other, 38), Image.Resampling.BILINEAR)
-        assert got.mode == "RGB" and got.size == image.size and np.array_equal(np.asarray(got), np.asarray(image))
-    assert shrunk == 6                                     # 41 x 45 and 44 x 42 in each class; 38 x 48 just not
+            image = image.resize(
+                (38, other) if image.size[0] == short else (other, 38), Image.Resampling.BILINEAR
+            )
+        assert (
+            got.mode == "RGB"
+            and got.size == image.size
+            and np.array_equal(np.asarray(got), np.asarray(image))
+        )
+    assert shrunk == 6  # 41 x 45 and 44 x 42 in each class; 38 x 48 just not
 
 
 @pytest.mark.parametrize("backend", ["batched", "pil"])
 def test_views_of_images_that_were_not_shrunk_are_the_very_same(jpegs, backend):
-    views = [[x for x, _ in Loader(load("pretrain", 0, name="folder", root=jpegs, cache=c), 5, 2, 0, CPU, augment="moco_v2", image_size=24, augment_backend=backend,
-                                   workers=w).epoch(3)] for c, w in ((None, 0), (64, 0), (64, 2), (24, 0))]
-    equal = [all(torch.equal(a, b) for step in zip(views[0], other) for a, b in zip(*step)) for other in views[1:]]
-    assert len(views[0]) == 3 and equal == [True, True, False]                         # at 24 the crops are of smaller images
+    views = [
+        [
+            x
+            for x, _ in Loader(
+                load("pretrain", 0, name="folder", root=jpegs, cache=c),
+                5,
+                2,
+                0,
+                CPU,
+                augment="moco_v2",
+                image_size=24,
+                augment_backend=backend,
+                workers=w,
+            ).epoch(3)
+        ]
+        for c, w in ((None, 0), (64, 0), (64, 2), (24, 0))
+    ]
+    equal = [
+        all(torch.equal(a, b) for step in zip(views[0], other) for a, b in zip(*step))
+        for other in views[1:]
+    ]
+    assert len(views[0]) == 3 and equal == [
+        True,
+        True,
+        False,
+    ]  # at 24 the crops are of smaller images
 
 
 def test_rows_and_limits_are_taken_of_one_whole_cache(jpegs, builds):
@@ -88,9 +126,14 @@ def test_rows_and_limits_are_taken_of_one_whole_cache(jpegs, builds):
     assert same(few, plain_few) and few.labels.tolist() == [2, 0, 1]
     assert list(few.files) == list(plain_few.files)
     for part in ("pretrain", "train"):
-        assert same(*(load(part, 1, name="folder", root=jpegs, limit=6, cache=c) for c in (None, 64)))
+        assert same(
+            *(load(part, 1, name="folder", root=jpegs, limit=6, cache=c) for c in (None, 64))
+        )
     assert len(builds) == 1
-    assert same(*(load("test", 0, name="folder", root=jpegs, cache=c) for c in (None, 64))) and len(builds) == 2
+    assert (
+        same(*(load("test", 0, name="folder", root=jpegs, cache=c) for c in (None, 64)))
+        and len(builds) == 2
+    )
     assert load("test", 0, name="folder", root=os.path.join(jpegs, "train"), cache=64) is None
 
 
@@ -101,37 +144,64 @@ def test_parts_that_share_a_folder_have_files_of_their_own(tmp_path, builds):
         with open(tmp_path / "dtd" / "dtd" / "labels" / f"{split}1.txt", "w") as f:
             for texture in ("banded", "woven"):
                 os.makedirs(tmp_path / "dtd" / "dtd" / "images" / texture, exist_ok=True)
-                Image.new("RGB", (40, 30), (grey,) * 3).save(tmp_path / "dtd" / "dtd" / "images" / texture / f"{split}.jpg")
+                Image.new("RGB", (40, 30), (grey,) * 3).save(
+                    tmp_path / "dtd" / "dtd" / "images" / texture / f"{split}.jpg"
+                )
                 f.write(f"{texture}/{split}.jpg\n")
     for _ in range(2):
         for part, grey in (("train", 10), ("test", 200)):
             image = load(part, 0, name="dtd", root=str(tmp_path), cache=15).decode(1)
             assert image.size == (20, 15) and image.getpixel((3, 3)) == (grey,) * 3
-    assert len(builds) == 2 and files(tmp_path / "dtd" / "dtd", "images", 15) == [".npy", ".npy", ".u8", ".u8"]
+    assert len(builds) == 2 and files(tmp_path / "dtd" / "dtd", "images", 15) == [
+        ".npy",
+        ".npy",
+        ".u8",
+        ".u8",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- when it is built
+
 
 def test_a_changed_folder_is_cached_anew(jpegs, builds, capsys):
     read = lambda: load("train", 0, name="folder", root=jpegs, cache=24)
     path = os.path.join(jpegs, "train", "b", "3.jpg")
     before, old = read(), np.asarray(read().decode(8))
-    assert len(builds) == 1 and (said := capsys.readouterr().out).endswith("caching 15 images once\n") and said.count("\n") == 1
+    assert (
+        len(builds) == 1
+        and (said := capsys.readouterr().out).endswith("caching 15 images once\n")
+        and said.count("\n") == 1
+    )
     added = os.path.join(jpegs, "train", "b", "9.jpg")
 
-    def other_size():                                      # and the old time
+    def other_size():  # and the old time
         time = os.stat(path).st_mtime_ns
         Image.new("RGB", (40, 40)).save(path)
         os.utime(path, ns=(time, time))
-    changes = [lambda: Image.new("RGB", (41, 45), (200, 0, 0)).save(path), lambda: os.utime(path, ns=(1, 1)), other_size, lambda: os.remove(path),
-               lambda: Image.new("RGB", (30, 60)).save(added), lambda: os.rename(added, path), lambda: os.rename(path, path[:-5] + "35.jpg")]
+
+    changes = [
+        lambda: Image.new("RGB", (41, 45), (200, 0, 0)).save(path),
+        lambda: os.utime(path, ns=(1, 1)),
+        other_size,
+        lambda: os.remove(path),
+        lambda: Image.new("RGB", (30, 60)).save(added),
+        lambda: os.rename(added, path),
+        lambda: os.rename(path, path[:-5] + "35.jpg"),
+    ]
     for i, change in enumerate(changes):
         change()
         plain, data = load("train", 0, name="folder", root=jpegs), read()
-        assert len(builds) == i + 2 and "caching" in (said := capsys.readouterr().out) and "anew" in said and said.count("\n") == 1
-        assert len(data) == len(plain) and np.array_equal(data.decode(7), plain.decode(7).resize(data.decode(7).size, Image.Resampling.BILINEAR))
-        assert files(jpegs) == [".npy", ".u8"]             # the old one is gone ...
-    assert np.array_equal(before.decode(8), old)           # ... but for who had it
+        assert (
+            len(builds) == i + 2
+            and "caching" in (said := capsys.readouterr().out)
+            and "anew" in said
+            and said.count("\n") == 1
+        )
+        assert len(data) == len(plain) and np.array_equal(
+            data.decode(7), plain.decode(7).resize(data.decode(7).size, Image.Resampling.BILINEAR)
+        )
+        assert files(jpegs) == [".npy", ".u8"]  # the old one is gone ...
+    assert np.array_equal(before.decode(8), old)  # ... but for who had it
     with pytest.raises(ValueError, match="cached them anew; start this one again"):
         pickle.loads(pickle.dumps(before)).decode(8)
 
@@ -144,7 +214,7 @@ def test_caches_of_earlier_versions_are_found(jpegs, monkeypatch, root):
     folder = os.path.commonpath([os.path.abspath(os.path.dirname(file)) for file in files])
     h = hashlib.sha256()
     for file in files:
-        status, name = os.stat(file), os.path.abspath(file)[len(folder):]
+        status, name = os.stat(file), os.path.abspath(file)[len(folder) :]
         h.update(b"%s %d %d\n" % (os.fsencode(name), status.st_size, status.st_mtime_ns))
     path = load("train", 0, name="folder", root=root, cache=24).path
     assert path == f"{folder}.cache24/folder-train-{h.hexdigest()[:16]}.u8"
@@ -154,8 +224,16 @@ def test_a_build_that_was_killed_is_built_again(jpegs, builds, capsys):
     read = lambda: load("train", 0, name="folder", root=jpegs, cache=24)
     whole = read()
     base = os.path.splitext(whole.path)[0]
-    for damage in (lambda: os.remove(base + ".npy"), lambda: os.remove(base + ".u8"), lambda: os.truncate(base + ".u8", 1000), lambda: os.truncate(base + ".npy", 0),
-                   lambda: (os.remove(base + ".npy"), os.rename(base + ".u8", os.path.join(jpegs, "train.cache24", "folder-train.part")))):
+    for damage in (
+        lambda: os.remove(base + ".npy"),
+        lambda: os.remove(base + ".u8"),
+        lambda: os.truncate(base + ".u8", 1000),
+        lambda: os.truncate(base + ".npy", 0),
+        lambda: (
+            os.remove(base + ".npy"),
+            os.rename(base + ".u8", os.path.join(jpegs, "train.cache24", "folder-train.part")),
+        ),
+    ):
         damage()
         builds.clear()
         assert same(read(), whole) and len(builds) == 1 and files(jpegs) == [".npy", ".u8"]
@@ -167,21 +245,46 @@ def test_a_build_that_fails_leaves_nothing(jpegs, monkeypatch):
     with open(broken, "wb") as f:
         f.write(b"not a picture")
     with pytest.raises(SystemExit) as plain:
-        list(Loader(load("pretrain", 0, name="folder", root=jpegs), 15, 1, 0, CPU, augment="eval", image_size=24, workers=0).epoch(0))
+        list(
+            Loader(
+                load("pretrain", 0, name="folder", root=jpegs),
+                15,
+                1,
+                0,
+                CPU,
+                augment="eval",
+                image_size=24,
+                workers=0,
+            ).epoch(0)
+        )
     for workers in (1, 2):
         monkeypatch.setattr(cache, "default_workers", lambda: workers)
         with pytest.raises(SystemExit) as error:
             load("pretrain", 0, name="folder", root=jpegs, cache=24)
-        assert str(error.value) == str(plain.value) and broken in str(error.value) and files(jpegs) == []
+        assert (
+            str(error.value) == str(plain.value)
+            and broken in str(error.value)
+            and files(jpegs) == []
+        )
 
 
 def test_a_disk_that_is_too_small_is_said(jpegs, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: type("usage", (), {"free": 30000 - os.path.getsize(path)}))             # bytes
-    with pytest.raises(SystemExit, match=r"data\.cache is 32: the 15 images take about 5.99e-05 GB in .*train\.cache32, 3e-05 GB are free there; make room"):
+    monkeypatch.setattr(
+        cache.shutil,
+        "disk_usage",
+        lambda path: type("usage", (), {"free": 30000 - os.path.getsize(path)}),
+    )  # bytes
+    with pytest.raises(
+        SystemExit,
+        match=r"data\.cache is 32: the 15 images take about 5.99e-05 GB in .*train\.cache32, 3e-05 GB are free there; make room",
+    ):
         load("train", 0, name="folder", root=jpegs, cache=32)
-    assert files(jpegs, size=32) == [] and len(load("test", 0, name="folder", root=jpegs, cache=32)) == 6
+    assert (
+        files(jpegs, size=32) == []
+        and len(load("test", 0, name="folder", root=jpegs, cache=32)) == 6
+    )
     os.makedirs(tmp_path / "many")
-    for i in range(400):                                   # 76,800 bytes: no need to go on until there is no room
+    for i in range(400):  # 76,800 bytes: no need to go on until there is no room
         Image.new("RGB", (8, 8)).save(tmp_path / "many" / f"{i:03d}.png")
     with open(tmp_path / "many" / "200.png", "wb") as f:
         f.write(b"not a picture")
@@ -193,12 +296,18 @@ def test_a_disk_that_is_too_small_is_said(jpegs, tmp_path, monkeypatch):
 def test_a_place_that_cannot_be_written_is_named(jpegs, monkeypatch, call):
     def refuse(path, *_, **__):
         raise PermissionError(13, "Permission denied", path)
-    monkeypatch.setattr(os, "makedirs", refuse) if call == "makedirs" else monkeypatch.setattr(cache, "open", refuse, raising=False)
-    with pytest.raises(SystemExit, match=r"data\.cache is 24, but .*jpegs/train\.cache24 cannot be written \(Permission denied\);.*links to the folders of images"):
+
+    monkeypatch.setattr(os, "makedirs", refuse) if call == "makedirs" else monkeypatch.setattr(
+        cache, "open", refuse, raising=False
+    )
+    with pytest.raises(
+        SystemExit,
+        match=r"data\.cache is 24, but .*jpegs/train\.cache24 cannot be written \(Permission denied\);.*links to the folders of images",
+    ):
         load("train", 0, name="folder", root=jpegs, cache=24)
     monkeypatch.undo()
     whole = load("train", 0, name="folder", root=jpegs, cache=24)
-    monkeypatch.setattr(cache, "build", refuse)            # one that is there wants no permission
+    monkeypatch.setattr(cache, "build", refuse)  # one that is there wants no permission
     assert same(load("train", 0, name="folder", root=jpegs, cache=24), whole)
 
 
@@ -206,13 +315,24 @@ def test_two_runs_that_start_at_once_build_once(jpegs, builds, capsys):
     fcntl = pytest.importorskip("fcntl")
     os.makedirs(os.path.join(jpegs, "train.cache24"))
     with open(os.path.join(jpegs, "train.cache24", "folder-train.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)                   # a first run is at it
-        runs = [threading.Thread(target=load, args=("train", 0), kwargs=dict(name="folder", root=jpegs, cache=24)) for _ in range(2)]
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a first run is at it
+        runs = [
+            threading.Thread(
+                target=load, args=("train", 0), kwargs=dict(name="folder", root=jpegs, cache=24)
+            )
+            for _ in range(2)
+        ]
         [run.start() for run in runs]
         runs[0].join(0.3)
         assert all(run.is_alive() for run in runs) and not builds
-    [run.join(30) for run in runs]                         # it was killed: one of the waiting builds, the other finds it built
-    assert len(builds) == 1 and files(jpegs) == [".npy", ".u8"] and "another run is writing it; waiting" in capsys.readouterr().out
+    [
+        run.join(30) for run in runs
+    ]  # it was killed: one of the waiting builds, the other finds it built
+    assert (
+        len(builds) == 1
+        and files(jpegs) == [".npy", ".u8"]
+        and "another run is writing it; waiting" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -232,11 +352,12 @@ def test_two_processes_build_once_and_read_the_same(jpegs, tmp_path):
     changed = os.path.join(jpegs, "train", "b", "3.jpg")
     Image.new("RGB", (41, 45), (200, 0, 0)).save(changed)
     test = load("test", 0, name="folder", root=jpegs, cache=24).select(torch.tensor([4, 1]))
-    assert len(pickled := pickle.dumps(test)) < 3000       # no pixels
+    assert len(pickled := pickle.dumps(test)) < 3000  # no pixels
     (tmp_path / "test.pkl").write_bytes(pickled)
     for node in (0, 1):
         shutil.copytree(os.path.join(jpegs, "train"), tmp_path / f"own{node}")
-    (tmp_path / "job.py").write_text(textwrap.dedent(f"""
+    (tmp_path / "job.py").write_text(
+        textwrap.dedent(f"""
         import os, pickle, numpy as np, torch
         from data import cache
         from data.datasets import load
@@ -258,18 +379,33 @@ def test_two_processes_build_once_and_read_the_same(jpegs, tmp_path):
         few = [torch.from_numpy(np.array(few.decode(i))) for i in range(2)]
         torch.save((shared, own, node, few), f"saw{{rank}}.pt")
         distributed.stop()
-    """))
+    """)
+    )
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     # what torchrun sets, without its own seconds
-    env = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-           "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-           "MASTER_PORT": str(port)}
-    jobs = [subprocess.Popen([sys.executable, "job.py"], cwd=tmp_path,
-                             env={**env, "RANK": str(r), "GROUP_RANK": str(r)},
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for r in range(2)]
+    env = {
+        **os.environ,
+        "PYTHONPATH": ROOT,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "job.py"],
+            cwd=tmp_path,
+            env={**env, "RANK": str(r), "GROUP_RANK": str(r)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for r in range(2)
+    ]
     said = [job.communicate(timeout=120)[0] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], said
     assert "caching 15 images anew" in said[0] and f"{jpegs}/train" not in said[1]
@@ -288,17 +424,32 @@ def test_two_processes_build_once_and_read_the_same(jpegs, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- the key
 
+
 def test_what_makes_no_sense_is_refused(jpegs):
     with pytest.raises(SystemExit, match="data.cache is 256, but shapes is in memory already"):
         load("pretrain", 0, name="shapes", limit=12, cache=256)
-    assert len(load("train", 0, name="shapes", limit=12, cache=256)) == 12             # of a probe that goes elsewhere, by linear.data
+    assert (
+        len(load("train", 0, name="shapes", limit=12, cache=256)) == 12
+    )  # of a probe that goes elsewhere, by linear.data
     with pytest.raises(SystemExit, match="data.cache is 7; it must be at least 8"):
         load("pretrain", 0, name="folder", root=jpegs, cache=7)
     assert not glob.glob(jpegs + "/*.cache*")
 
 
 def test_a_run_goes_on_with_its_own_cache_only():
-    plain, other = (config.load(os.path.join(ROOT, "yaml", "quickstart.yaml"), o) for o in ((), ("data.cache=128",)))
-    assert plain["data"]["cache"] is None and config.difference(plain, other, checkpoint.MAY_CHANGE) == "data.cache was None and is now 128"
-    del plain["data"]["cache"]                             # of a version that had no such key
-    assert config.difference(plain, {**other, "data": {**other["data"], "cache": None}}, checkpoint.MAY_CHANGE) is None
+    plain, other = (
+        config.load(os.path.join(ROOT, "yaml", "quickstart.yaml"), o)
+        for o in ((), ("data.cache=128",))
+    )
+    assert (
+        plain["data"]["cache"] is None
+        and config.difference(plain, other, checkpoint.MAY_CHANGE)
+        == "data.cache was None and is now 128"
+    )
+    del plain["data"]["cache"]  # of a version that had no such key
+    assert (
+        config.difference(
+            plain, {**other, "data": {**other["data"], "cache": None}}, checkpoint.MAY_CHANGE
+        )
+        is None
+    )

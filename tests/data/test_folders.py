@@ -1,5 +1,6 @@
 """Listing a folder of images: the order and labels of torchvision's ImageFolder, and no system call
 a file."""
+
 import os
 
 import pytest
@@ -40,9 +41,20 @@ def listed_as_before(path):
 @pytest.fixture
 def nested(tmp_path):
     """Three classes, with folders in them, links, capitals, and what is no image."""
-    make_files(tmp_path / "set", "b/10.JPG", "b/9.jpeg", "b/é.png", "b/sub/1.jpg", "b/a.webp",
-               "b/sub/deeper/x.bmp", "B/z.ppm", "B/notes.txt", "a/0.tif", "a/sub/",
-               "a/other/0.pgm")
+    make_files(
+        tmp_path / "set",
+        "b/10.JPG",
+        "b/9.jpeg",
+        "b/é.png",
+        "b/sub/1.jpg",
+        "b/a.webp",
+        "b/sub/deeper/x.bmp",
+        "B/z.ppm",
+        "B/notes.txt",
+        "a/0.tif",
+        "a/sub/",
+        "a/other/0.pgm",
+    )
     make_files(tmp_path / "elsewhere", "in a folder/7.png", "8.png")
     os.symlink(tmp_path / "elsewhere" / "in a folder", tmp_path / "set" / "a" / "linked")
     os.symlink(tmp_path / "elsewhere" / "8.png", tmp_path / "set" / "a" / "linked.png")
@@ -97,7 +109,9 @@ def test_no_system_call_looks_at_a_regular_file(nested, monkeypatch):
         def call(path, *args, **settings):
             calls.append(os.fspath(path))
             return function(path, *args, **settings)
+
         return call
+
     for name in ("stat", "lstat", "access", "open", "readlink"):
         monkeypatch.setattr(os, name, counted(getattr(os, name)))
     monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
@@ -122,7 +136,7 @@ def test_pipes_are_not_opened_and_not_waited_for(tmp_path):
 
 def test_a_selection_of_classes_looks_into_no_other(tmp_path):
     make_files(tmp_path, "a/1.png", "b/a/1.png", "c/1.png", "d/")
-    os.symlink(tmp_path, tmp_path / "d" / "up")            # a loop, in a class that is not wanted
+    os.symlink(tmp_path, tmp_path / "d" / "up")  # a loop, in a class that is not wanted
     listing = list_images(str(tmp_path), "some", ["b", "c"])
     assert listing.classes == ["b", "c"] and listing.labels.tolist() == [0, 1]
     assert list(listing.paths) == [f"{tmp_path}/b/a/1.png", f"{tmp_path}/c/1.png"]
@@ -139,16 +153,23 @@ def images_of(root, part="pretrain"):
     return None if data is None else [os.path.relpath(file, root) for file in data.files]
 
 
-@pytest.mark.parametrize("train,val", [
-    ("train", "val"), ("Train", "Val"), ("TRAIN", "VALID"), ("training", "validation"),
-    ("Training", "Test"), ("train", "testing"),
-])
+@pytest.mark.parametrize(
+    "train,val",
+    [
+        ("train", "val"),
+        ("Train", "Val"),
+        ("TRAIN", "VALID"),
+        ("training", "validation"),
+        ("Training", "Test"),
+        ("train", "testing"),
+    ],
+)
 def test_parts_by_other_names(tmp_path, capsys, train, val):
     make_files(tmp_path, f"{train}/a/1.png", f"{train}/b/2.png", f"{val}/a/3.png", f"{val}/b/4.png")
     assert images_of(tmp_path) == [f"{train}/a/1.png", f"{train}/b/2.png"]
     said = capsys.readouterr().out
     assert images_of(tmp_path, "test") == [f"{val}/a/3.png", f"{val}/b/4.png"]
-    assert capsys.readouterr().out == ""                   # it was said of the training part
+    assert capsys.readouterr().out == ""  # it was said of the training part
     for name, right in ((train, ("train",)), (val, ("val", "test"))):
         assert (f"{name} is taken as its part" in said) == (name not in right)
 
@@ -191,16 +212,32 @@ def test_folders_beside_train_are_named_and_train_may_be_a_class(tmp_path, capsy
 # -------------------------------------------------- hidden and system folders
 
 
-HIDDEN = (".ipynb_checkpoints", "@eaDir", ".AppleDouble", "__MACOSX", "$RECYCLE.BIN", "lost+found",
-          "System Volume Information", ".Trash-1000", "#recycle", ".git")
+HIDDEN = (
+    ".ipynb_checkpoints",
+    "@eaDir",
+    ".AppleDouble",
+    "__MACOSX",
+    "$RECYCLE.BIN",
+    "lost+found",
+    "System Volume Information",
+    ".Trash-1000",
+    "#recycle",
+    ".git",
+)
 
 
 def test_hidden_and_system_folders_and_files_are_left_out_and_counted_once(tmp_path, capsys):
     make_files(tmp_path, "train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png")
     plain = read(tmp_path)
     assert capsys.readouterr().out == ""
-    make_files(tmp_path, *(f"train/{name}/x/1.png" for name in HIDDEN), "train/a/._1.png",
-               "train/a/@eaDir/1.png/THUMB_M.png", "train/a/.DS_Store", "train/.empty/")
+    make_files(
+        tmp_path,
+        *(f"train/{name}/x/1.png" for name in HIDDEN),
+        "train/a/._1.png",
+        "train/a/@eaDir/1.png/THUMB_M.png",
+        "train/a/.DS_Store",
+        "train/.empty/",
+    )
     data = read(tmp_path)
     said = capsys.readouterr().out
     assert f"{len(HIDDEN) + 3} hidden or system folders and files under" in said

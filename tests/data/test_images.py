@@ -1,4 +1,5 @@
 """Image files as they come: odd, broken, missing. What can be read is read right; what cannot is named, or with data.on_error=skip replaced and counted."""
+
 import contextlib
 import os
 import struct
@@ -15,7 +16,7 @@ from data.loader import Loader, in_order
 from data.shapes import shapes
 
 CPU = torch.device("cpu")
-GREY = np.add.outer(np.arange(40), np.arange(48)).astype(np.uint8) * 2                 # 0 to 172
+GREY = np.add.outer(np.arange(40), np.arange(48)).astype(np.uint8) * 2  # 0 to 172
 RGB = Image.fromarray(np.stack([GREY, 255 - GREY, GREY // 2], 2))
 
 
@@ -35,8 +36,16 @@ def palette(path, transparency):
 
 def png(path, width, height):
     """A few bytes that promise many pixels."""
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    put(path, b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""))
+    chunk = lambda kind, data: (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    )
+    put(
+        path,
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b""),
+    )
 
 
 def put(path, data):
@@ -57,43 +66,93 @@ def linked(path):
 sixteen = Image.fromarray(GREY.astype(np.uint16) * 257)
 # name -> (how it is made, what a decoder makes of it: None for RGB, up to JPEG's losses)
 GOOD = {
-    "jpeg.jpg": (lambda p: RGB.save(p, quality=95), None), "progressive.jpeg": (lambda p: RGB.save(p, quality=95, progressive=True), None),
-    "capitals.JPEG": (lambda p: RGB.save(p, quality=95), None), "png.png": (RGB.save, None), "bmp.bmp": (RGB.save, None), "ppm.ppm": (RGB.save, None),
-    "tiff.tif": (RGB.save, None), "webp.webp": (lambda p: RGB.save(p, lossless=True), None), "link.jpg": (linked, None),
-    "grey.png": (Image.fromarray(GREY).save, GREY), "grey.jpg": (lambda p: Image.fromarray(GREY).save(p, quality=95), GREY), "pgm.pgm": (Image.fromarray(GREY).save, GREY),
-    "grey and alpha.png": (Image.fromarray(GREY).convert("LA").save, GREY), "alpha.png": (RGB.convert("RGBA").save, None), "one bit.png": (Image.new("1", (48, 40), 1).save, 255),
-    "cmyk.jpg": (lambda p: RGB.convert("CMYK").save(p, quality=95), None), "cmyk.tif": (RGB.convert("CMYK").save, None),
-    "16 bits.png": (sixteen.save, GREY), "16 bits.tiff": (sixteen.save, GREY), "16 bits.pgm": (sixteen.save, GREY),
-    "palette.png": (lambda p: palette(p, None), None), "palette, one clear.png": (lambda p: palette(p, 3), None), "palette, some clear.png": (lambda p: palette(p, bytes(range(64))), None),
-    "animated.webp": (lambda p: animated(p, lossless=True), None), "animated gif.png": (lambda p: animated(p, format="GIF"), None),
-    "animated.png": (animated, None), "pages.tif": (animated, None), "mpo.jpg": (lambda p: animated(p, format="MPO", quality=95), None),
-    "a png.jpg": (lambda p: RGB.save(p, "PNG"), None), "a jpeg.png": (lambda p: RGB.save(p, "JPEG", quality=95), None), "rotated by exif.jpg": (rotated, None),
-    "one pixel.png": (Image.new("RGB", (1, 1), (9, 9, 9)).save, 9), "thin.png": (Image.new("RGB", (1, 900), (9, 9, 9)).save, 9), "flat.png": (Image.new("RGB", (900, 1), (9, 9, 9)).save, 9),
+    "jpeg.jpg": (lambda p: RGB.save(p, quality=95), None),
+    "progressive.jpeg": (lambda p: RGB.save(p, quality=95, progressive=True), None),
+    "capitals.JPEG": (lambda p: RGB.save(p, quality=95), None),
+    "png.png": (RGB.save, None),
+    "bmp.bmp": (RGB.save, None),
+    "ppm.ppm": (RGB.save, None),
+    "tiff.tif": (RGB.save, None),
+    "webp.webp": (lambda p: RGB.save(p, lossless=True), None),
+    "link.jpg": (linked, None),
+    "grey.png": (Image.fromarray(GREY).save, GREY),
+    "grey.jpg": (lambda p: Image.fromarray(GREY).save(p, quality=95), GREY),
+    "pgm.pgm": (Image.fromarray(GREY).save, GREY),
+    "grey and alpha.png": (Image.fromarray(GREY).convert("LA").save, GREY),
+    "alpha.png": (RGB.convert("RGBA").save, None),
+    "one bit.png": (Image.new("1", (48, 40), 1).save, 255),
+    "cmyk.jpg": (lambda p: RGB.convert("CMYK").save(p, quality=95), None),
+    "cmyk.tif": (RGB.convert("CMYK").save, None),
+    "16 bits.png": (sixteen.save, GREY),
+    "16 bits.tiff": (sixteen.save, GREY),
+    "16 bits.pgm": (sixteen.save, GREY),
+    "palette.png": (lambda p: palette(p, None), None),
+    "palette, one clear.png": (lambda p: palette(p, 3), None),
+    "palette, some clear.png": (lambda p: palette(p, bytes(range(64))), None),
+    "animated.webp": (lambda p: animated(p, lossless=True), None),
+    "animated gif.png": (lambda p: animated(p, format="GIF"), None),
+    "animated.png": (animated, None),
+    "pages.tif": (animated, None),
+    "mpo.jpg": (lambda p: animated(p, format="MPO", quality=95), None),
+    "a png.jpg": (lambda p: RGB.save(p, "PNG"), None),
+    "a jpeg.png": (lambda p: RGB.save(p, "JPEG", quality=95), None),
+    "rotated by exif.jpg": (rotated, None),
+    "one pixel.png": (Image.new("RGB", (1, 1), (9, 9, 9)).save, 9),
+    "thin.png": (Image.new("RGB", (1, 900), (9, 9, 9)).save, 9),
+    "flat.png": (Image.new("RGB", (900, 1), (9, 9, 9)).save, 9),
     "a\nline.png": (RGB.save, None),
 }
 # name -> (how it is made, what is said of it; whether its status tells, as data.check_files asks)
 BAD = {
-    "empty.jpg": (lambda p: put(p, b""), "it is empty", True), "no image.jpg": (lambda p: put(p, b"not a picture"), "cannot identify image file", False),
-    "random.png": (lambda p: put(p, np.random.default_rng(0).bytes(3000)), "cannot identify image file", False), "zeros.jpg": (lambda p: put(p, bytes(3000)), "cannot identify", False),
-    "half.jpg": (lambda p: cut(p, 0.5), "[Tt]runcated", False), "half.png": (lambda p: cut(p, 0.5, "PNG"), "truncated", False), "half.tif": (lambda p: cut(p, 0.5, "TIFF"), "", False),
-    "half.webp": (lambda p: cut(p, 0.5, "WEBP"), "", False), "head.jpg": (lambda p: cut(p, 0.1), "", False), "half.bmp": (lambda p: cut(p, 0.5, "BMP"), "truncated", False),
-    "page.jpg": (lambda p: put(p, b"<!DOCTYPE html><html>404 Not Found</html>"), "cannot identify", False), "eps.jpg": (lambda p: RGB.save(p, "EPS"), "cannot identify", False),
-    "bomb.png": (lambda p: png(p, 60000, 60000), "3600000000 pixels. exceeds limit", False), "wide.png": (lambda p: png(p, 2 ** 31 - 1, 2 ** 31 - 1), "", False),
-    "no size.png": (lambda p: png(p, 0, 0), "", False), "float.tif": (Image.fromarray(GREY.astype(np.float32)).save, "32 bits a pixel", False),
+    "empty.jpg": (lambda p: put(p, b""), "it is empty", True),
+    "no image.jpg": (lambda p: put(p, b"not a picture"), "cannot identify image file", False),
+    "random.png": (
+        lambda p: put(p, np.random.default_rng(0).bytes(3000)),
+        "cannot identify image file",
+        False,
+    ),
+    "zeros.jpg": (lambda p: put(p, bytes(3000)), "cannot identify", False),
+    "half.jpg": (lambda p: cut(p, 0.5), "[Tt]runcated", False),
+    "half.png": (lambda p: cut(p, 0.5, "PNG"), "truncated", False),
+    "half.tif": (lambda p: cut(p, 0.5, "TIFF"), "", False),
+    "half.webp": (lambda p: cut(p, 0.5, "WEBP"), "", False),
+    "head.jpg": (lambda p: cut(p, 0.1), "", False),
+    "half.bmp": (lambda p: cut(p, 0.5, "BMP"), "truncated", False),
+    "page.jpg": (
+        lambda p: put(p, b"<!DOCTYPE html><html>404 Not Found</html>"),
+        "cannot identify",
+        False,
+    ),
+    "eps.jpg": (lambda p: RGB.save(p, "EPS"), "cannot identify", False),
+    "bomb.png": (lambda p: png(p, 60000, 60000), "3600000000 pixels. exceeds limit", False),
+    "wide.png": (lambda p: png(p, 2**31 - 1, 2**31 - 1), "", False),
+    "no size.png": (lambda p: png(p, 0, 0), "", False),
+    "float.tif": (Image.fromarray(GREY.astype(np.float32)).save, "32 bits a pixel", False),
     "32 bits.tif": (Image.fromarray(GREY.astype(np.int32)).save, "32 bits a pixel", False),
-    "dangling.jpg": (lambda p: os.symlink("nowhere", p), "No such file|not there", True), "loop.jpg": (lambda p: os.symlink(os.path.basename(p), p), "symbolic links|not there", True),
+    "dangling.jpg": (lambda p: os.symlink("nowhere", p), "No such file|not there", True),
+    "loop.jpg": (lambda p: os.symlink(os.path.basename(p), p), "symbolic links|not there", True),
     "pipe.jpg": (os.mkfifo, "not a file", True),
 }
 
 
 def loader(dataset, workers=0, batch=4, **settings):
-    return Loader(dataset, batch, 2, 0, CPU, **{**dict(augment="moco_v2", image_size=16), **settings}, workers=workers)
+    return Loader(
+        dataset,
+        batch,
+        2,
+        0,
+        CPU,
+        **{**dict(augment="moco_v2", image_size=16), **settings},
+        workers=workers,
+    )
 
 
 def good(folder, n=7, first=0):
     os.makedirs(folder, exist_ok=True)
     for i in range(n):
-        Image.fromarray(np.full((20, 24, 3), (30 * i + 10) % 256, np.uint8)).save(os.path.join(folder, f"m{first + i}.png"))
+        Image.fromarray(np.full((20, 24, 3), (30 * i + 10) % 256, np.uint8)).save(
+            os.path.join(folder, f"m{first + i}.png")
+        )
     return str(folder)
 
 
@@ -115,6 +174,7 @@ def classes(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- what can be read
 
+
 def test_every_kind_of_image_is_read_right_with_any_number_of_workers(tmp_path, recwarn):
     for name, (make, _) in GOOD.items():
         make(str(tmp_path / name))
@@ -123,13 +183,25 @@ def test_every_kind_of_image_is_read_right_with_any_number_of_workers(tmp_path, 
     for i, file in enumerate(data.files):
         image, want = data.decode(i), GOOD[os.path.basename(file)][1]
         got = np.asarray(image).astype(float)
-        want = np.asarray(RGB, float) if want is None else np.broadcast_to(np.asarray(want, float)[..., None] if np.ndim(want) else want, got.shape)
-        assert image.mode == "RGB" and got.shape == want.shape and np.abs(got - want).mean() < 5, file       # EXIF's rotation is not done
+        want = (
+            np.asarray(RGB, float)
+            if want is None
+            else np.broadcast_to(
+                np.asarray(want, float)[..., None] if np.ndim(want) else want, got.shape
+            )
+        )
+        assert image.mode == "RGB" and got.shape == want.shape and np.abs(got - want).mean() < 5, (
+            file
+        )  # EXIF's rotation is not done
     for backend in ("batched", "pil"):
         (a, i), (b, j) = (views(loader(data, w, 5, augment_backend=backend)) for w in (0, 2))
         assert torch.equal(a, b) and torch.equal(i, j) and len(i) == 35
     cached = load("pretrain", 0, name="folder", root=str(tmp_path), cache=64)
-    assert all(np.array_equal(np.asarray(data.decode(i)), np.asarray(cached.decode(i))) for i in range(35) if min(data.decode(i).size) <= 40)
+    assert all(
+        np.array_equal(np.asarray(data.decode(i)), np.asarray(cached.decode(i)))
+        for i in range(35)
+        if min(data.decode(i).size) <= 40
+    )
     assert not [w for w in recwarn if "PIL" in w.filename]
 
 
@@ -141,16 +213,21 @@ def test_names_that_are_no_text(tmp_path, capsys):
     except OSError:
         pytest.skip("this disk has text only")
     data = load("pretrain", 0, name="folder", root=folder, cache=16)
-    assert len(data) == 8 and len(data.fingerprint()) == 16 and views(loader(data, 2))[0].isfinite().all()
+    assert (
+        len(data) == 8
+        and len(data.fingerprint()) == 16
+        and views(loader(data, 2))[0].isfinite().all()
+    )
     put(data.files[0], b"broken")
     data = load("pretrain", 0, name="folder", root=folder, on_error="skip")
     ld = loader(data)
     list(ld.epoch(0))
-    print(ld.replaced())                                   # an encoder refuses what is no text
+    print(ld.replaced())  # an encoder refuses what is no text
     assert r"caf\udce9.png' cannot be read" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------- what cannot: stop
+
 
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path, name):
@@ -160,7 +237,7 @@ def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path, name):
     data = load("pretrain", 0, name="folder", root=folder)
     assert len(data) == 8
     for workers in (0, 2):
-        with pytest.raises(SystemExit, match=sentence):    # when it is met
+        with pytest.raises(SystemExit, match=sentence):  # when it is met
             list(loader(data, workers).epoch(0))
     with pytest.raises(SystemExit, match=sentence) if at_once else contextlib.nullcontext():
         assert len(load("pretrain", 0, name="folder", root=folder, check_files=True)) == 8
@@ -169,15 +246,27 @@ def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path, name):
     for cache in (None, 16):
         data = load("pretrain", 0, name="folder", root=folder, on_error="skip", cache=cache)
         ld = loader(data, 2 if cache is None and at_once else 0)
-        assert len(data) == 8 and views(ld)[0].isfinite().all() and ld.replaced().startswith(f"1 of 8 images were replaced by those after them; the first: {folder}/{name}")
-    with pytest.raises(SystemExit, match="cannot be read"):                            # a cache that skip built is no way around stop
+        assert (
+            len(data) == 8
+            and views(ld)[0].isfinite().all()
+            and ld.replaced().startswith(
+                f"1 of 8 images were replaced by those after them; the first: {folder}/{name}"
+            )
+        )
+    with pytest.raises(
+        SystemExit, match="cannot be read"
+    ):  # a cache that skip built is no way around stop
         load("pretrain", 0, name="folder", root=folder, cache=16)
 
 
 def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     folder = good(tmp_path / "all", 8)
-    monkeypatch.setattr(os, "access", lambda path, how: not path.endswith("m3.png"))   # root may read all
-    with pytest.raises(SystemExit, match=r"m3.png cannot be read as an image \(Permission denied\)"):
+    monkeypatch.setattr(
+        os, "access", lambda path, how: not path.endswith("m3.png")
+    )  # root may read all
+    with pytest.raises(
+        SystemExit, match=r"m3.png cannot be read as an image \(Permission denied\)"
+    ):
         load("pretrain", 0, name="folder", root=folder, check_files=True)
     monkeypatch.undo()
     data, plain = load("pretrain", 0, name="folder", root=folder), Image.open
@@ -186,8 +275,11 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
         if path.endswith("m3.png"):
             raise PermissionError(13, "Permission denied", path)
         return plain(path, **how)
+
     monkeypatch.setattr(Image, "open", refuse)
-    with pytest.raises(SystemExit, match=r"m3.png cannot be read as an image \(Permission denied\)"):
+    with pytest.raises(
+        SystemExit, match=r"m3.png cannot be read as an image \(Permission denied\)"
+    ):
         list(loader(data).epoch(0))
 
 
@@ -197,11 +289,15 @@ def test_a_file_that_vanishes_while_training(tmp_path, workers):
     for how in ("stop", "skip"):
         ld = loader(load("pretrain", 0, name="folder", root=folder, on_error=how), workers)
         for step, _ in enumerate(steps := ld.epoch(0)):
-            victim = ld.dataset.files[int(torch.cat([index for index, _ in ld.plan(0)])[-1 if how == "stop" else -2])]
+            victim = ld.dataset.files[
+                int(torch.cat([index for index, _ in ld.plan(0)])[-1 if how == "stop" else -2])
+            ]
             if step == 0:
                 os.remove(victim)
             if step == 8 and how == "stop":
-                with pytest.raises(SystemExit, match=f"{victim} cannot be read as an image .it is not there"):
+                with pytest.raises(
+                    SystemExit, match=f"{victim} cannot be read as an image .it is not there"
+                ):
                     next(steps)
                 break
         assert how == "stop" or step == len(ld) - 1 and ld.replaced().startswith("1 of 36")
@@ -209,20 +305,30 @@ def test_a_file_that_vanishes_while_training(tmp_path, workers):
 
 # ---------------------------------------------------------------------------------------------------- what cannot: skip
 
+
 def test_a_broken_image_is_replaced_by_the_next_whatever_the_workers_and_batches(tmp_path):
     folder = good(tmp_path / "all", 9)
     for i in (2, 3, 8):
         put(os.path.join(folder, f"m{i}.png"), b"not a picture")
     data = load("pretrain", 0, name="folder", root=folder, on_error="skip")
     runs = [views(ld) + (ld.replaced(),) for ld in (loader(data, w, 3) for w in (0, 1, 2))]
-    assert all(torch.equal(a, b) and torch.equal(i, j) and s == t for a, i, s in runs for b, j, t in runs) and sorted(runs[0][1].tolist()) == list(range(9))
-    assert runs[0][2].startswith("3 of 9 images were replaced by those after them; the first: ") and "m2.png cannot" in runs[0][2]
-    seen = torch.cat([x[:, 0, 0, 0] for x, _ in in_order(data, torch.arange(9), "eval", 8, CPU, workers=0)])             # IFND's look at them: the same pixels
+    assert all(
+        torch.equal(a, b) and torch.equal(i, j) and s == t for a, i, s in runs for b, j, t in runs
+    ) and sorted(runs[0][1].tolist()) == list(range(9))
+    assert (
+        runs[0][2].startswith("3 of 9 images were replaced by those after them; the first: ")
+        and "m2.png cannot" in runs[0][2]
+    )
+    seen = torch.cat(
+        [x[:, 0, 0, 0] for x, _ in in_order(data, torch.arange(9), "eval", 8, CPU, workers=0)]
+    )  # IFND's look at them: the same pixels
     assert seen[2] == seen[3] == seen[4] and seen[8] == seen[0] and len(seen.unique()) == 6
     ld = loader(data, 0, 3)
     list(ld.epoch(0, first=2))
-    assert len(ld.broken) <= 3 and ld.examples(4).shape[0] == 16                       # of a resumed epoch, its own
-    whole = loader(load("pretrain", 0, name="folder", root=good(tmp_path / "whole"), on_error="skip"))
+    assert len(ld.broken) <= 3 and ld.examples(4).shape[0] == 16  # of a resumed epoch, its own
+    whole = loader(
+        load("pretrain", 0, name="folder", root=good(tmp_path / "whole"), on_error="skip")
+    )
     assert views(whole)[0].shape[0] == 1 and whole.replaced() is None
 
 
@@ -231,7 +337,10 @@ def test_a_disk_that_is_gone_is_no_broken_image(tmp_path):
     data = load("pretrain", 0, name="folder", root=folder, on_error="skip")
     for file in data.files:
         os.remove(file)
-    with pytest.raises(SystemExit, match=r"m\d.png cannot be .*, and so it is with the 4 images after it, which is too much for data.on_error=skip"):
+    with pytest.raises(
+        SystemExit,
+        match=r"m\d.png cannot be .*, and so it is with the 4 images after it, which is too much for data.on_error=skip",
+    ):
         list(loader(data).epoch(0))
     for i in range(3):
         put(os.path.join(folder, f"{i}.png"), b"no")
@@ -242,7 +351,10 @@ def test_a_disk_that_is_gone_is_no_broken_image(tmp_path):
 @pytest.mark.parametrize("cache", [None, 16])
 def test_evaluation_stops_though_training_skips(classes, cache):
     """A replaced image would be another class's under this one's label; and figures of fewer images are not the data set's."""
-    pretrain, train = (load(part, 0, name="folder", root=classes, on_error="skip", cache=cache, limit=12) for part in ("pretrain", "train"))
+    pretrain, train = (
+        load(part, 0, name="folder", root=classes, on_error="skip", cache=cache, limit=12)
+        for part in ("pretrain", "train")
+    )
     ld = loader(pretrain, batch=12)
     assert pretrain.skip and len(views(ld)[1]) == 12 and "m2.png" in ld.replaced()
     for workers in (0, 2):
@@ -252,19 +364,25 @@ def test_evaluation_stops_though_training_skips(classes, cache):
 
 # ---------------------------------------------------------------------------------------------------- folders
 
+
 def test_folders_that_are_not_as_they_should_be(classes, monkeypatch, capsys):
     read = lambda: load("pretrain", 0, name="folder", root=classes)
     train = os.path.join(classes, "train")
     good(os.path.join(train, "a"), 6)
     assert len(read()) == 12 and not capsys.readouterr().out
     os.makedirs(os.path.join(train, "c", "deeper"))
-    with pytest.raises(SystemExit, match=f"{train}/c holds no images .*a folder here is a class; fill it or remove it"):
+    with pytest.raises(
+        SystemExit,
+        match=f"{train}/c holds no images .*a folder here is a class; fill it or remove it",
+    ):
         read()
     os.symlink(train, os.path.join(train, "c", "deeper", "up"))
     with pytest.raises(SystemExit, match="deeper/up is a link to .*train, which holds it"):
         read()
     os.remove(os.path.join(train, "c", "deeper", "up"))
-    os.symlink(os.path.join(classes, "val", "a"), os.path.join(train, "c", "deeper", "elsewhere"))             # as torchvision, we follow links
+    os.symlink(
+        os.path.join(classes, "val", "a"), os.path.join(train, "c", "deeper", "elsewhere")
+    )  # as torchvision, we follow links
     assert len(read()) == 18 and read().classes == ["a", "b", "c"]
     os.symlink("nowhere", os.path.join(train, "d"))
     with pytest.raises(SystemExit, match=f"{train}/d is a link to what is not there"):
@@ -272,13 +390,18 @@ def test_folders_that_are_not_as_they_should_be(classes, monkeypatch, capsys):
     os.remove(os.path.join(train, "d"))
     RGB.save(os.path.join(train, "b", "x.gif"))
     put(os.path.join(train, "b", "notes.txt"), b"of no interest")
-    assert len(read()) == 18 and "1 files under" in (said := capsys.readouterr().out) and said.strip().endswith("b/x.gif")
+    assert (
+        len(read()) == 18
+        and "1 files under" in (said := capsys.readouterr().out)
+        and said.strip().endswith("b/x.gif")
+    )
     plain = os.scandir
 
     def refuse(path):
         if path.endswith("/b"):
             raise PermissionError(13, "Permission denied", path)
         return plain(path)
+
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(SystemExit, match=f"{train}/b cannot be listed .Permission denied"):
         read()
@@ -294,23 +417,47 @@ def test_two_folders_that_link_to_each_other_end(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- the same data set?
 
+
 def test_fingerprints_know_files_added_removed_renamed_and_not_where_they_lie(classes):
-    read = lambda root=classes, **how: load("pretrain", 0, name="folder", root=root, **how).fingerprint()
+    read = lambda root=classes, **how: load(
+        "pretrain", 0, name="folder", root=root, **how
+    ).fingerprint()
     good(os.path.join(classes, "train", "a"), 6)
     first, file = read(), os.path.join(classes, "train", "b", "m5.png")
     assert first == read() == read(cache=16) == read(on_error="skip")
-    assert len({first, read(limit=4), load("pretrain", 1, name="folder", root=classes, limit=4).fingerprint()}) == 3
+    assert (
+        len(
+            {
+                first,
+                read(limit=4),
+                load("pretrain", 1, name="folder", root=classes, limit=4).fingerprint(),
+            }
+        )
+        == 3
+    )
     os.rename(classes, classes + " moved")
     assert read(classes + " moved") == first == read(os.path.relpath(classes + " moved"))
     os.rename(classes + " moved", classes)
     seen = {first}
-    for change in (lambda: os.rename(file, file[:-4] + "x.png"), lambda: os.remove(file[:-4] + "x.png"), lambda: RGB.save(file[:-5] + "0a.png")):
+    for change in (
+        lambda: os.rename(file, file[:-4] + "x.png"),
+        lambda: os.remove(file[:-4] + "x.png"),
+        lambda: RGB.save(file[:-5] + "0a.png"),
+    ):
         change()
         seen.add(read())
     assert len(seen) == 4
     images, labels = map(torch.from_numpy, shapes(40))
-    prints = [ArraySet(x, y, None, None, None).fingerprint() for x, y in ((images, labels), (images, None), (images[:39], labels), (images.flip(0), labels))]
-    assert prints[0] == prints[1] and len(set(prints)) == 3                            # labels are no part of it
+    prints = [
+        ArraySet(x, y, None, None, None).fingerprint()
+        for x, y in (
+            (images, labels),
+            (images, None),
+            (images[:39], labels),
+            (images.flip(0), labels),
+        )
+    ]
+    assert prints[0] == prints[1] and len(set(prints)) == 3  # labels are no part of it
 
 
 def test_a_run_goes_on_with_a_broken_image_replaced_as_its_sentence_advises(classes):
@@ -332,6 +479,7 @@ def test_data_check_files_looks_once_at_each_file_and_opens_none(tmp_path, monke
     def run_on_first(function, per_node):
         nodes.append(per_node)
         return function()
+
     monkeypatch.setattr(image_files.distributed, "run_on_first", run_on_first)
     monkeypatch.setattr(os, "stat", lambda path, **how: stats.append(path) or plain(path, **how))
     monkeypatch.setattr(os, "access", lambda path, how: accesses.append(path) or True)
@@ -349,11 +497,12 @@ def test_data_check_files_looks_once_at_each_file_and_opens_none(tmp_path, monke
 
 # ---------------------------------------------------------------------------------------------------- 16 bits
 
+
 def sixteen_bits(folder, bits, n=40):
     """n grey images whose values go up to all of that many bits."""
     os.makedirs(folder, exist_ok=True)
     for i in range(n):
-        ramp = np.linspace(0, 2 ** bits - 1 - i, 64).astype(np.uint16).reshape(8, 8)
+        ramp = np.linspace(0, 2**bits - 1 - i, 64).astype(np.uint16).reshape(8, 8)
         Image.fromarray(ramp).save(os.path.join(folder, f"{i:02d}.png"))
     return load("pretrain", 0, name="folder", root=str(folder))
 
@@ -363,7 +512,7 @@ def test_few_bits_in_a_file_of_16_are_told_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(image_files, "open_image", lambda file: opened.append(file) or plain(file))
     image_files.say_if_dark(sixteen_bits(tmp_path / "12", 12))
     said = capsys.readouterr().out
-    assert said.count("\n") == 1 and len(opened) == 14     # every third of 40
+    assert said.count("\n") == 1 and len(opened) == 14  # every third of 40
     assert f"{tmp_path}/12/00.png has 16 bits" in said
     assert "highest value is 4095 of 65535" in said and "multiplied by 16\n" in said
     image_files.say_if_dark(sixteen_bits(tmp_path / "8", 8, 2))
@@ -376,18 +525,25 @@ def test_nothing_is_told_of_bright_broken_or_8_bit_images(tmp_path, capsys, monk
     for made in (bright, load("pretrain", 0, name="shapes", limit=12)):
         image_files.say_if_dark(made)
     rgb = load("pretrain", 0, name="folder", root=good(tmp_path / "rgb"))
-    monkeypatch.setattr(np, "asarray", None)               # the pixels of 8 bits are not read
+    monkeypatch.setattr(np, "asarray", None)  # the pixels of 8 bits are not read
     image_files.say_if_dark(rgb)
     assert not capsys.readouterr().out
 
 
 def rgb_png_of_16_bits(path, value):
     """8 x 8 pixels, all channels of that value; PIL itself writes none."""
+
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
     rows = zlib.compress((b"\0" + struct.pack(">H", value) * 24) * 8)
     header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
-    put(path, b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
+    put(
+        path,
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""),
+    )
 
 
 def test_colours_of_16_bits_are_looked_at_too(tmp_path):

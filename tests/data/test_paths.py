@@ -1,4 +1,5 @@
 """Paths: what a list of str would give, in two arrays."""
+
 import gc
 import hashlib
 import os
@@ -11,8 +12,14 @@ import torch
 from data.image_files import FolderSet
 from data.paths import Paths
 
-NAMES = ["b/2.jpg", "b/10.jpg", "a line\n.png", "café/ü.png", os.fsdecode(b"caf\xe9/x.png"),
-         "b/2.jpg"]
+NAMES = [
+    "b/2.jpg",
+    "b/10.jpg",
+    "a line\n.png",
+    "café/ü.png",
+    os.fsdecode(b"caf\xe9/x.png"),
+    "b/2.jpg",
+]
 LISTS = {
     "one folder": [f"/data/set/train/{name}" for name in NAMES],
     "nothing in common": NAMES,

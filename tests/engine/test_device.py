@@ -1,4 +1,5 @@
 """The choice of a device and what is said of a wrong installation, with stand-ins for the GPUs."""
+
 import threading
 import types
 import warnings
@@ -23,6 +24,7 @@ NO_DRIVER = "Found no NVIDIA driver on your system. Please check that you have a
 @pytest.fixture
 def machine(monkeypatch):
     """machine(kind, count, capability): the accelerators that torch then seems to find."""
+
     def pretend(kind, count=1, capability=(8, 0), kernels=BUILD_13):
         found = torch.device(kind) if kind else None
         monkeypatch.setattr(
@@ -34,6 +36,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: kernels)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100-SXM2-16GB")
+
     monkeypatch.setattr(devices, "current", devices.current)  # put back afterwards
     return pretend
 
@@ -41,6 +44,7 @@ def machine(monkeypatch):
 @pytest.fixture
 def driver(monkeypatch):
     """driver(message): a torch for CUDA 13.0 that meets this message when it starts CUDA."""
+
     def pretend(message, warned=True, built_for="13.0"):
         def is_available():
             if warned:
@@ -55,10 +59,13 @@ def driver(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", is_available)
         monkeypatch.setattr(torch.cuda, "init", init)
         monkeypatch.setattr(
-            torch.accelerator, "current_accelerator",
-            lambda check_available=False:
+            torch.accelerator,
+            "current_accelerator",
+            lambda check_available=False: (
                 torch.device("cuda") if not check_available or torch.cuda.is_available() else None
+            ),
         )
+
     return pretend
 
 
@@ -71,9 +78,16 @@ def refusal(*arguments):
 
 # ------------------------------------------------------------------------------------ the choice
 
-@pytest.mark.parametrize("kind, expected", [
-    (None, "cpu"), ("cuda", "cuda:0"), ("xpu", "xpu:0"), ("mps", "mps"),
-])
+
+@pytest.mark.parametrize(
+    "kind, expected",
+    [
+        (None, "cpu"),
+        ("cuda", "cuda:0"),
+        ("xpu", "xpu:0"),
+        ("mps", "mps"),
+    ],
+)
 def test_the_accelerator_is_taken_and_else_the_cpu(machine, kind, expected):
     machine(kind)
     assert devices.choose() == torch.device(expected)
@@ -126,11 +140,16 @@ def test_the_backend_follows_the_device():
     assert {kind: devices.backend(kind) for kind in expected} == expected
 
 
-@pytest.mark.parametrize("reports, sentence", [
-    ([("it is not there", None, None, "a")] * 2, "it is not there"),
-    ([(None, "cuda", None, "a")] * 2 + [(None, "cpu", "its driver", "b")],
-     "process 2 on one of kind cpu (its driver)"),
-])
+@pytest.mark.parametrize(
+    "reports, sentence",
+    [
+        ([("it is not there", None, None, "a")] * 2, "it is not there"),
+        (
+            [(None, "cuda", None, "a")] * 2 + [(None, "cpu", "its driver", "b")],
+            "process 2 on one of kind cpu (its driver)",
+        ),
+    ],
+)
 def test_processes_without_a_device_or_of_two_kinds_end_with_one_sentence(
     monkeypatch, reports, sentence
 ):
@@ -146,24 +165,28 @@ def test_processes_without_a_device_or_of_two_kinds_end_with_one_sentence(
 
 # ------------------------------------------------------------------------------------ the kernels
 
-@pytest.mark.parametrize("kernels, capability, served", [
-    (BUILD_13, (7, 0), False),
-    (BUILD_13, (7, 5), True),
-    (BUILD_13, (8, 9), True),  # by sm_86
-    (BUILD_13, (8, 7), True),
-    (BUILD_13, (12, 1), True),
-    (BUILD_13, (13, 0), False),
-    (["sm_86"], (8, 0), False),  # no lower minor
-    (["sm_50", "sm_60", "sm_70"], (7, 0), True),
-    (["sm_50", "sm_60"], (6, 1), True),
-    (["compute_90"], (12, 0), True),  # PTX is compiled for newer ones
-    (["compute_90"], (8, 9), False),
-    (["sm_90a"], (9, 0), True),
-    (["sm_100a", "compute_100a"], (10, 3), False),  # and with an a for none
-    (["sm_100f"], (10, 3), True),
-    (["sm_100f"], (12, 0), False),
-    (["gfx942"], (9, 0), False),
-])
+
+@pytest.mark.parametrize(
+    "kernels, capability, served",
+    [
+        (BUILD_13, (7, 0), False),
+        (BUILD_13, (7, 5), True),
+        (BUILD_13, (8, 9), True),  # by sm_86
+        (BUILD_13, (8, 7), True),
+        (BUILD_13, (12, 1), True),
+        (BUILD_13, (13, 0), False),
+        (["sm_86"], (8, 0), False),  # no lower minor
+        (["sm_50", "sm_60", "sm_70"], (7, 0), True),
+        (["sm_50", "sm_60"], (6, 1), True),
+        (["compute_90"], (12, 0), True),  # PTX is compiled for newer ones
+        (["compute_90"], (8, 9), False),
+        (["sm_90a"], (9, 0), True),
+        (["sm_100a", "compute_100a"], (10, 3), False),  # and with an a for none
+        (["sm_100f"], (10, 3), True),
+        (["sm_100f"], (12, 0), False),
+        (["gfx942"], (9, 0), False),
+    ],
+)
 def test_which_gpus_a_build_serves(kernels, capability, served):
     assert devices.serves(kernels, capability) == served
 
@@ -171,8 +194,15 @@ def test_which_gpus_a_build_serves(kernels, capability, served):
 def test_a_v100_beside_a_build_for_cuda_13_is_refused_with_the_way_out(machine):
     machine("cuda", 1, (7, 0))
     said = refusal()
-    for part in ("Tesla V100-SXM2-16GB", "7.0", torch.__version__, "CUDA 13.0", "sm_75",
-                 "https://download.pytorch.org/whl/cu126", "--device cpu"):
+    for part in (
+        "Tesla V100-SXM2-16GB",
+        "7.0",
+        torch.__version__,
+        "CUDA 13.0",
+        "sm_75",
+        "https://download.pytorch.org/whl/cu126",
+        "--device cpu",
+    ):
         assert part in said
     assert devices.choose("cpu") == torch.device("cpu")
 
@@ -190,6 +220,7 @@ def test_other_gpus_are_not_sent_to_old_builds(machine):
 
 
 # ------------------------------------------------------------------------------------- the driver
+
 
 @pytest.mark.parametrize("warned", [True, False])  # torch warns once in a process
 def test_a_driver_that_is_too_old_is_said_and_refused_where_cuda_is_asked_for(driver, warned):
@@ -245,6 +276,7 @@ def test_a_machine_without_a_gpu_is_silent(driver, monkeypatch, capsys):
 
 # ------------------------------------------------------------- what differs from device to device
 
+
 def test_what_was_never_measured_is_trained_in_fp32():
     assert fastest(torch.device("mps")) == fastest(torch.device("xpu")) == "fp32"
 
@@ -298,8 +330,9 @@ def test_random_states_are_kept_of_the_device_that_is_used(machine, monkeypatch)
 def test_the_thread_that_prefetches_uses_the_device_of_its_process(machine, monkeypatch):
     used = []
     monkeypatch.setattr(
-        torch.accelerator, "set_device_index",
-        lambda index: used.append((threading.current_thread().name, index))
+        torch.accelerator,
+        "set_device_index",
+        lambda index: used.append((threading.current_thread().name, index)),
     )
     machine("cuda", 4)
     monkeypatch.setattr(devices, "current", torch.device("cuda", 3))

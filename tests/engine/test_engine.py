@@ -1,4 +1,5 @@
 """Schedule, features and kNN, checkpoints, and the log."""
+
 import json
 import math
 import os
@@ -22,26 +23,49 @@ CPU = torch.device("cpu")
 
 # ---------------------------------------------------------------------------------------------------- schedule
 
+
 def test_cosine_with_warm_up():
     lr = Schedule(epochs=100, batch_size=1, lr=2.0, warmup_epochs=10)
-    assert lr(0) == 0 and lr(5) == 1.0 and lr(10) == 2.0 and abs(lr(55) - 1.0) < 1e-12 and lr(100) < 1e-12
+    assert (
+        lr(0) == 0
+        and lr(5) == 1.0
+        and lr(10) == 2.0
+        and abs(lr(55) - 1.0) < 1e-12
+        and lr(100) < 1e-12
+    )
     assert abs(lr(32.5) - (1 + math.cos(math.pi / 4))) < 1e-12
 
 
 def test_steps():
     lr = Schedule(epochs=300, batch_size=1, lr=0.03, schedule="step", milestones=[200, 250])
-    assert [round(lr(e), 10) for e in (0, 199.9, 200, 249.9, 250, 299)] == [0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003]
+    assert [round(lr(e), 10) for e in (0, 199.9, 200, 249.9, 250, 299)] == [
+        0.03,
+        0.03,
+        0.003,
+        0.003,
+        0.0003,
+        0.0003,
+    ]
     assert Schedule(epochs=3, batch_size=1, lr=0.5, schedule="constant")(2.9) == 0.5
 
 
-@pytest.mark.parametrize("settings,message", [(dict(lr=0.0), "lr is 0"), (dict(epochs=0), "epochs is 0"), (dict(batch_size=-1), "batch_size is -1"),
-                                              (dict(warmup_epochs=5), "warmup_epochs 5 leaves nothing"), (dict(milestones=[3]), "schedule: step")])
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        (dict(lr=0.0), "lr is 0"),
+        (dict(epochs=0), "epochs is 0"),
+        (dict(batch_size=-1), "batch_size is -1"),
+        (dict(warmup_epochs=5), "warmup_epochs 5 leaves nothing"),
+        (dict(milestones=[3]), "schedule: step"),
+    ],
+)
 def test_schedules_that_cannot_be(settings, message):
     with pytest.raises(ValueError, match=message):
         Schedule(**{**dict(epochs=5, batch_size=2, lr=1.0), **settings})
 
 
 # ---------------------------------------------------------------------------------------------------- kNN
+
 
 def test_knn_is_a_weighted_vote():
     """Against the definition, one query and one vote at a time."""
@@ -59,7 +83,9 @@ def test_knn_is_a_weighted_vote():
 def test_extract_keeps_the_order_and_every_image():
     images = torch.from_numpy(shapes(13)[0])
     data = ArraySet(images, None, None, (0.0,) * 3, (1.0,) * 3)
-    assert torch.allclose(extract(lambda x: x.flatten(1), data, 32, CPU), images.float().flatten(1) / 255)
+    assert torch.allclose(
+        extract(lambda x: x.flatten(1), data, 32, CPU), images.float().flatten(1) / 255
+    )
 
 
 def test_the_monitor_leaves_the_mode_as_it_was_and_says_what_it_does():
@@ -67,15 +93,27 @@ def test_the_monitor_leaves_the_mode_as_it_was_and_says_what_it_does():
     net = Encoder(backbone="resnet10", stem="cifar", width=8, precision="fp32").train()
     monitor = KNN(data, data, 32, CPU, 0, every=5, k=1, temperature=0.1)
     before = net.backbone.bn1.running_mean.clone()
-    assert monitor(net) == 100.0 and net.training and torch.equal(before, net.backbone.bn1.running_mean)
+    assert (
+        monitor(net) == 100.0
+        and net.training
+        and torch.equal(before, net.backbone.bn1.running_mean)
+    )
     assert [e for e in range(13) if monitor.due(e, 12)] == [0, 5, 10, 12]
     assert str(monitor) == "weighted kNN, k 1, T 0.1, on the output of 60 training images"
-    assert not KNN(data, None, 32, CPU, 0).due(10, 10) and not KNN(data, data, 32, CPU, 0, every=0).due(10, 10)
+    assert not KNN(data, None, 32, CPU, 0).due(10, 10) and not KNN(
+        data, data, 32, CPU, 0, every=0
+    ).due(10, 10)
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
 
-SETTINGS = {"name": "a", "seed": 0, "loss": {"name": "nce", "temperature": 0.1}, "knn": {"k": 3}, "data": {"name": "shapes", "workers": 2}}
+SETTINGS = {
+    "name": "a",
+    "seed": 0,
+    "loss": {"name": "nce", "temperature": 0.1},
+    "knn": {"k": 3},
+    "data": {"name": "shapes", "workers": 2},
+}
 
 
 def parts():
@@ -90,20 +128,27 @@ def test_a_checkpoint_brings_everything_back(tmp_path):
     checkpoint.save(path, SETTINGS, 7, **before)
     expected, after = torch.rand(5), parts()
     assert checkpoint.resume(path, {**SETTINGS, "knn": {"k": 9}}, **after) == 7
-    assert torch.equal(torch.rand(5), expected)            # the random state came back
+    assert torch.equal(torch.rand(5), expected)  # the random state came back
     assert torch.equal(before["encoder"].weight, after["encoder"].weight)
     momentum = [o["optimizer"].state_dict()["state"][0]["momentum_buffer"] for o in (before, after)]
     assert torch.equal(*momentum) and os.listdir(tmp_path) == ["last.pt"]
-    checkpoint.save(path, SETTINGS, 8, **before)           # the one before is kept, and both are what torch.load reads
-    assert [torch.load(tmp_path / name, weights_only=True)["epoch"] for name in ("last.pt", "previous.pt")] == [8, 7]
+    checkpoint.save(
+        path, SETTINGS, 8, **before
+    )  # the one before is kept, and both are what torch.load reads
+    assert [
+        torch.load(tmp_path / name, weights_only=True)["epoch"]
+        for name in ("last.pt", "previous.pt")
+    ] == [8, 7]
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path):
     path = str(tmp_path / "last.pt")
     checkpoint.write(path, {"a": torch.ones(2)})
     with pytest.raises(Exception):
-        checkpoint.write(path, {"a": lambda: None})        # cannot be pickled
-    assert torch.equal(checkpoint.read(path)["a"], torch.ones(2)) and os.listdir(tmp_path) == ["last.pt"]
+        checkpoint.write(path, {"a": lambda: None})  # cannot be pickled
+    assert torch.equal(checkpoint.read(path)["a"], torch.ones(2)) and os.listdir(tmp_path) == [
+        "last.pt"
+    ]
 
 
 def test_a_file_with_a_checksum_is_a_zip_like_others(tmp_path):
@@ -113,25 +158,53 @@ def test_a_file_with_a_checksum_is_a_zip_like_others(tmp_path):
         assert z.testzip() is None and z.comment.startswith(b"crc32 ")
     torch.save({"a": torch.ones(2)}, tmp_path / "theirs.pt")
     torch.save({"a": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    assert all(torch.equal(checkpoint.read(str(tmp_path / f"{name}.pt"))["a"], torch.ones(2)) for name in ("ours", "theirs", "old"))
+    assert all(
+        torch.equal(checkpoint.read(str(tmp_path / f"{name}.pt"))["a"], torch.ones(2))
+        for name in ("ours", "theirs", "old")
+    )
 
 
 def test_a_place_of_other_processes_becomes_their_mean(tmp_path):
     """Two processes were stopped, and one goes on."""
     net = nn.BatchNorm1d(2)
     place = Place(10, "a", net)
-    assert place.take() == (0, 0.0, 0.0, {})               # as at every epoch's start
-    place.load_state_dict({"images": 10, "step": 3, "seconds": 2.0, "wait": 1.0, "own": [
-        {"total": {"loss": torch.tensor(1.0 + r), "K": 5.0}, "running": {0: torch.full((2,), float(r)), 1: torch.ones(2)}} for r in (0, 1)]})
+    assert place.take() == (0, 0.0, 0.0, {})  # as at every epoch's start
+    place.load_state_dict(
+        {
+            "images": 10,
+            "step": 3,
+            "seconds": 2.0,
+            "wait": 1.0,
+            "own": [
+                {
+                    "total": {"loss": torch.tensor(1.0 + r), "K": 5.0},
+                    "running": {0: torch.full((2,), float(r)), 1: torch.ones(2)},
+                }
+                for r in (0, 1)
+            ],
+        }
+    )
     step, seconds, wait, total = place.take()
-    assert (step, seconds, wait, total) == (3, 2.0, 1.0, {"loss": 1.5, "K": 5.0}) and net.running_mean.tolist() == [0.5, 0.5] and place.take()[0] == 0
+    assert (
+        (step, seconds, wait, total) == (3, 2.0, 1.0, {"loss": 1.5, "K": 5.0})
+        and net.running_mean.tolist() == [0.5, 0.5]
+        and place.take()[0] == 0
+    )
     with pytest.raises(ValueError, match="it is of 11 images, and now there are 10"):
         place.load_state_dict({"images": 11})
 
 
-@pytest.mark.parametrize("change,message", [
-    (dict(loss={"name": "ring", "temperature": 0.1}), "loss.name was 'nce' and is now 'ring'; choose another name=..., or start this one over with --fresh"),
-    (dict(seed=1), "seed was 0 and is now 1"), (dict(data={"name": "cifar10", "workers": 2}), "data.name was 'shapes'")])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (
+            dict(loss={"name": "ring", "temperature": 0.1}),
+            "loss.name was 'nce' and is now 'ring'; choose another name=..., or start this one over with --fresh",
+        ),
+        (dict(seed=1), "seed was 0 and is now 1"),
+        (dict(data={"name": "cifar10", "workers": 2}), "data.name was 'shapes'"),
+    ],
+)
 def test_another_runs_checkpoint_is_refused(tmp_path, change, message):
     path = str(tmp_path / "last.pt")
     checkpoint.save(path, SETTINGS, 1, **parts())
@@ -148,7 +221,10 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         checkpoint.resume(path, SETTINGS, host=nn.Linear(4, 2))
     with open(path, "r+b") as f:
         f.truncate(os.path.getsize(path) // 2)
-    with pytest.raises(SystemExit, match="not a checkpoint that can be read safely.*previous.pt does not exist: start over with --fresh"):
+    with pytest.raises(
+        SystemExit,
+        match="not a checkpoint that can be read safely.*previous.pt does not exist: start over with --fresh",
+    ):
         checkpoint.resume(path, SETTINGS, **parts())
 
 
@@ -167,17 +243,25 @@ def test_loading_runs_no_code(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------- log
 
+
 def test_a_resumed_log_drops_what_was_never_saved(tmp_path):
     log = Log(str(tmp_path))
     for epoch in (0, 1, 2, 3):
         log.write(epoch, {"loss": 1.5 * epoch})
     with open(log.path, "a") as f:
-        f.write('{"epoch": 4, "lo')                        # killed in mid-line
+        f.write('{"epoch": 4, "lo')  # killed in mid-line
     Log(str(tmp_path), 2).write(3, {"loss": 0.0})
-    assert [(line["epoch"], line["loss"]) for line in lines(log.path)] == [(0, 0.0), (1, 1.5), (2, 3.0), (3, 0.0)]
+    assert [(line["epoch"], line["loss"]) for line in lines(log.path)] == [
+        (0, 0.0),
+        (1, 1.5),
+        (2, 3.0),
+        (3, 0.0),
+    ]
     with open(log.path) as f:
         assert all(json.loads(line) for line in f)
-    Log(str(tmp_path), 0, within=True)                     # a run that goes on within its first epoch has a line of before it
+    Log(
+        str(tmp_path), 0, within=True
+    )  # a run that goes on within its first epoch has a line of before it
     assert [line["epoch"] for line in lines(log.path)] == [0]
     Log(str(tmp_path), 0)
     assert lines(log.path) == []

@@ -1,4 +1,5 @@
 """Extraction and kNN: the same answers by blocks as at once, within the memory that is stated."""
+
 import os
 import sys
 
@@ -100,9 +101,20 @@ def test_extraction_draws_no_random_numbers():
 
 # ---------------------------------------------------------------------------- how many vote
 
-@pytest.mark.parametrize("k, n, expected", [
-    (200, 2000, 200), (200, 5000, 200), (200, 1999, 199), (200, 100, 10), (200, 9, 1), (1, 1, 1),
-    (20, 200, 20), (200, 1_281_167, 200)])
+
+@pytest.mark.parametrize(
+    "k, n, expected",
+    [
+        (200, 2000, 200),
+        (200, 5000, 200),
+        (200, 1999, 199),
+        (200, 100, 10),
+        (200, 9, 1),
+        (1, 1, 1),
+        (20, 200, 20),
+        (200, 1_281_167, 200),
+    ],
+)
 def test_a_tenth_of_the_images_vote_at_most(k, n, expected):
     assert voters(k, n) == expected
 
@@ -121,11 +133,20 @@ def test_the_monitor_says_how_many_vote_and_they_do():
 
 # ---------------------------------------------------------------------------- where they fit
 
-@pytest.mark.parametrize("device, free, free_here, expected", [
-    (GPU, 101, 0, GPU), (GPU, 99, 80, CPU), (GPU, 0, 0, GPU),  # 0: torch can't say
-    (GPU, 99, None, CPU), (CPU, 0, 75, CPU), (CPU, 0, None, CPU),
-    (GPU, 99, 74, "0.074 GB are free here, and 0.099 GB on cuda:0"),
-    (CPU, 0, 74, "0.074 GB are free here")])
+
+@pytest.mark.parametrize(
+    "device, free, free_here, expected",
+    [
+        (GPU, 101, 0, GPU),
+        (GPU, 99, 80, CPU),
+        (GPU, 0, 0, GPU),  # 0: torch can't say
+        (GPU, 99, None, CPU),
+        (CPU, 0, 75, CPU),
+        (CPU, 0, None, CPU),
+        (GPU, 99, 74, "0.074 GB are free here, and 0.099 GB on cuda:0"),
+        (CPU, 0, 74, "0.074 GB are free here"),
+    ],
+)
 def test_where_features_fit(device, free, free_here, expected, monkeypatch):
     """75 MB of them; of a GPU's memory three quarters are taken at most."""
     million = 10**6
@@ -136,22 +157,46 @@ def test_where_features_fit(device, free, free_here, expected, monkeypatch):
     assert (lacking if fit is None else fit) == expected
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ([], r"of 60 training and 2400 test images, 3072 numbers an image \(raw pixels\), need 0\.299 GB "
-         r"of memory, but 0\.001 GB are free here; leave out raw pixels and the untrained encoder "
-         r"with --no-baselines, or take fewer training images with data\.limit, or allow"),
-    (["--no-baselines"], r"64 numbers an image \(tiny\), need 0\.269 GB.*free here; take fewer"),
-], ids=["with baselines", "without"])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            [],
+            r"of 60 training and 2400 test images, 3072 numbers an image \(raw pixels\), need 0\.299 GB "
+            r"of memory, but 0\.001 GB are free here; leave out raw pixels and the untrained encoder "
+            r"with --no-baselines, or take fewer training images with data\.limit, or allow",
+        ),
+        (
+            ["--no-baselines"],
+            r"64 numbers an image \(tiny\), need 0\.269 GB.*free here; take fewer",
+        ),
+    ],
+    ids=["with baselines", "without"],
+)
 def test_features_that_fit_nowhere_are_refused_before_the_extraction(
-        arguments, message, tmp_path, monkeypatch):
+    arguments, message, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     encoder = Encoder(backbone="resnet10", stem="cifar", width=8)
     torch.save(encoder.backbone.state_dict(), "w.pt")
     monkeypatch.setattr(features, "available_bytes", lambda: (10**6, "here"))
     monkeypatch.setattr(train_linear, "extract", lambda *given, **named: pytest.fail("extracts"))
-    monkeypatch.setattr(sys, "argv", [
-        "x", "--cfg", QUICK, "--weights", "w.pt", "name=tiny", "data.limit=60", "model.width=8",
-        "model.backbone=resnet10", *arguments])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "x",
+            "--cfg",
+            QUICK,
+            "--weights",
+            "w.pt",
+            "name=tiny",
+            "data.limit=60",
+            "model.width=8",
+            "model.backbone=resnet10",
+            *arguments,
+        ],
+    )
     with pytest.raises(SystemExit, match=message) as refusal:
         train_linear.main()
     assert "\n" not in refusal.value.code

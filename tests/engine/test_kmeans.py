@@ -1,4 +1,5 @@
 """k-means against scikit-learn's and the start it had before, and what it promises of its own."""
+
 import math
 import os
 import subprocess
@@ -37,8 +38,11 @@ def test_the_objective_is_within_1_percent_of_scikit_learns(k, restarts):
     assert ours < 1.01 * model.fit(x.numpy()).inertia_
 
 
-@pytest.mark.parametrize("make", [smooth, embeddings, lambda n: grouped(n, 40)],
-                         ids=["no groups", "200 groups", "40 groups"])
+@pytest.mark.parametrize(
+    "make",
+    [smooth, embeddings, lambda n: grouped(n, 40)],
+    ids=["no groups", "200 groups", "40 groups"],
+)
 def test_the_objective_is_within_1_percent_of_greedy_kmeans_plus_plus(make, monkeypatch):
     """At equal iterations and restarts: with as many groups as clusters, with more, with none."""
     x = make(4000)
@@ -69,8 +73,9 @@ def test_memory_beyond_the_data_is_under_200_MB():
         kmeans(x, 1000, iterations=1, restarts=1)
         print(peak() - before)
     """)
-    done = subprocess.run([sys.executable, "-c", job], cwd=ROOT, capture_output=True, text=True,
-                          check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", job], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert float(done.stdout) < 200
 
 
@@ -187,13 +192,14 @@ def test_large_offsets_and_scales_lose_no_digits():
     x = embeddings(1000)
     base = kmeans(x, 20)[1]
     assert torch.equal(kmeans(1024 * x, 20)[1], base)
-    assert torch.equal(kmeans(x / 2 ** 20, 20)[1], base)
+    assert torch.equal(kmeans(x / 2**20, 20)[1], base)
     # Multiples of 2^-10 stay what they are when 100 is added.
-    grid = (x * 2 ** 10).round() / 2 ** 10
+    grid = (x * 2**10).round() / 2**10
     near, far = kmeans(grid, 20), kmeans(grid + 100, 20)
     assert objective(grid + 100, *far) == pytest.approx(objective(grid, *near), rel=0.01)
-    assert torch.allclose(far[0] - 100, torch.stack([grid[far[1] == c].mean(0) for c in range(20)]),
-                          atol=1e-5)
+    assert torch.allclose(
+        far[0] - 100, torch.stack([grid[far[1] == c].mean(0) for c in range(20)]), atol=1e-5
+    )
 
 
 def test_rows_that_are_not_finite_are_refused():
@@ -261,10 +267,21 @@ def test_several_processes_find_the_clusters_of_one_bit_for_bit(world, found_by_
 
 
 def test_the_benchmark_prints_its_tables():
-    done = subprocess.run([sys.executable, "benchmarks/kmeans.py", "--small", "--rounds", "1",
-                           "--seeds", "1"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for words in ("start / Lloyd", "a Lloyd iteration grows as", "greedy k-means++, all rows",
-                  "random rows", "faiss", "all levels:"):
+    done = subprocess.run(
+        [sys.executable, "benchmarks/kmeans.py", "--small", "--rounds", "1", "--seeds", "1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for words in (
+        "start / Lloyd",
+        "a Lloyd iteration grows as",
+        "greedy k-means++, all rows",
+        "random rows",
+        "faiss",
+        "all levels:",
+    ):
         assert words in done.stdout
 
 

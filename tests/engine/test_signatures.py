@@ -1,4 +1,5 @@
 """Signatures that are read are those that are imported, and reading them imports nothing."""
+
 import inspect
 import os
 import subprocess
@@ -25,14 +26,21 @@ def test_what_is_read_is_what_is_imported(home):
         assert type(read[key].default) is type(parameter.default), key
 
 
-@pytest.mark.parametrize("text, reason", [
-    ("class A:\n    def __init__(self, *, k: int = 2 ** 3): pass", "is computed"),
-    ("class A:\n    def __init__(self, *, k: Path = None): pass", "no type that settings have"),
-    ("@frozen\nclass A:\n    def __init__(self, *, k: int = 2): pass", "decorator"),
-    ("class A(B):\n    pass", "no __init__"),
-    ("class A(b.B):\n    def __init__(self, **settings): pass", "no parent that is a plain name"),
-    ("class B:\n    pass", "does not define"), ("class A:", "expected an indented block"),
-])
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("class A:\n    def __init__(self, *, k: int = 2 ** 3): pass", "is computed"),
+        ("class A:\n    def __init__(self, *, k: Path = None): pass", "no type that settings have"),
+        ("@frozen\nclass A:\n    def __init__(self, *, k: int = 2): pass", "decorator"),
+        ("class A(B):\n    pass", "no __init__"),
+        (
+            "class A(b.B):\n    def __init__(self, **settings): pass",
+            "no parent that is a plain name",
+        ),
+        ("class B:\n    pass", "does not define"),
+        ("class A:", "expected an indented block"),
+    ],
+)
 def test_what_cannot_be_read_is_left_to_the_import(text, reason, tmp_path, monkeypatch):
     (tmp_path / "m.py").write_text(text)
     monkeypatch.setattr(signatures, "ROOT", str(tmp_path))
@@ -51,14 +59,25 @@ def test_a_signature_that_cannot_be_read_is_imported(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("arguments, code, said", [
-    (["--help"], 0, "--device NAME"),
-    (["--cfg", "yaml/quickstart.yaml", "loss.temprature=1"], 1, "did you mean temperature?"),
-    (["--cfg", "yaml/quickstart.yaml", "model.host=cmc", "--print-config"], 0, "colour_space: lab"),
-])
+@pytest.mark.parametrize(
+    "arguments, code, said",
+    [
+        (["--help"], 0, "--device NAME"),
+        (["--cfg", "yaml/quickstart.yaml", "loss.temprature=1"], 1, "did you mean temperature?"),
+        (
+            ["--cfg", "yaml/quickstart.yaml", "model.host=cmc", "--print-config"],
+            0,
+            "colour_space: lab",
+        ),
+    ],
+)
 def test_what_needs_no_torch_does_not_import_it(script, arguments, code, said):
-    done = subprocess.run([sys.executable, "-X", "importtime", script, *arguments], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", script, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == code and said in done.stdout + done.stderr
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
     assert "yaml" in imported

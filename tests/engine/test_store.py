@@ -1,4 +1,5 @@
 """Objects through a store, each process played by a thread, and what happens when one is gone."""
+
 import threading
 import time
 
@@ -63,11 +64,13 @@ def test_only_the_senders_are_waited_for():
 
 def test_what_all_have_read_is_deleted():
     """After thirty calls the store holds as many keys as after three."""
+
     def many(count):
         def call(one):
             for i in range(count):
                 one.spread([i % 2], b"x" * 100)
                 one.gather(i)
+
         kept = dist.HashStore()
         together(2, call, kept)
         return kept.num_keys()

@@ -1,4 +1,5 @@
 """VOC2007's classification: its average precision, and the SVMs on features whose answer is known."""
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,7 @@ def literal(scores, positive):
     """For each right answer, walked through in order of score: the best precision at its recall or a higher one; their mean."""
     order = np.argsort(-scores, kind="stable")
     hits = positive[order]
-    precision = [hits[:i + 1].sum() / (i + 1) for i in range(len(hits))]
+    precision = [hits[: i + 1].sum() / (i + 1) for i in range(len(hits))]
     return np.mean([max(precision[i:]) for i in range(len(hits)) if hits[i]])
 
 
@@ -29,12 +30,19 @@ def test_it_equals_scikit_learns_where_precision_only_falls():
     for right_first in range(1, 12):
         positive = np.array([True] * right_first + [False] * 5 + [False] * 9)
         scores = np.linspace(1, 0, len(positive))
-        assert average_precision(scores, positive) == pytest.approx(metrics.average_precision_score(positive, scores)) == 1
+        assert (
+            average_precision(scores, positive)
+            == pytest.approx(metrics.average_precision_score(positive, scores))
+            == 1
+        )
     for _ in range(200):
         positive = rng.random(30) < np.linspace(0.9, 0.02, 30)
         scores = np.linspace(1, 0, 30)
         precision = (np.cumsum(positive) / np.arange(1, 31))[positive]
-        ours, theirs = average_precision(scores, positive), metrics.average_precision_score(positive, scores)
+        ours, theirs = (
+            average_precision(scores, positive),
+            metrics.average_precision_score(positive, scores),
+        )
         if (np.diff(precision) <= 0).all():
             assert ours == pytest.approx(theirs)
             agreed += 1
@@ -44,7 +52,9 @@ def test_it_equals_scikit_learns_where_precision_only_falls():
 
 
 def test_equal_scores_are_one_point_of_the_curve():
-    assert average_precision(np.zeros(4), np.array([True, False, False, False])) == 0.25            # in any order of the images
+    assert (
+        average_precision(np.zeros(4), np.array([True, False, False, False])) == 0.25
+    )  # in any order of the images
     assert average_precision(np.zeros(4), np.array([False, False, False, True])) == 0.25
 
 
@@ -54,12 +64,24 @@ def test_classes_that_a_line_separates_and_images_that_count_neither_way():
     x = torch.randn(200, 8, generator=g)
     y = torch.where(x[:, :3] > 0, 1, -1)
     assert svm(x[:120], y[:120], x[120:], y[120:], 0.5, ["a", "b", "c"]) > 95
-    y[::7, 0] = 0                                          # difficult: neither trained nor asked
+    y[::7, 0] = 0  # difficult: neither trained nor asked
     assert svm(x[:120], y[:120], x[120:], y[120:], 0.5, ["a", "b", "c"], "ignore") > 95
-    as_negatives = torch.where(y == 0, -1, y)              # PCL's code, the default
-    assert (svm(x[:120], y[:120], x[120:], y[120:], 0.5, ["a", "b", "c"])
-            == svm(x[:120], as_negatives[:120], x[120:], as_negatives[120:], 0.5, ["a", "b", "c"], "ignore") < 95)
+    as_negatives = torch.where(y == 0, -1, y)  # PCL's code, the default
+    assert (
+        svm(x[:120], y[:120], x[120:], y[120:], 0.5, ["a", "b", "c"])
+        == svm(
+            x[:120], as_negatives[:120], x[120:], as_negatives[120:], 0.5, ["a", "b", "c"], "ignore"
+        )
+        < 95
+    )
     lot = torch.where(torch.rand(200, 3, generator=g) < 0.3, 1, -1)
     assert svm(x[:120], lot[:120], x[120:], lot[120:], 0.5, ["a", "b", "c"]) < 60
     with pytest.raises(SystemExit, match="class b has no images"):
-        svm(x[:120], torch.stack([y[:120, 1], torch.full((120,), -1)], 1), x[120:], y[120:, :2], 0.5, ["a", "b"])
+        svm(
+            x[:120],
+            torch.stack([y[:120, 1], torch.full((120,), -1)], 1),
+            x[120:],
+            y[120:, :2],
+            0.5,
+            ["a", "b"],
+        )

@@ -1,4 +1,5 @@
 """IFND: labels compared pair by pair, and when they are assigned and accepted."""
+
 import math
 
 import pytest
@@ -29,12 +30,18 @@ def literal(c, t, loss_fn, share, mode):
     def of_one(i, query):
         total = 0
         for pseudo, rank in zip(loss_fn.pseudo.tolist(), loss_fn.rank.tolist()):
-            accepted = {image: label for image, (label, r) in enumerate(zip(pseudo, rank))
-                        if r <= share * N_DATA + 1e-9}
+            accepted = {
+                image: label
+                for image, (label, r) in enumerate(zip(pseudo, rank))
+                if r <= share * N_DATA + 1e-9
+            }
             mine = accepted.get(c.index[i].item())
             may = nearest(c, i)
-            F_q = [j for j in may
-                   if mine is not None and accepted.get(c.negative_index[j].item()) == mine]
+            F_q = [
+                j
+                for j in may
+                if mine is not None and accepted.get(c.negative_index[j].item()) == mine
+            ]
             k = c.positive[i].double().mean(0)
 
             def e(v):
@@ -47,6 +54,7 @@ def literal(c, t, loss_fn, share, mode):
                 friends = [k, *(n[j] for j in F_q)]
                 total = total - sum(torch.log(e(p) / everything) for p in friends) / len(friends)
         return total / len(loss_fn.pseudo)
+
     return mean_over_queries(c, of_one)
 
 
@@ -54,7 +62,7 @@ def literal(c, t, loss_fn, share, mode):
 @pytest.mark.parametrize("N,K,t,M,masked", SWEEP)
 def test_ifnd_is_its_formula(N, K, t, M, masked, mode):
     c = contrast(N, K, M=M, masked=masked, n_data=N_DATA)
-    c.negative_index[:2] = -1                              # the queue's random start
+    c.negative_index[:2] = -1  # the queue's random start
     loss_fn = clustered(temperature=t, mode=mode)
     loss, figures = loss_fn(c, 3.0)
     agrees(loss, c, *literal(c, t, loss_fn, 0.6, mode))
@@ -75,8 +83,11 @@ def test_with_nothing_accepted_it_is_nce(mode):
 def test_all_equal_gives_log_K_plus_1():
     c = contrast(N=4, K=50, n_data=N_DATA)
     same = c.query.detach()[:1]
-    c = c._replace(query=same.expand(4, -1).clone().requires_grad_(),
-                   positive=same.expand(4, 1, -1), negative=same.expand(50, -1))
+    c = c._replace(
+        query=same.expand(4, -1).clone().requires_grad_(),
+        positive=same.expand(4, 1, -1),
+        negative=same.expand(50, -1),
+    )
     assert abs(IFND(10, N_DATA, clusters=[4])(c, 0.0)[0] - math.log(51)) < 1e-5
     # All in one cluster: every negative is false.
     for mode, expected in (("eliminate", 0), ("attract", math.log(51))):
@@ -90,7 +101,7 @@ def test_acceptance_rises_from_0_to_100_percent_by_epoch():
     assert [loss_fn.accepted(e) for e in (0, 0.9, 1, 5.5, 10, 10.9)] == [0, 0, 0.1, 0.5, 1, 1]
     assert IFND(1, N_DATA, clusters=[3]).accepted(0) == 0
     loss_fn = clustered(acceptance=(0, 1))
-    for epoch, images in ((0, 0), (3, 10), (9, 30)):       # r n images, the most confident
+    for epoch, images in ((0, 0), (3, 10), (9, 30)):  # r n images, the most confident
         labels = loss_fn.accepted_labels(torch.arange(N_DATA), epoch, -1)
         assert ((labels >= 0).sum(1) == images).all()
         assert (loss_fn.rank[labels >= 0] <= images).all()
@@ -113,7 +124,7 @@ def test_clusters_are_found_assigned_and_ranked_at_their_time():
 
     for epoch in range(5):
         loss_fn.before_epoch(epoch, extract)
-        assert len(asked) == epoch // 2                    # at epochs 2 and 4
+        assert len(asked) == epoch // 2  # at epochs 2 and 4
         if epoch < 2:
             assert (loss_fn.pseudo == -1).all() and loss_fn.validity == {"accepted %": 25.0 * epoch}
     for c in range(3):
@@ -126,7 +137,7 @@ def test_clusters_are_found_assigned_and_ranked_at_their_time():
     assert figures["precision %, k=3"] > 85 and figures["recall %, k=3"] > 85
     assert figures["NMI, k=3"] > 0.85 > figures["NMI, k=2"]
     again = IFND(5, N_DATA, truth, clusters=[3, 2], reassign_every=2, temperature=0.2)
-    again.load_state_dict(loss_fn.state_dict())            # all of it is state
+    again.load_state_dict(loss_fn.state_dict())  # all of it is state
     c = contrast(n_data=N_DATA)
     assert torch.equal(loss_fn(c, 4.5)[0], again(c, 4.5)[0])
 
@@ -150,10 +161,17 @@ def test_the_start_reaches_k_means_and_a_loaded_state_clusters_alike(start, monk
     assert torch.equal(first.pseudo, again.pseudo) and torch.equal(first.rank, again.rank)
 
 
-@pytest.mark.parametrize("settings,message", [
-    ({"temperature": 0.0}, "temperature"), ({"clusters": []}, r"clusters \[\]"),
-    ({"clusters": [3, 31]}, "30 images"), ({"reassign_every": 0}, "reassign_every"),
-    ({"acceptance": [0.5]}, "acceptance"), ({"acceptance": [1.0, 0.0]}, "acceptance")])
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"temperature": 0.0}, "temperature"),
+        ({"clusters": []}, r"clusters \[\]"),
+        ({"clusters": [3, 31]}, "30 images"),
+        ({"reassign_every": 0}, "reassign_every"),
+        ({"acceptance": [0.5]}, "acceptance"),
+        ({"acceptance": [1.0, 0.0]}, "acceptance"),
+    ],
+)
 def test_settings_without_meaning_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         IFND(10, N_DATA, **{"clusters": [3], **settings})

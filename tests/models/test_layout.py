@@ -1,4 +1,5 @@
 """Narrow networks in channels_last: no fault of oneDNN's is reached; see models/resnet.py."""
+
 import os
 import subprocess
 import sys
@@ -46,11 +47,17 @@ CASES = [("ir", 2), ("ir", 6), ("cmc", 4), ("cmc", 8), ("cmc", 12), ("moco", 4),
 
 def test_narrow_networks_train_where_there_is_avx2_alone():
     """Before, the process died, or span for ever, at the first of them."""
-    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2",
-                   "OMP_NUM_THREADS": "1", "MALLOC_PERTURB_": "165"}
+    environment = {
+        **os.environ,
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_PERTURB_": "165",
+    }
     script = textwrap.dedent(STEPS).format(root=ROOT, cases=CASES)
-    done = subprocess.run([sys.executable, "-c", script], env=environment, timeout=300,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, timeout=300, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines() == [f"{host} {width}" for host, width in CASES]
 
@@ -93,8 +100,9 @@ def test_narrow_networks_begin_with_the_random_numbers_of_before(monkeypatch):
         monkeypatch.setattr(resnet, "subsample_first", change)
         torch.manual_seed(0)
         weights = ResNet("resnet10", "cifar", 4).state_dict()
-        drawn.append((list(weights), torch.cat([w.flatten() for w in weights.values()]),
-                      torch.rand(3)))
+        drawn.append(
+            (list(weights), torch.cat([w.flatten() for w in weights.values()]), torch.rand(3))
+        )
     (keys, weights, after), (keys_before, weights_before, after_before) = drawn
     assert keys == keys_before
     assert torch.equal(weights, weights_before) and torch.equal(after, after_before)
