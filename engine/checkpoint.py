@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import socket
+import tempfile
 import zlib
 
 import torch
@@ -28,6 +29,7 @@ MAY_CHANGE = (
     "linear",
     "finetune",
     "detect",
+    "log",
     "model.precision",
     "data.workers",
     "data.root",
@@ -135,6 +137,23 @@ def read(path):
 
 
 # ---------------------------------------------------------------------------------------------------- a run's folder and state
+
+
+def check_writable(folder):
+    """End all processes, with one sentence, if files can't be written into a folder.
+
+    The folder need not be there yet. Scripts ask before work whose figures they write at its end.
+    """
+    with distributed.agreeing():
+        if distributed.is_main():
+            with writing(folder):
+                is_new = not os.path.isdir(folder)
+                os.makedirs(folder, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder) as file:
+                    file.write(bytes(4096))
+                    file.flush()
+                if is_new:
+                    os.rmdir(folder)
 
 
 @contextlib.contextmanager
@@ -284,7 +303,7 @@ def not_finite(value, name=""):
     )
 
 
-def resume(path, settings, **parts):
+def resume(path, settings, may_change=MAY_CHANGE, **parts):
     """Put a checkpoint's state into parts, on every process. -> the number of epochs done. If it is damaged the one before is taken."""
     problems = []
     for candidate in (path, before(path)):
@@ -319,7 +338,7 @@ def resume(path, settings, **parts):
         raise SystemExit(
             f"{candidate} is not a checkpoint of train_pretrain.py: it has no {missing[0]}"
         )
-    other = config.difference(saved["settings"], settings, MAY_CHANGE)
+    other = config.difference(saved["settings"], settings, may_change)
     if other:
         raise SystemExit(
             f"{candidate} is of another run: {other}; choose another name=..., or start this one over with --fresh"

@@ -26,6 +26,7 @@ SECTIONS = {
     "loss": ["losses.{name}:{name}"],
     "optim": ["engine.schedule:Schedule", "engine.schedule:sgd"],
     "knn": ["engine.features:KNN"],
+    "log": ["engine.run:Run"],
     "linear": ["train_linear:Probe"],
     "finetune": ["train_finetune:Finetune"],
     "detect": ["train_detect:Detect"],

@@ -124,6 +124,8 @@ def shorten_lost_connections(rank, hook):
     def say_who_is_lost(kind, error, trace):
         if not any(sign in str(error) for sign in signs):
             return hook(kind, error, trace)
+        if signals.stop_requested():  # and so was the other one
+            return
         print(
             f"process {rank} lost another one, which ended (what it says itself tells why) or "
             "cannot be reached",
@@ -158,6 +160,15 @@ def wrap(module, device):
     buffers = next(name for name in names if name in known)
     ids = None if device.type == "cpu" else [device.index]
     return DistributedDataParallel(module, device_ids=ids, **{buffers: False})
+
+
+def gradient_sync(model, is_last):
+    """A context in which backward() averages gradients over processes, after the last part of a
+    batch only.
+    """
+    if is_last or world_size() == 1:
+        return contextlib.nullcontext()
+    return model.no_sync()
 
 
 def say(*words, **how):
@@ -373,8 +384,7 @@ def run_on_first(function, per_node=False):
     It may take hours: no collective is involved. What comes out is made of what store.pack takes,
     and goes through the store, at some 100 MB/s. Within the function no other call may be made that
     every process makes. Whatever the function raises ends all processes, none of them before all
-    nodes are done; a sentence (SystemExit) is said once. A run that is told to stop meanwhile
-    (engine/signals.py) ends at once, with code EXIT.
+    nodes are done; a sentence (SystemExit) is said once.
     """
     if world_size() == 1:
         return function()
@@ -385,7 +395,7 @@ def run_on_first(function, per_node=False):
     if rank() == runner:
         value, outcome, error = attempt(function)
     senders = sorted(set(firsts))
-    outcomes = object_store.spread(senders, outcome, look=leave_if_told)
+    outcomes = object_store.spread(senders, outcome)
     outcomes = {r: unpack(outcomes[r]) for r in senders}
     failed = [r for r in senders if outcomes[r][0]]
     if failed:
@@ -401,18 +411,9 @@ def attempt(function):
     """
     try:
         value = function()
-        if signals.asked():
-            raise SystemExit(signals.EXIT)
         return value, pack((False, value)), None
     except BaseException as error:  # SystemExit too; the caller raises it
         code = getattr(error, "code", 1)  # a sentence is for this process alone to say
         code = code if isinstance(code, int) else 1
         return None, pack((True, code)), error
 
-
-def leave_if_told():
-    """End a process that waits, if it was told to stop."""
-    if signals.asked():
-        if rank() == 1:  # the first that waits
-            print("told to stop before anything was trained: start the same line again", flush=True)
-        raise SystemExit(signals.EXIT)

@@ -18,6 +18,8 @@ from time import monotonic, sleep
 
 import torch
 
+from . import signals
+
 PIECE = 2**22  # bytes: the store refuses a value of more than 8 MiB
 LONGEST_PAUSE = 0.1  # seconds between two looks, which begin at a millisecond
 BEAT = 10  # seconds from one sign of life to the next
@@ -106,15 +108,13 @@ class ObjectStore:
         self.tidy(call)
         return whole
 
-    def spread(self, senders, x=None, look=None):
+    def spread(self, senders, x=None):
         """The bytes x of each rank in `senders`, to all -> {rank: bytes}.
-
-        look: a function that is called again and again while this process waits.
         """
         call = self.next_call()
         if self.rank in senders:
             self.post(call, f"{call}/{self.rank}", x)
-        return {r: self.take(f"{call}/{r}", r, look) for r in senders}
+        return {r: self.take(f"{call}/{r}", r) for r in senders}
 
     # ---------------------------------------------------------------------------------- the store
 
@@ -131,21 +131,19 @@ class ObjectStore:
         self.ask(self.store.set, key, b"%d\n" % len(pieces) + pieces[0])
         self.mine.append((call, [key, *keys]))
 
-    def take(self, key, sender, look=None):
+    def take(self, key, sender):
         """The bytes that rank `sender` sets a key to, as soon as it does."""
-        self.wait(key, sender, look)
+        self.wait(key, sender)
         count, _, first = self.ask(self.store.get, key).partition(b"\n")
         return first + b"".join(
             self.ask(self.store.get, f"{key}/{i}") for i in range(1, int(count))
         )
 
-    def wait(self, key, sender, look=None):
+    def wait(self, key, sender):
         """Until a key is set. It may take hours, as long as the sender lives."""
         pause, sign, next_check = 0.001, None, monotonic() + BEAT
         heard = monotonic()
         while not self.ask(self.store.check, [key]):
-            if look:
-                look()
             sleep(pause)
             pause = min(pause * 1.5, LONGEST_PAUSE)
             if monotonic() < next_check:
@@ -172,6 +170,8 @@ class ObjectStore:
         try:
             return what(*arguments)
         except RuntimeError as error:  # torch's DistError is one
+            if signals.stop_requested():  # and so was the process that keeps it
+                raise SystemExit(signals.EXIT_CODE) from None
             raise SystemExit(
                 f"process {self.rank} has lost the store of the process group "
                 f"({str(error).splitlines()[0]}): the process that keeps it has ended; see what "

@@ -125,12 +125,21 @@ def test_a_first_process_that_has_the_store_leaves_last(monkeypatch):
 def test_a_store_that_is_gone_ends_who_waits_with_a_sentence():
     host = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     client = dist.TCPStore("127.0.0.1", host.port, is_master=False)
-    one = ObjectStore(client, 1, 2)
     waits, ended = threading.Event(), []
+
+    class Watched:
+        def check(self, keys):
+            waits.set()
+            return client.check(keys)
+
+        def __getattr__(self, name):
+            return getattr(client, name)
+
+    one = ObjectStore(Watched(), 1, 2)
 
     def work():
         try:
-            one.spread([0], look=waits.set)
+            one.spread([0])
         except SystemExit as end:
             ended.append((time.monotonic(), end.code))
 

@@ -1,0 +1,145 @@
+"""From a run's settings to its parts. What cannot work together is refused here, before training."""
+
+from typing import NamedTuple
+
+import torch
+
+from data.datasets import load
+from data.loader import Loader
+from losses.together import Together
+from models.resnet import Encoder
+
+from . import config
+from .features import KNN
+from .schedule import Schedule, sgd
+
+
+class Datasets(NamedTuple):
+    """The parts of a data set: what is trained on, and what kNN takes."""
+
+    pretrain: object
+    train: object
+    test: object  # None where there is no test part
+
+
+class Builder:
+    """Builds the parts of a run: build("optim", Schedule) calls it with its section's settings.
+
+    What the target refuses by ValueError ends the program, with the file's and section's name.
+
+    Args:
+        settings: the resolved settings of the file.
+        file: its name.
+    """
+
+    def __init__(self, settings, file):
+        self.settings, self.file = settings, file
+
+    def __call__(self, section, target, **given):
+        """target(**given, and those keys of the section that it names)."""
+        return config.build(target, self.settings[section], f"{self.file}: {section}", **given)
+
+    def datasets(self, device):
+        """The Datasets of section data; in memory, on `device`, where they are augmented there."""
+        settings, seed = self.settings["data"], self.settings["seed"]
+        pretrain = self("data", load, part="pretrain", seed=seed)
+        # What evaluates must not replace an unreadable image, whose label would be another's.
+        is_shared = settings["split"] == "train" and settings["on_error"] == "stop"
+        train = pretrain if is_shared else self("data", load, part="train", seed=seed)
+        test = self("data", load, part="test", seed=seed)
+        if settings["augment_backend"] == "batched":
+            for dataset in (pretrain, train, test):
+                if dataset:
+                    dataset.to(device)
+        return Datasets(pretrain, train, test)
+
+    def host(self, dataset, device):
+        """The encoder and the host around it."""
+        host_class = config.chosen(self.settings["model"], "model")
+        encoder = self.encoder(dataset, device)
+        host = self("model", host_class, encoder=encoder, n_data=len(dataset))
+        return encoder, host.to(device)
+
+    def encoder(self, dataset, device):
+        """The encoder, which normalises images by the data set's mean and std."""
+        host_class = config.chosen(self.settings["model"], "model")
+        encoder_class = getattr(host_class, "Encoder", Encoder)  # CMC brings its own
+        return self("model", encoder_class, device=device, mean=dataset.mean, std=dataset.std)
+
+    def loss(self, dataset, host, device):
+        """The loss, or several of them together."""
+        given = {
+            "epochs": self.settings["optim"]["epochs"],
+            "n_data": len(dataset),
+            "n_keys": host.n_keys,
+            "labels": dataset.labels,
+        }
+        file = f"{self.file}: loss"
+        losses = [
+            config.build(config.chosen(settings, "loss"), settings, file, **given)
+            for settings in config.several(self.settings["loss"])
+        ]
+        loss_fn = losses[0] if len(losses) == 1 else config.build(Together, {}, file, losses=losses)
+        return loss_fn.to(device)
+
+    def optimizer(self, encoder, device):
+        """SGD, its schedule, and the scaler of fp16's losses, which else does nothing."""
+        schedule = self("optim", Schedule)
+        optimizer = self("optim", sgd, parameters=encoder.parameters(), lr=schedule.lr)
+        return optimizer, schedule, loss_scaler(encoder, optimizer, device)
+
+    def loader(self, dataset, host, encoder, schedule, device):
+        """The Loader of the training images' views."""
+        given = {
+            "dataset": dataset,
+            "batch_size": schedule.batch_size,
+            "n_views": host.n_views,
+            "seed": self.settings["seed"],
+            "device": device,
+        }
+        file = f"{self.file}: optim"
+        loader = config.build(Loader, self.settings["data"], file, **given)
+        parts = self.settings["optim"]["accumulate"]
+        if loader.local % (parts * encoder.bn_splits):
+            raise SystemExit(
+                f"{file}.batch_size {loader.batch} gives each process {loader.local} images, which "
+                f"optim.accumulate {parts} times model.bn_splits {encoder.bn_splits} does not "
+                "divide"
+            )
+        if parts > 1 and not hasattr(host, "news"):
+            raise SystemExit(
+                f"{file}.accumulate is {parts}, but the negatives of "
+                f"{self.settings['model']['host']} are the batch itself, which cannot be taken in "
+                "parts; take a smaller batch_size, more processes, or a host with a memory"
+            )
+        return loader
+
+    def knn(self, datasets, loader, device):
+        """The monitor of section knn."""
+        return self(
+            "knn",
+            KNN,
+            train=datasets.train,
+            test=datasets.test,
+            image_size=self.settings["data"]["image_size"],
+            device=device,
+            workers=loader.workers,
+        )
+
+
+def loss_scaler(encoder, optimizer, device):
+    """torch's GradScaler, which does something for fp16 only."""
+    scaler = torch.amp.GradScaler(device.type, enabled=encoder.precision == "fp16")
+    if scaler.is_enabled():
+        # It may skip the first step, which would leave the momentum of a fused SGD uninitialised.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return scaler
+
+
+def compile_backbones(encoder, host):
+    """torch.compile the networks: the first step takes a minute, the others a few % less."""
+    encoder.backbone.compile()
+    if hasattr(host, "key_encoder"):
+        host.key_encoder.net.backbone.compile()

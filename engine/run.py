@@ -1,0 +1,260 @@
+"""A training run on disk: its folder and lock, its checkpoints and its log, and how it ends.
+
+All scripts that train epochs keep their state by this class, so that all of them are stopped,
+killed and resumed in the same way.
+"""
+
+import json
+import os
+import time
+
+from tqdm import tqdm
+
+from data.workers import InputLost
+
+from . import checkpoint, config, distributed, signals
+from .distributed import say
+from .divergence import DivergenceCheck
+from .log import Log, lines
+
+# Only at every so many steps a process waits for its device, and for the other processes, which
+# must stop at the same step.
+SYNC_EVERY = 20
+# A save at an epoch's end that takes longer than both is left out: the last one's duration in
+# seconds, and the share of the time that saving may take.
+CHEAP_SAVE = 1.0
+SAVE_SHARE = 0.02
+
+
+class Run:
+    """A folder that is one training run's alone, and the run's state in it.
+
+    It is a context: meanwhile no second process trains in the folder, and whatever ends the run
+    early says which checkpoint holds what.
+
+    Args:
+        folder: is made where it is missing.
+        settings: those that a checkpoint must have been written with to be resumed.
+        epochs: of the whole run.
+        fresh: start over, though there is a checkpoint.
+        may_change: which settings may differ on resuming.
+        advice: what to try where the run diverges.
+        save_minutes: how old the last checkpoint may become. It is written at the end of an epoch
+            (unless that took over a second and over 2 % of the time), within an epoch when the last
+            one is so old, when the run is told to stop, and at the end.
+
+    Attributes:
+        log: the Log, on the first process; None on the others.
+        progress: the EpochProgress of the running epoch.
+        start_epoch: how many epochs are done at the start.
+        is_resumed: whether there was a checkpoint to go on from.
+    """
+
+    def __init__(
+        self,
+        folder,
+        settings,
+        epochs,
+        fresh=False,
+        may_change=checkpoint.MAY_CHANGE,
+        advice="try a lower optim.lr, with --fresh or another name=...",
+        *,
+        save_minutes: float = 10.0,
+    ):
+        if save_minutes <= 0:
+            raise ValueError(f"save_minutes is {save_minutes}; it must be above 0")
+        self.folder, self.settings, self.epochs = folder, settings, epochs
+        self.fresh, self.may_change, self.advice = fresh, may_change, advice
+        self.last = os.path.join(folder, "last.pt")
+        self.save_every = 60 * save_minutes
+        self.saved = None  # (epochs, steps) of the last checkpoint
+        self.saved_at, self.save_took = time.monotonic(), 0.0
+        self.log = None
+
+    def __enter__(self):
+        self.lock = checkpoint.claim(self.folder)
+        self.lock.__enter__()
+        signals.say_when_stopped(self.describe_saved)
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.lock.__exit__(kind, error, trace)
+        if isinstance(error, InputLost):
+            raise InputLost(f"{error}; {self.describe_saved() or 'nothing was saved yet'}")
+
+    # ------------------------------------------------------------------------------------- resume
+
+    def resume(self, progress, steps, device, **state):
+        """Load the last checkpoint, if there is one, into `state`: modules, optimizer, scaler.
+
+        Args:
+            progress: an EpochProgress.
+            steps: of an epoch.
+            device: that of the losses.
+            state: must hold `encoder` or `model`, whose weights are looked at.
+        """
+        self.progress, self.steps, self.device = progress, steps, device
+        self.state = {"place": progress, **state}
+        self.network = state.get("encoder", state.get("model"))
+        self.is_resumed = self.may_resume() and checkpoint.exists(self.last)
+        self.start_epoch = 0
+        if self.is_resumed:
+            self.start_epoch = checkpoint.resume(
+                self.last, self.settings, self.may_change, **self.state
+            )
+            self.saved = self.start_epoch, progress.step
+        self.saved_at = time.monotonic()
+
+    def may_resume(self):
+        """Whether a checkpoint may be resumed: --fresh forbids it.
+
+        Not where torchrun or SLURM start the run again: they use the same line, --fresh and all.
+        """
+        if not self.fresh:
+            return True
+        launchers = "TORCHELASTIC", "SLURM"
+        names = [f"{launcher}_RESTART_COUNT" for launcher in launchers]
+        name = next((name for name in names if os.environ.get(name, "0") != "0"), None)
+        if name and checkpoint.exists(self.last):
+            say(f"--fresh was obeyed at the first start; this is restart {os.environ[name]}")
+        return name is not None
+
+    def open_log(self, cfg=None):
+        """Begin or go on with log.jsonl and TensorBoard, on the first process.
+
+        Of a run that starts over, whatever the old weights left is moved aside before.
+
+        Args:
+            cfg: the resolved settings, for config.yaml; None writes none.
+        """
+        if not distributed.is_main():
+            return
+        with checkpoint.writing(self.folder):
+            if not self.is_resumed:
+                checkpoint.move_aside(self.folder)
+            if cfg is not None:
+                with open(os.path.join(self.folder, "config.yaml"), "w") as f:
+                    f.write(config.text(cfg))
+            self.log = Log(self.folder, self.start_epoch, within=self.progress.step > 0)
+
+    def unlogged_figures(self):
+        """The figures of the last epoch, if the run was ended between its save and its log line."""
+        figures = self.progress.finished
+        is_logged = self.log and any(
+            line["epoch"] == self.start_epoch for line in lines(self.log.path)
+        )
+        is_logged = distributed.gather_objects(bool(is_logged))[0]
+        return None if is_logged else figures
+
+    # ------------------------------------------------------------------------------ during training
+
+    def begin_epoch(self, epoch):
+        """Begin an epoch, or go on with it. Returns its first step."""
+        self.epoch = epoch
+        first_step = self.progress.begin()
+        self.divergence = DivergenceCheck(self.network.parameters(), first_step, self.device)
+        return first_step
+
+    def progress_bar(self, batches):
+        """A progress bar over the batches of the epoch."""
+        return tqdm(
+            batches,
+            f"epoch {self.epoch + 1}/{self.epochs}",
+            initial=self.progress.step,
+            total=self.steps,
+            leave=False,
+            disable=None if distributed.is_main() else True,
+        )
+
+    def is_sync_step(self, step):
+        """Whether figures are taken at this step of an epoch, and the device is waited for."""
+        return step % SYNC_EVERY == 0 or step == self.steps - 1
+
+    def after_step(self, step, bar):
+        """Count a step. At some of them: stop if the run diverged or is told to, and save.
+
+        Every process must stop at the same step. So several of them look only at sync steps, and
+        one alone looks for signals after every step.
+        """
+        sum_of_losses = self.progress.sums["loss"]
+        self.divergence.count(sum_of_losses)
+        self.progress.step_done()
+        signals.step_finished()
+        is_told = signals.stop_requested()
+        if not self.is_sync_step(step) and not (is_told and distributed.world_size() == 1):
+            return
+        mean_loss = float(sum_of_losses) / self.progress.counts["loss"]
+        bar.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
+        has_diverged = self.divergence.has_diverged(sum_of_losses)
+        is_due = distributed.is_main() and self.save_is_due()
+        diverged, stop, save = distributed.anywhere(self.device, has_diverged, is_told, is_due)
+        if diverged:
+            saved = self.describe_saved(how_on=False) or "nothing was saved yet"
+            what_now = f"{saved}; {self.advice}"
+            self.divergence.exit(self.epoch, step, self.steps, sum_of_losses, what_now)
+        if stop or save:
+            self.progress.record()
+            self.save(self.epoch, step + 1)
+        if stop:
+            distributed.stop()
+            signals.raise_once()
+
+    def save_is_due(self):
+        """Whether the last checkpoint is older than log.save_minutes."""
+        return time.monotonic() - self.saved_at > self.save_every
+
+    def end_epoch(self, figures):
+        """Save at the end of an epoch.
+
+        Args:
+            figures: the epoch's line for the log, whatever is evaluated aside.
+        """
+        done = self.epoch + 1
+        self.progress.end(figures)
+        cost = SAVE_SHARE * (time.monotonic() - self.saved_at)
+        is_cheap = self.save_took <= max(CHEAP_SAVE, cost)
+        is_due = is_cheap or done == self.epochs or self.save_is_due()
+        if distributed.gather_objects(is_due)[0]:
+            self.save(done)
+
+    @property
+    def is_finished(self):
+        """Whether the run that is resumed has its figures: see mark_finished."""
+        return self.start_epoch == self.epochs and self.progress.is_evaluated
+
+    def mark_finished(self):
+        """Note in the checkpoint that nothing is left to do."""
+        self.progress.is_evaluated = True
+        self.save(self.epochs)
+
+    # ---------------------------------------------------------------------------------- checkpoints
+
+    def save(self, epoch, step=0):
+        """Write the checkpoint after `epoch` epochs and `step` steps. Every process calls it."""
+        began = time.monotonic()
+        with signals.deferred(signals.PATIENCE_OF_A_SAVE):
+            checkpoint.save(self.last, self.settings, epoch, **self.state)
+            self.saved = epoch, step
+        self.progress.forget_record()
+        self.saved_at = time.monotonic()
+        self.save_took = self.saved_at - began
+
+    def position(self, epoch, step=0):
+        """A place in the run, in words."""
+        if step:
+            return f"step {step} of {self.steps} of epoch {epoch + 1}"
+        return f"epoch {epoch} of {self.epochs}"
+
+    def describe_saved(self, how_on=True):
+        """Which checkpoint holds what, as half a sentence; None where there is none yet."""
+        if self.saved is None:
+            return None
+        state = f"{self.last} holds the state after {self.position(*self.saved)}"
+        return state + (", and the same line goes on from there" if how_on else "")
+
+
+def append_line(path, line):
+    """Append a dict to a file of JSON lines, on the first process."""
+    if distributed.is_main():
+        with checkpoint.writing(path), open(path, "a") as f:
+            f.write(json.dumps(line) + "\n")

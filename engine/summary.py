@@ -1,0 +1,119 @@
+"""What pre-training tells its user: at the start, after each epoch, at the end."""
+
+import math
+import os
+import shlex
+
+from . import config, distributed
+from .distributed import say
+from .log import lines
+from .weights import save_backbone
+
+# Two images have a cosine of 1 - spread^2 on average: 0.9975. A first epoch has about 0.99.
+COLLAPSED = 0.05
+MAX_DIGITS = 6
+
+
+def describe_start(run, cfg, loader, schedule, encoder, knn, device):
+    """Print the settings, the sizes, and where the run stands."""
+    say(config.text(cfg), end="")
+    world, parameters = distributed.world_size(), sum(p.numel() for p in encoder.parameters())
+    say(
+        f"{run.folder}: {len(loader.dataset)} images, {run.steps} steps an epoch of {loader.batch} "
+        f"= {world} processes x {loader.local}; lr {schedule.lr:g}, both global; {device}, "
+        f"{encoder.precision}, {parameters / 1e6:.1f} M parameters"
+    )
+    say(f"{knn}" if knn.possible else f"no kNN: {knn.obstacle}")
+    skips = cfg["data"]["on_error"] == "skip" and hasattr(knn.train, "files")
+    if skips and knn.due(run.epochs, run.epochs):
+        say(
+            "data.on_error=skip is for training alone: kNN stops the run at the first image that "
+            "cannot be read, as another one in its place would be counted under its label; "
+            "knn.every=0 trains without kNN"
+        )
+    if run.is_resumed:
+        say(f"going on after {run.position(run.start_epoch, run.progress.step)}")
+
+
+def epoch_figures(run, loss_fn, learning_rate, images):
+    """The figures of an epoch: the means of its steps' figures, the loss at chance, and times.
+
+    Args:
+        learning_rate: of its last step.
+        images: that all processes saw in it.
+    """
+    figures = run.progress.means(run.device)
+    seconds = run.progress.seconds
+    n_contrasts = round(figures.pop("contrasts"))  # CMC has two, whose losses are summed
+    return figures | {
+        "chance": n_contrasts * loss_fn.chance(figures["K"]),
+        "lr": learning_rate,
+        "seconds": seconds,
+        "images/s": images / seconds,
+        "data wait": run.progress.data_seconds / seconds,
+    }
+
+
+def log_epoch(run, epoch, figures, device):
+    """Print the figures of the epoch with that number, from 1, and write them into the log."""
+    knn = f"  kNN {figures['knn']:.1f} %" if "knn" in figures else ""
+    say(
+        f"epoch {epoch:3d}/{run.epochs}  loss {figures['loss']:.3f} "
+        f"(chance: {figures['chance']:.3f})  lr {figures['lr']:.4f}  "
+        f"{figures['seconds']:.1f} s, {figures['images/s']:.0f} images/s{knn}"
+    )
+    if run.log:
+        rounded = {name: float(f"{value:.{MAX_DIGITS}g}") for name, value in figures.items()}
+        run.log.write(epoch, rounded | {"hardware": distributed.hardware(device)})
+
+
+def warn_of_collapse(figures):
+    """Warn if all images have nearly one embedding. Returns whether it did."""
+    has_collapsed = figures["spread"] < COLLAPSED
+    if has_collapsed:
+        say(
+            f"WARNING: the embeddings collapse: their spread is {figures['spread']:.3f}, of 1 at "
+            "best, so all images look alike; try a lower optim.lr or weight_decay"
+        )
+    return has_collapsed
+
+
+def finish(run, cfg, encoder, knn_obstacle, file, overrides):
+    """Write backbone.pt, and say what came out and how to go on. Only the first process does.
+
+    Args:
+        knn_obstacle: why the run's data allow no evaluation, or None.
+        file, overrides: of the command line.
+    """
+    if not distributed.is_main():
+        return
+    path = os.path.join(run.folder, "backbone.pt")
+    save_backbone(path, encoder.backbone, cfg)
+    say(knn_summary(lines(run.log.path)), end="")
+    say(f"{path}: the encoder, torchvision's keys")
+    say(f"next: {probe_command(cfg, knn_obstacle, file, overrides)}")
+
+
+def knn_summary(log):
+    """kNN before training and at the end, in words; "" if none of a log's lines has it.
+
+    A run that began with knn.every 0 has no line of epoch 0: what stands first is not untrained.
+    """
+    measured = {line["epoch"]: line["knn"] for line in log if "knn" in line}
+    rows = []
+    if 0 in measured:
+        rows.append(f"  kNN    untrained {measured[0]:5.1f} %")
+    if any(measured):
+        last = max(measured)
+        first_words = "  after" if rows else "  kNN after"
+        rows.append(f"{first_words} {last:3d} epochs {measured[last]:5.1f} %")
+    return "\n" + "\n".join(rows) + "\n\n" if rows else ""
+
+
+def probe_command(cfg, obstacle, file, overrides):
+    """How to run the linear probe. obstacle: why the data of this run allow none, or None."""
+    words = ["python", "train_linear.py", "--cfg", file, *overrides]
+    if obstacle is None or cfg["linear"]["data"] is not None:
+        return shlex.join(words)
+    command = shlex.join([*words, "linear.data=folder", "linear.root=PATH"])
+    return f"{command}\n      where PATH holds train/<class>/ and val/<class>/, which this run's data do not"
