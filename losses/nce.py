@@ -1,78 +1,69 @@
-"""InfoNCE (van den Oord et al., 2018), plain: the baseline of all four papers.
+"""InfoNCE (van den Oord et al., 2018; arXiv 1807.03748), plain: the baseline of all four papers.
 
     L = mean_i -log( e^{q k / t} / (e^{q k / t} + sum_j e^{q n_j / t}) )
-      = mean_i log(1 + e^{logsumexp_j(q n_j / t) - q k / t})
 
-k is the query's positive (of several, their mean), n_j its negatives, t the temperature. log(K + 1) when all similarities are equal.
-
-SupContrast's code trains on t / base_temperature times this loss; `base_temperature` does so too.
+q is a query, k its key (of several, their mean), n_j its negatives, t the temperature.
 """
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-from engine.distributed import say
-
-from . import count, false_negatives, similarity, unchosen
+from .base import Contrast, Negatives, Output, info_nce, positive_similarity, similarity
+from .checks import check_nce
 from .partition import log_partition
 
 
 class NCE(nn.Module):
-    """temperature: t. n_negatives: that many uniform draws from the candidates, with replacement, anew for each query (instance
-    discrimination: 4095); null: every candidate (MoCo). base_temperature: see loss_scale.
+    """InfoNCE on all candidates, or on draws from them.
+
+    Args:
+        n_data: the number of images, for a warning alone.
+        temperature: t.
+        n_negatives: that many uniform draws from the candidates, with replacement, anew for each
+            query (instance discrimination: 4095); None: every candidate (MoCo).
+        base_temperature: SupContrast's factor of the loss, see `loss_scale`.
     """
 
     def __init__(
         self,
-        labels=None,
-        n_data=None,
+        n_data: int | None = None,
         *,
         temperature: float = 0.07,
         n_negatives: int | None = None,
         base_temperature: float | None = None,
     ):
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"temperature is {temperature}; it must be above 0")
-        if n_negatives is not None and n_negatives < 1:
-            raise ValueError(f"n_negatives is {n_negatives}; it must be above 0, or null for all")
-        more_than_there_are(n_negatives, n_data)
-        self.t, self.n_negatives = temperature, n_negatives
+        check_nce(temperature, n_negatives, n_data)
+        self.t = temperature
+        self.n_negatives = n_negatives
         self.scale = loss_scale(temperature, base_temperature)
-        self.register_buffer("labels", labels, persistent=False)
 
-    def negatives(self, contrast, s, epoch):
-        """All that may serve, or draws from them."""
-        which = (
-            None if self.n_negatives is None else draw(contrast, self.n_negatives, s)
-        )  # (..., N, n_negatives)
-        s = s if which is None else s.gather(-1, which)
-        return s, which, false_negatives(contrast, s, which, self.labels)
-
-    def forward(self, contrast, epoch):
-        q, k = contrast.query, contrast.positive.mean(1)  # (N, D), (N, D)
-        positive = (q * k).sum(1)  # (N,)
+    def select(self, contrast: Contrast, s: Tensor, epoch: float) -> Negatives:
+        """Return all candidates, or draws from them. s: (..., N, K), see `similarity`."""
         if self.n_negatives is None:
-            s, Z = (
-                unchosen(contrast),
-                log_partition(contrast, self.t),
-            )  # as below, without forming s: (32, K), (N,)
-            figures = false_negatives(contrast, s, None, self.labels)
-        else:
-            s, _, figures = self.negatives(
-                contrast, similarity(contrast), epoch
-            )  # (N, n_negatives)
-            Z = torch.logsumexp(s / self.t, 1)  # (N,)
-        loss = self.scale * F.softplus(Z - positive / self.t).mean()
-        return loss, {"K": count(s), "positive": positive.mean(), **figures}
+            return Negatives(s)
+        candidate = draw_candidates(contrast, s, self.n_negatives)  # (..., N, n_negatives)
+        return Negatives(s.gather(-1, candidate), candidate)
+
+    def forward(self, contrast: Contrast, epoch: float) -> Output:
+        """Return the loss, and the draws if there are any."""
+        positive = positive_similarity(contrast)  # (N,)
+        if self.n_negatives is None:
+            log_z = log_partition(contrast, self.t)  # (N,)
+            return Output(self.scale * info_nce(positive, log_z, self.t))
+        negatives = self.select(contrast, similarity(contrast), epoch)
+        log_z = torch.logsumexp(negatives.similarity / self.t, 1)  # (N,)
+        return Output(self.scale * info_nce(positive, log_z, self.t), negatives)
 
 
-def loss_scale(temperature, base_temperature):
-    """SupContrast's factor of the loss: temperature / base_temperature. 1 where that is None.
+def loss_scale(temperature: float, base_temperature: float | None) -> float:
+    """Return SupContrast's factor of the loss: temperature / base_temperature, 1 where it is None.
 
     With SGD it is a factor of the learning rate and, inversely, of the weight decay: 0.5 and 0.07
-    turn lr 0.5 into 3.57. ValueError if base_temperature is not above 0.
+    turn lr 0.5 into 3.57.
+
+    Raises:
+        ValueError: base_temperature is not above 0.
     """
     if base_temperature is None:
         return 1.0
@@ -84,24 +75,30 @@ def loss_scale(temperature, base_temperature):
     return temperature / base_temperature
 
 
-def more_than_there_are(n_negatives, n_data):
-    if n_negatives and n_data and n_negatives > n_data:
-        say(
-            f"n_negatives {n_negatives} is larger than the data set of {n_data} images, so that each is drawn several times; lower it, or make it null for all"
-        )
+def draw_candidates(contrast: Contrast, s: Tensor, n: int) -> Tensor:
+    """Draw candidates of each query uniformly, with replacement, from those that may be negatives.
 
+    Args:
+        contrast: its mask or self_index says which may be.
+        s: (..., N, K) similarities, for their shape and device.
+        n: draws a query.
 
-def draw(contrast, n, s):
-    """(..., N, n) uniform draws, with replacement, from the candidates that may serve each query; s: (..., N, K), which says so too."""
+    Returns:
+        (..., N, n) rows of contrast.negative.
+    """
     K = s.shape[-1]
     if contrast.mask is None:
-        draws = torch.randint(K - (contrast.own is not None), (*s.shape[:-1], n), device=s.device)
-        return (
-            draws if contrast.own is None else draws + (draws >= contrast.own[:, None])
-        )  # step over the own one
-    place = contrast.mask.cumsum(
-        -1, dtype=torch.int32
-    )  # (..., N, K): candidate j is a query's place[j]-th
-    exact = torch.float32 if s.is_mps else torch.float64  # MPS has no float64
-    turn = (torch.rand(*s.shape[:-1], n, device=s.device, dtype=exact) * place[..., -1:]).int() + 1
-    return torch.searchsorted(place, turn).clamp(max=K - 1)  # none allowed: any, and all are NEVER
+        n_valid = K - (contrast.self_index is not None)
+        drawn = torch.randint(n_valid, (*s.shape[:-1], n), device=s.device)
+        if contrast.self_index is None:
+            return drawn
+        return drawn + (drawn >= contrast.self_index[:, None])  # step over the query's own
+
+    # Draw a number m and take the m-th valid candidate: where the count of valid ones reaches m.
+    # MPS has no float64.
+    exact = torch.float32 if s.is_mps else torch.float64
+    n_valid_until = contrast.mask.cumsum(-1, dtype=torch.int32)  # (..., N, K)
+    u = torch.rand(*s.shape[:-1], n, device=s.device, dtype=exact)
+    m = (u * n_valid_until[..., -1:]).int() + 1  # (..., N, n), from 1
+    # A query without valid candidates gets the last one, whose similarity is NEG_INF.
+    return torch.searchsorted(n_valid_until, m).clamp(max=K - 1)
