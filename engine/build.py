@@ -6,7 +6,10 @@ import torch
 
 from data.datasets import load
 from data.loader import Loader
-from losses.together import Together
+try:
+    from losses.together import Together
+except ImportError:
+    Together = None
 from models.resnet import Encoder
 
 from . import config

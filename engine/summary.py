@@ -1,8 +1,9 @@
 """What pre-training tells its user: at the start, after each epoch, at the end."""
 
-import math
 import os
 import shlex
+
+from losses.diagnostics import chance
 
 from . import config, distributed
 from .distributed import say
@@ -46,7 +47,7 @@ def epoch_figures(run, loss_fn, learning_rate, images):
     seconds = run.progress.seconds
     n_contrasts = round(figures.pop("contrasts"))  # CMC has two, whose losses are summed
     return figures | {
-        "chance": n_contrasts * loss_fn.chance(figures["K"]),
+        "chance": n_contrasts * chance(loss_fn, figures["K"]),
         "lr": learning_rate,
         "seconds": seconds,
         "images/s": images / seconds,

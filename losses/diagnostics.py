@@ -30,7 +30,6 @@ def step_diagnostics(
     loss_fn: nn.Module,
     contrasts: Sequence[Contrast],
     outputs: Sequence[Output],
-    loss: Tensor,
     labels: Tensor | None,
     epoch: float,
 ) -> dict[str, Tensor]:
@@ -40,18 +39,17 @@ def step_diagnostics(
         loss_fn: the loss that was called.
         contrasts: what the host returned: one contrast, or several (CMC: two).
         outputs: what loss_fn returned for each of them.
-        loss: the sum of their losses.
         labels: (n_data,) true labels, on the device of the loss; None if there are none.
         epoch: what loss_fn was called with.
 
     Returns:
         Scalars on the device, by name; of several contrasts the means. "spread" is 1 where the
         queries cover the sphere evenly and 0 where they have collapsed into one point; "contrasts"
-        is how many losses "loss" is the sum of. The others are those of `contrast_diagnostics`.
+        is how many losses are summed. The others are those of `contrast_diagnostics`.
     """
     query = contrasts[0].query  # (N, D)
     spread = query.std(0).mean() * query.shape[1] ** 0.5
-    figures = {"loss": loss.detach(), "spread": spread, "contrasts": len(contrasts)}
+    figures = {"spread": spread, "contrasts": len(contrasts)}
     each = [
         contrast_diagnostics(loss_fn, contrast, output, labels, epoch)
         for contrast, output in zip(contrasts, outputs)
