@@ -15,7 +15,6 @@ and last.pt, from which a run that was stopped goes on when the same line is giv
 starts over, which another share of the labels, or other weights, want in the same folder.
 """
 
-import hashlib
 import math
 import os
 from typing import Literal
@@ -228,9 +227,7 @@ def main():
 
     torch.manual_seed(cfg["seed"])  # every process begins with the same weights
     train, test = load_labelled(build, args.cfg)
-    rows = config.build(
-        protocol.choose, {}, f"{args.cfg}: finetune", train=train, seed=cfg["seed"]
-    )
+    rows = config.build(protocol.choose, {}, f"{args.cfg}: finetune", train=train, seed=cfg["seed"])
     if protocol.batch_size > len(rows):
         raise SystemExit(
             f"{args.cfg}: finetune.batch_size {protocol.batch_size} is larger than the {len(rows)} "
@@ -238,8 +235,8 @@ def main():
         )
     settings = {
         **cfg,
-        "weights": "none" if weights == "none" else file_digest(weights),
-        "labelled": digest(rows.numpy().tobytes()),
+        "weights": "none" if weights == "none" else checkpoint.file_digest(weights),
+        "labelled": checkpoint.digest(rows.numpy().tobytes()),
     }
     with build(
         "log",
@@ -423,17 +420,6 @@ def log_epoch(run, epoch, figures):
 def figures_file(run):
     """Where the figures of all fine-tunings of a run are kept."""
     return os.path.join(os.path.dirname(run.folder), "finetune.jsonl")
-
-
-def digest(data):
-    """A short name of bytes: the same for the same."""
-    return "sha256 " + hashlib.sha256(data).hexdigest()[:16]
-
-
-def file_digest(path):
-    """The digest of a file."""
-    with open(path, "rb") as f:
-        return digest(f.read())
 
 
 if __name__ == "__main__":

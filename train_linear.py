@@ -1,25 +1,32 @@
-"""What did the encoder learn? A linear classifier on its frozen features, and kNN, beside an untrained encoder and raw pixels.
+"""What did the encoder learn? A linear classifier on its frozen features, and kNN.
 
-    python train_linear.py --cfg yaml/quickstart.yaml                            the weights of the run of that name, and the file's linear: protocol
-    python train_linear.py --cfg yaml/cifar10_ring.yaml --weights resnet18.pth   a backbone.pt, a last.pt, torchvision's, or other people's (engine/weights.py)
-    python train_linear.py --cfg yaml/cifar10_ring.yaml linear.data=dtd linear.root=datasets      transfer to another set
-    python train_linear.py --cfg yaml/cifar10_ring.yaml --export detectron2 FILE  no probe: the weights under another library's names
-    torchrun --nproc_per_node 8 train_linear.py --cfg yaml/cifar10_moco.yaml     the same, shared out
+    python train_linear.py --cfg yaml/quickstart.yaml       the run's weights, the file's protocol
+    python train_linear.py --cfg yaml/cifar10_ring.yaml --weights resnet18.pth
+    python train_linear.py --cfg yaml/cifar10_ring.yaml linear.data=dtd linear.root=datasets
+    python train_linear.py --cfg yaml/cifar10_ring.yaml --export detectron2 FILE
+    torchrun --nproc_per_node 8 train_linear.py --cfg yaml/cifar10_moco.yaml
 
-Prints a table and appends it, with the protocol in words, to runs/<name>/linear.jsonl. Labels never reach the encoder: it is frozen, in eval
-mode, and compared with its own copy at the end.
+The second takes a backbone.pt, a last.pt, torchvision's file or other people's (engine/weights.py);
+the third probes on another set, for transfer; the fourth writes the weights under another library's
+names, and probes nothing. An untrained encoder and raw pixels stand beside the run's encoder.
+Prints a table and appends it, with the protocol in words, to runs/<name>/linear.jsonl. Labels never
+reach the encoder: it is frozen, in eval mode, and compared with its own copy at the end.
+
+A probe on augmented images (linear.features=augmented) takes hours on ImageNet: it keeps its state
+in runs/<name>/linear/, and goes on from there when the same line is given again.
 """
 
 import copy
-import json
+import math
 import os
 import time
 from typing import Literal
 
-from engine import config
+from engine import config, signals
 
 
-def command_line():
+def parse_arguments():
+    """The command line's arguments."""
     parser = config.command_line(__doc__)
     parser.add_argument(
         "--weights",
@@ -28,6 +35,9 @@ def command_line():
     )
     parser.add_argument(
         "--no-baselines", action="store_true", help="leave out the untrained encoder and raw pixels"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="start an unfinished augmented probe over"
     )
     parser.add_argument(
         "--export",
@@ -39,7 +49,8 @@ def command_line():
 
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
-    config.answer_early(command_line())
+    signals.listen()
+    config.answer_early(parse_arguments())
 
 import torch
 from torch import nn
@@ -50,33 +61,44 @@ from data.augment import named
 from data.datasets import find_obstacle, load
 from data.image_files import say_if_dark
 from data.loader import Loader, sensible_size
-from data.workers import or_say_what_is_kept
+from engine import checkpoint, distributed
 from engine import device as devices
-from engine import distributed
+from engine.build import Builder
 from engine.distributed import say
+from engine.epoch import EpochProgress
 from engine.features import KNN, KNN_BYTES, extract, knn, percent, where_features_fit
+from engine.run import Run, append_line
 from engine.schedule import Schedule, sensible, sgd
 from engine.svm import svm
 from engine.weights import export, load_backbone, of_run
-from models.resnet import Encoder
 
 TEST_ROWS = 2**14  # features that are classified at once
+# Pre-training may change the linear: section and go on; an augmented probe may not.
+MAY_CHANGE = [key for key in checkpoint.MAY_CHANGE if key != "linear"]
 
 
 class Probe:
-    """The protocol. One linear layer on the pooled features by SGD; the last epoch counts, nothing is chosen by the test set.
+    """The protocol: one linear layer on the pooled features by SGD, or SVMs.
 
-    lr: one, or several that are trained side by side in one pass; the first is the one reported. features: `augmented`, the papers' way,
-    passes `augment`ed images through the encoder in every epoch, the last, smaller batch included;
-    `cached` extracts each image once, un-augmented: seconds instead of hours.
-    standardize: features are brought to mean 0 and variance 1 by the training set's, which makes one lr fit all encoders; no paper's way.
-    data, root, image_size: of another set than the encoder was trained on, for transfer, normalised by its own statistics (ImageNet's where it has
-    none); null: that one's own. With `data: folder`, root holds train/<class>/ and val/<class>/.
-    classifier: `sgd`, or `svm` for VOC2007 (engine/svm.py), which uses no key below it but `C` and
-    `difficult`.
-    difficult: what an image is in which a class is there but difficult to see: `negative`, as in
-    PCL's code, or `ignore`, VOC's own rule, by which it counts neither way.
-    The other keys are engine.schedule's.
+    The last epoch counts; nothing is chosen by the test set.
+
+    Args:
+        lr: one learning rate, or several that are trained side by side in one pass; the first is
+            the one that is reported.
+        features: `augmented`, the papers' way, passes `augment`ed images through the encoder in
+            every epoch, the last, smaller batch included. `cached` extracts each image once,
+            un-augmented: seconds instead of hours.
+        standardize: features are brought to mean 0 and variance 1 by those of the training set,
+            which makes one lr fit all encoders; no paper's way.
+        data, root, image_size: of another set than the encoder was trained on, for transfer, which
+            is normalised by its own statistics (ImageNet's where it has none); null: that one's
+            own. With `data: folder`, root holds train/<class>/ and val/<class>/.
+        classifier: `sgd`, or `svm` for VOC2007 (engine/svm.py), which uses of the keys below it
+            only `C` and `difficult`.
+        difficult: what an image is in which a class is there but difficult to see: `negative`, as
+            in PCL's code, or `ignore`, VOC's own rule, by which it counts neither way.
+        epochs, batch_size, schedule, milestones, gamma, momentum, weight_decay: see
+            engine/schedule.py.
     """
 
     def __init__(
@@ -102,21 +124,20 @@ class Probe:
     ):
         if (data == "voc2007") != (classifier == "svm"):
             raise ValueError(
-                f"data {data} does not go with classifier {classifier}: voc2007, with several classes an image, and svm belong together"
+                f"data {data} does not go with classifier {classifier}: voc2007, with several "
+                "classes an image, and svm belong together"
             )
         if C <= 0:
             raise ValueError(f"C is {C}; it must be above 0")
-        self.data, self.root, self.image_size, self.classifier, self.C = (
-            data,
-            root,
-            image_size,
-            classifier,
-            C,
-        )
-        self.difficult = difficult
+        if image_size is not None and not 8 <= image_size <= 4096:
+            raise ValueError(
+                f"image_size is {image_size}; it must be at least 8 and 4096 at most, or null for "
+                "the encoder's own"
+            )
+        self.data, self.root, self.image_size = data, root, image_size
+        self.classifier, self.C, self.difficult = classifier, C, difficult
         self.lrs = lr if isinstance(lr, list) else [lr]
-        if not self.lrs:
-            raise ValueError("lr is an empty list; give one learning rate or several")
+        check_learning_rates(self.lrs)
         self.schedule = Schedule(
             epochs=epochs,
             batch_size=batch_size,
@@ -126,22 +147,15 @@ class Probe:
             gamma=gamma,
         )
         sensible(momentum, weight_decay)
-        if min(self.lrs) <= 0:
-            raise ValueError(f"lr {min(self.lrs)} must be above 0")
-        if len({f"{lr:g}" for lr in self.lrs}) < len(self.lrs):  # as the table names them
-            raise ValueError(f"lr {self.lrs} has one learning rate twice; keep one")
-        if image_size is not None and not 8 <= image_size <= 4096:
-            raise ValueError(
-                f"image_size is {image_size}; it must be at least 8 and 4096 at most, or null for the encoder's own"
-            )
         named(augment)  # or there is none
-        self.epochs, self.batch_size, self.momentum, self.weight_decay = (
-            epochs,
-            batch_size,
-            momentum,
-            weight_decay,
-        )
+        self.epochs, self.batch_size = epochs, batch_size
+        self.momentum, self.weight_decay = momentum, weight_decay
         self.features, self.augment, self.standardize = features, augment, standardize
+
+    @property
+    def is_augmented(self):
+        """Whether the encoder sees augmented images in every epoch."""
+        return self.classifier == "sgd" and self.features == "augmented"
 
     def __str__(self):
         if self.classifier == "svm":
@@ -152,282 +166,424 @@ class Probe:
                 f"difficult images {difficult}; VOC2007's mAP"
             )
         s = self.schedule
+        standardized = "standardized " if self.standardize else ""
+        augmentation = "no augmentation"
+        if self.features == "augmented":
+            augmentation = f"augmentation {self.augment}"
+        decay = f"times {s.gamma:g} at {s.milestones}" if s.schedule == "step" else s.schedule
         return (
-            f"linear layer on {'standardized ' if self.standardize else ''}pooled features of the frozen encoder, "
-            + ("no augmentation" if self.features == "cached" else f"augmentation {self.augment}")
-            + f"; SGD, {self.epochs} epochs, batch {self.batch_size}, lr {self.lrs[0]:g}, momentum {self.momentum:g}, weight decay {self.weight_decay:g}, "
-            + (f"times {s.gamma:g} at {s.milestones}" if s.schedule == "step" else s.schedule)
-            + "; last epoch"
+            f"linear layer on {standardized}pooled features of the frozen encoder, {augmentation}; "
+            f"SGD, {self.epochs} epochs, batch {self.batch_size}, lr {self.lrs[0]:g}, momentum "
+            f"{self.momentum:g}, weight decay {self.weight_decay:g}, {decay}; last epoch"
         )
 
 
+def check_learning_rates(lrs):
+    """Refuse a list of learning rates that makes no sense, by ValueError."""
+    if not lrs:
+        raise ValueError("lr is an empty list; give one learning rate or several")
+    if min(lrs) <= 0:
+        raise ValueError(f"lr {min(lrs)} must be above 0")
+    if len({f"{lr:g}" for lr in lrs}) < len(lrs):  # as the table names them
+        raise ValueError(f"lr {lrs} has one learning rate twice; keep one")
+
+
 def main():
-    args = command_line().parse_args()
+    args = parse_arguments().parse_args()
     cfg = config.load(args.cfg, args.overrides)
     if args.print_config:
         return print(config.text(cfg), end="")
 
+    # ------------------------------------------------------------------------------------- set-up
     device = distributed.start(args.device)
-    main_process = distributed.is_main()
-    build = lambda target, section, **given: config.build(
-        target, cfg[section], f"{args.cfg}: {section}", **given
-    )
-    probe = build(Probe, "linear")
-    folder = os.path.join("runs", cfg["name"])
-    weights = of_run(args.weights, folder, args.cfg, random=False)
-
-    torch.manual_seed(cfg["seed"])
+    build = Builder(cfg, args.cfg)
+    probe = build("linear", Probe)
+    run_folder = os.path.join("runs", cfg["name"])
+    weights = of_run(args.weights, run_folder, args.cfg, random=False)
     if args.export and args.export[0] not in ("torchvision", "detectron2"):
         raise SystemExit(f"--export {args.export[0]}: there are torchvision and detectron2")
-    source = cfg["data"]
-    if probe.data is not None:  # it has a normalisation of its own
-        source = {
-            **source,
-            "name": probe.data,
-            "split": "train",
-            "limit": None,
-            "mean": None,
-            "std": None,
-        }
-    source = {
-        **source,
-        **{
-            k: v
-            for k, v in dict(root=probe.root, image_size=probe.image_size).items()
-            if v is not None
-        },
-    }
-    config.build(
-        sensible_size, {}, args.cfg, image_size=source["image_size"]
-    )  # the Loader would say so, but cached features want none
-    train, test = (
-        config.build(load, source, f"{args.cfg}: linear", part=part, seed=cfg["seed"])
-        for part in ("train", "test")
-    )
-    say_if_dark(train)
-    encoder = build(
-        getattr(config.chosen(cfg["model"], "model"), "Encoder", Encoder),
-        "model",
-        device=device,
-        mean=train.mean,
-        std=train.std,
-    )
-    encoder.eval().requires_grad_(False)
+
+    torch.manual_seed(cfg["seed"])
+    source = data_settings(cfg["data"], probe)
+    train, test = load_parts(source, cfg["seed"], args.cfg)
+    encoder = build.encoder(train, device).eval().requires_grad_(False)
     untrained = copy.deepcopy(encoder)  # the very weights that the run began with
     load_backbone(weights, encoder.backbone)
     if args.export:
         export(*args.export, encoder.backbone, weights)
         return say(f"{args.export[1]}: {weights}, for {args.export[0]}")
+    refuse_unfit_data(train, test, source, args.cfg)
+    checkpoint.check_writable(run_folder)
     before = copy.deepcopy(encoder.backbone.state_dict())
-    obstacle = find_obstacle(train, test)
-    if obstacle:
-        raise SystemExit(
-            f"{args.cfg}: no linear probe on {source['name']} at {source['root']}: {obstacle}; or take another set: "
-            "linear.data=folder linear.root=PATH, which holds train/<class>/ and val/<class>/"
-        )
-    if len(train) < 2:
-        raise SystemExit(
-            f"{args.cfg}: a linear probe needs more training images than {len(train)}; raise data.limit"
-        )
-    train, test = train.to(device), test.to(device)
-    size, workers = source["image_size"], source["workers"]
-    classes = len(train.classes)
 
-    # ------------------------------------------------------------------------------------------------ whose features
-    encoders = (
-        {}
-        if args.no_baselines
-        else {
-            "raw pixels": lambda x: F.adaptive_avg_pool2d(x, min(32, size)).flatten(1),
-            "untrained encoder": lambda x: untrained(x, "backbone"),
+    # ----------------------------------------------------------------------------------- evaluate
+    encoders = {} if args.no_baselines else baselines(untrained, source["image_size"])
+    encoders[cfg["name"]] = lambda x: encoder(x, "backbone")  # (b, 3, S, S) -> (b, F)
+    parts = train.to(device), test.to(device)
+    evaluation = Evaluation(build, probe, source, encoders, *parts, device)
+    say(
+        f"{weights} on {describe_data(source)}: {len(train)} training and {len(test)} test images, "
+        f"{len(train.classes)} classes"
+    )
+    evaluation.choose_memory(not args.no_baselines)
+    if probe.is_augmented:
+        with augmented_run(build, probe, run_folder, weights, args.fresh) as run:
+            rows = evaluation.of_augmented_images(run)
+            run.remove_checkpoints()
+    else:
+        rows = evaluation.of_cached_features()
+
+    # --------------------------------------------------------------------------------- what came out
+    refuse_moved_weights(encoder.backbone, before)
+    print_table(rows, probe, evaluation.knn, not args.no_baselines)
+    if distributed.is_main():
+        config.keep(cfg, run_folder)
+        line = {
+            "weights": weights,
+            "data": describe_data(source),
+            "root": source["root"],
+            "protocol": str(probe),
+            "knn": str(evaluation.knn).replace(evaluation.knn.feature, "backbone"),
+            "seed": cfg["seed"],
+            "seconds": round(evaluation.seconds, 1),
+            "figures": reported_figures(rows[cfg["name"]], probe),
+            "rows": rows,
         }
-    )  # (b, F)
-    encoders[cfg["name"]] = lambda x: encoder(x, "backbone")
-    data = (
-        source["name"]
-        if source["name"] != "folder"
-        else f"folder {os.path.basename(os.path.normpath(source['root']))}"
-    )
-    say(
-        f"{weights} on {data}: {len(train)} training and {len(test)} test images, {classes} classes"
-    )
-    widths = measure_widths(encoders, size, device)
-    fewer = (
-        []
-        if args.no_baselines
-        else ["leave out raw pixels and the untrained encoder with --no-baselines"]
-    )
-    fewer += (
-        []
-        if source["limit"] is None and probe.data is not None
-        else ["take fewer training images with data.limit"]
-    )
-    keep_on = choose_memory(probe, widths, len(train), len(test), device, fewer, args.cfg)
-    features_of = lambda encode, part, what: extract(
-        encode, part, size, device, workers, what=what, keep_on=keep_on
-    )
-    monitor = build(
-        KNN, "knn", train=train, test=test, image_size=size, device=device, workers=workers
-    )
-    augmented = probe.classifier == "sgd" and probe.features == "augmented"
-    loader = (
-        None
-        if not augmented
-        else config.build(
-            Loader,
-            {**source, "augment": probe.augment, "augment_backend": "batched"},
-            f"{args.cfg}: linear",
-            dataset=train,
-            batch_size=probe.batch_size,
-            n_views=1,
-            seed=cfg["seed"] + 1,
-            device=device,
-            drop_last=False,
-        )
-    )
-    rows, seconds = evaluate(
-        probe, encoders, widths, train, test, features_of, monitor, loader, cfg["seed"], device
-    )
-
-    # ------------------------------------------------------------------------------------------------ what came out
-    for name, value in encoder.backbone.state_dict().items():
-        if not torch.equal(value, before[name]):
-            raise SystemExit(
-                f"the frozen encoder moved: {name} changed; this is a fault of the program, and the figures are void"
-            )
-    columns = list(next(iter(rows.values())))
-    neighbours = (
-        ""
-        if probe.classifier == "svm"
-        else f"\nkNN: {monitor.neighbours()}, T {monitor.temperature:g}, on the pooled features"
-    )
-    say(
-        f"\n{probe}{neighbours}{'; raw pixels at most 32 x 32' if not args.no_baselines else ''}; the encoder's weights did not move\n"
-    )
-    say(
-        "\n".join(
-            [f"{'':24}" + "".join(f"{c:>16}" for c in columns)]
-            + [
-                f"{name:24}" + "".join(f"{row[c]:16.2f}" for c in columns)
-                for name, row in rows.items()
-            ]
-        )
-    )
-    if main_process:
-        os.makedirs(folder, exist_ok=True)
-        config.keep(cfg, folder)
-        row = rows[cfg["name"]]
-        figures = {
-            k.split(",")[0]: row[k]
-            for k in columns
-            if "," not in k or k.endswith(f", lr {probe.lrs[0]:g}")
-        }  # of several lr the first is reported
-        with open(os.path.join(folder, "linear.jsonl"), "a") as f:
-            f.write(
-                json.dumps(
-                    {
-                        "weights": weights,
-                        "data": data,
-                        "protocol": str(probe),
-                        "knn": str(monitor).replace(monitor.feature, "backbone"),
-                        "seed": cfg["seed"],
-                        "seconds": round(seconds, 1),
-                        "figures": figures,
-                        "rows": rows,
-                    }
-                )
-                + "\n"
-            )
+        append_line(os.path.join(run_folder, "linear.jsonl"), line)
     distributed.stop()
 
 
-def measure_widths(encoders, image_size, device):
-    """-> {encoder: how many numbers it makes of an image}"""
-    with torch.no_grad():  # CMC's encoder has two streams: ask how wide it is
-        image = torch.zeros(1, 3, image_size, image_size, device=device)
-        return {name: encode(image).shape[1] for name, encode in encoders.items()}
+# ------------------------------------------------------------------------------------------ set-up
 
 
-def choose_memory(probe, widths, n_train, n_test, device, fewer, file):
-    """The device that the features are kept on: `device`, or the CPU where that has too little
-    memory free.
+def data_settings(settings, probe):
+    """The settings of the data that are probed: those of the run, or of another set."""
+    if probe.data is not None:  # which has a normalisation of its own
+        own = {"name": probe.data, "split": "train", "limit": None, "mean": None, "std": None}
+        settings = {**settings, **own}
+    given = {"root": probe.root, "image_size": probe.image_size}
+    return {**settings, **{key: value for key, value in given.items() if value is not None}}
 
-    widths: {encoder: F}. fewer: what else would make them fit, in words. All processes call it.
-    SystemExit, before anything is extracted, where the features of one encoder fit nowhere.
-    """
-    name, width = max(widths.items(), key=lambda item: item[1])
-    needed = 4 * width * (n_train + n_test)
-    if probe.features == "augmented":  # the test images' features of all encoders wait for the end
-        needed += 4 * n_test * (sum(widths.values()) - width)
-    if probe.classifier == "svm":
-        needed *= 2  # it makes a copy of unit length
-    keep_on, lacking = where_features_fit(needed + KNN_BYTES, device)
-    problem = (
-        None
-        if lacking is None
-        else (
-            f"{file}: the features of {n_train} training and {n_test} test images, {width} numbers an "
-            f"image ({name}), need {(needed + KNN_BYTES) / 1e9:.3g} GB of memory, but {lacking}; "
-            + ", or ".join([*fewer, "allow more memory"])
-        )
+
+def load_parts(source, seed, file):
+    """The training and the test part."""
+    # The Loader would refuse a size, but cached features want none.
+    config.build(sensible_size, {}, file, image_size=source["image_size"])
+    train, test = (
+        config.build(load, source, f"{file}: linear", part=part, seed=seed)
+        for part in ("train", "test")
     )
-    distributed.agree(problem)
-    if keep_on.type != device.type:
-        say(
-            f"the features, {needed / 1e9:.3g} GB, are kept in the machine's memory: {device} has "
-            f"{devices.free_memory(device) / 1e9:.3g} GB free"
+    say_if_dark(train)
+    return train, test
+
+
+def refuse_unfit_data(train, test, source, file):
+    """End the program where the data allow no probe."""
+    obstacle = find_obstacle(train, test)
+    if obstacle:
+        raise SystemExit(
+            f"{file}: no linear probe on {source['name']} at {source['root']}: {obstacle}; or take "
+            "another set: linear.data=folder linear.root=PATH, which holds train/<class>/ and "
+            "val/<class>/"
         )
-    return keep_on
+    if len(train) < 2:
+        raise SystemExit(
+            f"{file}: a linear probe needs more training images than {len(train)}; raise data.limit"
+        )
 
 
-def evaluate(probe, encoders, widths, train, test, features_of, monitor, loader, seed, device):
-    """KNN and linear layers, or SVMs, on the features of one encoder after the other, so that no
-    more than one encoder's are in memory.
+def baselines(untrained, image_size):
+    """What the run's encoder is compared with: {name: (b, 3, S, S) -> (b, F)}."""
+    side = min(32, image_size)
+    return {
+        "raw pixels": lambda x: F.adaptive_avg_pool2d(x, side).flatten(1),
+        "untrained encoder": lambda x: untrained(x, "backbone"),
+    }
 
-    encoders: {name: (b, 3, S, S) -> (b, F)}. widths: {name: F}.
-    features_of: (encode, data set, words for the progress bar) -> (n, F).
-    loader: of augmented images, which all encoders see side by side; None to train on features.
-    -> {encoder: {figure: %}}, and the seconds that it took beside the extraction
+
+def describe_data(source):
+    """The name of the data set; of a folder, which one."""
+    if source["name"] != "folder":
+        return source["name"]
+    return f"folder {os.path.basename(os.path.normpath(source['root']))}"
+
+
+def augmented_run(build, probe, run_folder, weights, fresh):
+    """The Run of a probe on augmented images, which may take hours."""
+    return build(
+        "log",
+        Run,
+        folder=os.path.join(run_folder, "linear"),
+        settings={**build.settings, "weights": checkpoint.file_digest(weights)},
+        epochs=probe.epochs,
+        fresh=fresh,
+        may_change=MAY_CHANGE,
+        advice="lower linear.lr, with --fresh",
+    )
+
+
+def refuse_moved_weights(backbone, before):
+    """End the program if a frozen weight changed, or a statistic of BatchNorm."""
+    for name, value in backbone.state_dict().items():
+        if not torch.equal(value, before[name]):
+            raise SystemExit(
+                f"the frozen encoder moved: {name} changed; this is a fault of the program, and "
+                "the figures are void"
+            )
+
+
+# ---------------------------------------------------------------------------------------- evaluate
+
+
+class Evaluation:
+    """kNN, and linear layers or SVMs, on the features of several encoders.
+
+    One encoder's features are extracted after the other's, so that no more than one encoder's are
+    in memory.
+
+    Args:
+        build: the Builder of the settings.
+        probe: the protocol.
+        source: the settings of the data.
+        encoders: {name: (b, 3, S, S) -> (b, F)}; the last one is the run's own.
+        train, test: the parts.
+        device: that computes.
+
+    Attributes:
+        seconds: that it took beside the extraction.
     """
-    y, y_test = train.labels.to(device), test.labels.to(device)
-    classes = len(train.classes)
-    # All at once, so that each begins with the same numbers whichever others there are.
-    layers = None
-    if probe.classifier == "sgd":
-        layers = new_layers(widths, len(probe.lrs), classes, device)
-    rows, scales, x_tests, seconds = {}, {}, {}, 0.0
-    for name, encode in encoders.items():
-        x_test = features_of(encode, test, f"test, {name}")
-        x = features_of(encode, train, f"train, {name}")
-        began = time.time()
-        if probe.classifier == "svm":
-            rows[name] = {"mAP": svm(x, y, x_test, y_test, probe.C, train.classes, probe.difficult)}
-        else:
-            right = knn(x, y, x_test, monitor.voters, monitor.temperature) == y_test
-            rows[name] = {"knn": percent(right)}
-            scale = Standardize(x, device) if probe.standardize else Standardize(None, device)
-            if loader is None:
-                own = nn.ModuleDict({key(name): layers[key(name)]})
-                batches = cached_batches(name, x, y, scale, probe.batch_size, seed)
-                by_sgd(probe, own, batches, Heads(own), device)
-                rows[name] |= accuracies(probe, layers[key(name)], scale, x_test, y_test)
+
+    def __init__(self, build, probe, source, encoders, train, test, device):
+        self.build, self.probe, self.source = build, probe, source
+        self.encoders, self.train, self.test = encoders, train, test
+        self.device, self.keep_on, self.seconds = device, device, 0.0
+        self.seed, self.classes = build.settings["seed"], len(train.classes)
+        self.labels, self.test_labels = train.labels.to(device), test.labels.to(device)
+        self.knn = build(
+            "knn",
+            KNN,
+            train=train,
+            test=test,
+            image_size=source["image_size"],
+            device=device,
+            workers=source["workers"],
+        )
+        with torch.no_grad():  # CMC's encoder has two streams: ask how wide it is
+            image = torch.zeros(1, 3, source["image_size"], source["image_size"], device=device)
+            self.widths = {name: encode(image).shape[1] for name, encode in encoders.items()}
+
+    def choose_memory(self, has_baselines):
+        """Choose where the features are kept: on the device, or the CPU if it has more room.
+
+        All processes call it. SystemExit, before anything is extracted, where the features of one
+        encoder fit nowhere.
+        """
+        name, width = max(self.widths.items(), key=lambda item: item[1])
+        n_train, n_test = len(self.train), len(self.test)
+        needed = 4 * width * (n_train + n_test)
+        if self.probe.is_augmented:  # the test features of all encoders wait for the end
+            needed += 4 * n_test * (sum(self.widths.values()) - width)
+        if self.probe.classifier == "svm":
+            needed *= 2  # it makes a copy of unit length
+        self.keep_on, lacking = where_features_fit(needed + KNN_BYTES, self.device)
+        problem = None
+        if lacking is not None:
+            problem = (
+                f"{self.build.file}: the features of {n_train} training and {n_test} test images, "
+                f"{width} numbers an image ({name}), need {(needed + KNN_BYTES) / 1e9:.3g} GB of "
+                f"memory, but {lacking}; {self.ways_to_fit(has_baselines)}"
+            )
+        distributed.agree(problem)
+        if self.keep_on.type != self.device.type:
+            say(
+                f"the features, {needed / 1e9:.3g} GB, are kept in the machine's memory: "
+                f"{self.device} has {devices.free_memory(self.device) / 1e9:.3g} GB free"
+            )
+
+    def ways_to_fit(self, has_baselines):
+        """What would make the features fit, in words."""
+        ways = ["allow more memory"]
+        if self.source["limit"] is not None or self.probe.data is None:
+            ways.insert(0, "take fewer training images with data.limit")
+        if has_baselines:
+            ways.insert(0, "leave out raw pixels and the untrained encoder with --no-baselines")
+        return ", or ".join(ways)
+
+    def extract(self, name):
+        """The features of an encoder: of the training images (n, F) and the test images (m, F)."""
+        test, train = (
+            extract(
+                self.encoders[name],
+                part,
+                self.source["image_size"],
+                self.device,
+                self.source["workers"],
+                what=f"{words}, {name}",
+                keep_on=self.keep_on,
+            )
+            for part, words in ((self.test, "test"), (self.train, "train"))
+        )
+        return train, test
+
+    def knn_accuracy(self, x, x_test):
+        """Top-1 of kNN, in %."""
+        k, temperature = self.knn.voters, self.knn.temperature
+        predictions = knn(x, self.labels, x_test, k, temperature)
+        return percent(predictions == self.test_labels)
+
+    def of_cached_features(self):
+        """{encoder: {figure: %}}, from features that are extracted once."""
+        # All layers at once, so that each begins with the same numbers whichever others there are.
+        layers = None
+        if self.probe.classifier == "sgd":
+            layers = LinearLayers(self.widths, self.probe.lrs, self.classes).to(self.device)
+        rows = {}
+        for name in self.encoders:
+            x, x_test = self.extract(name)
+            began = time.time()
+            if layers is None:
+                rows[name] = {"mAP": self.svm(x, x_test)}
             else:
-                scales[name], x_tests[name] = scale, x_test
-        seconds += time.time() - began
-        x = x_test = None  # or they would stay while the next encoder's are extracted
-    if loader is not None:
+                rows[name] = {"knn": self.knn_accuracy(x, x_test)}
+                scale = Standardize(x if self.probe.standardize else None, self.device)
+                self.train_on_features(layers, name, x, scale)
+                rows[name] |= self.accuracies(layers, name, scale, x_test)
+            self.seconds += time.time() - began
+            x = x_test = None  # or they would stay while the next encoder's are extracted
+        return rows
+
+    def svm(self, x, x_test):
+        """VOC2007's mAP of a linear SVM for each class."""
+        return svm(
+            x,
+            self.labels,
+            x_test,
+            self.test_labels,
+            self.probe.C,
+            self.train.classes,
+            self.probe.difficult,
+        )
+
+    def train_on_features(self, layers, name, x, scale):
+        """Train one encoder's layers on its features x (n, F), every process the same way.
+
+        The order of the images is the same for each encoder.
+        """
+        order = torch.Generator().manual_seed(self.seed)
+        optimizers = layers.optimizers(self.probe, [name])
+        hidden = None if distributed.is_main() else True
+        for epoch in tqdm(range(self.probe.epochs), "linear", leave=False, disable=hidden):
+            rows_of_epoch = torch.randperm(len(x), generator=order).to(self.labels.device)
+            for rows in rows_of_epoch.split(self.probe.batch_size):
+                features = {name: scale(x[rows.to(x.device)])}  # (b, F)
+                step(layers, optimizers, features, self.labels[rows], self.probe, epoch)
+            layers.retire_diverged(optimizers, epoch)
+            if layers.all_diverged(name):
+                break
+        self.refuse_divergence(layers)
+
+    def of_augmented_images(self, run):
+        """{encoder: {figure: %}}, with layers that see features of augmented images.
+
+        All encoders see the same images, side by side.
+        """
+        layers = LinearLayers(self.widths, self.probe.lrs, self.classes).to(self.device)
+        rows, scales, x_tests = {}, {}, {}
+        for name in self.encoders:
+            x, x_tests[name] = self.extract(name)
+            began = time.time()
+            rows[name] = {"knn": self.knn_accuracy(x, x_tests[name])}
+            scales[name] = Standardize(x if self.probe.standardize else None, self.device)
+            self.seconds += time.time() - began
+            x = None
         began = time.time()
-        batches = augmented_batches(loader, encoders, scales, y)
-        by_sgd(probe, layers, batches, distributed.wrap(Heads(layers), device), device)
-        for name in encoders:
-            rows[name] |= accuracies(probe, layers[key(name)], scales[name], x_tests[name], y_test)
-        seconds += time.time() - began
-    return rows, seconds
+        self.train_on_images(run, layers, scales)
+        for name in self.encoders:
+            rows[name] |= self.accuracies(layers, name, scales[name], x_tests[name])
+        self.seconds += time.time() - began
+        return rows
+
+    def train_on_images(self, run, layers, scales):
+        """Train the layers of all encoders; the run keeps their state."""
+        loader = self.make_loader()
+        optimizers = layers.optimizers(self.probe, layers.names)
+        progress = EpochProgress(len(self.train), self.train.fingerprint())
+        parts = {f"optimizer {i}": optimizer for i, optimizer in enumerate(optimizers)}
+        run.resume(progress, len(loader), self.device, layers=layers, **parts)
+        run.open_log()
+        if run.is_resumed:
+            say(f"going on after {run.position(run.start_epoch, progress.step)}")
+        model = distributed.wrap(layers, self.device)
+        for epoch in range(run.start_epoch, self.probe.epochs):
+            first_step = run.begin_epoch(epoch)
+            with signals.deferred():  # a signal is obeyed after a step, by run.after_step
+                bar = run.progress_bar(loader.epoch(epoch, first_step))
+                for i, ((images,), index) in enumerate(bar, first_step):
+                    progress.batch_arrived()
+                    features = {
+                        name: scales[name](encode(images)) for name, encode in self.encoders.items()
+                    }
+                    loss = step(model, optimizers, features, self.labels[index], self.probe, epoch)
+                    progress.add({"loss": loss})
+                    if run.is_sync_step(i) or signals.stop_requested():
+                        layers.retire_diverged(optimizers, epoch)
+                        self.refuse_divergence(layers)
+                    run.after_step(i, bar)
+                figures = progress.means(self.device)
+                run.end_epoch(figures)
+            if run.log:
+                run.log.write(epoch + 1, figures)
+
+    def make_loader(self):
+        """The Loader of augmented training images."""
+        settings = {
+            **self.source,
+            "augment": self.probe.augment,
+            "augment_backend": "batched",
+        }
+        return config.build(
+            Loader,
+            settings,
+            f"{self.build.file}: linear",
+            dataset=self.train,
+            batch_size=self.probe.batch_size,
+            n_views=1,
+            seed=self.seed + 1,
+            device=self.device,
+            drop_last=False,
+        )
+
+    def refuse_divergence(self, layers):
+        """End the program if no layer of the run's own encoder is left."""
+        name = list(self.encoders)[-1]
+        if layers.all_diverged(name):
+            raise SystemExit(
+                f"the probe diverged at every learning rate; lower linear.lr ({self.probe.lrs})"
+            )
+
+    @torch.no_grad()
+    def accuracies(self, layers, name, scale, x_test):
+        """{"top-1, lr ...": %, "top-5, lr ...": %} of an encoder's layers on x_test (m, F).
+
+        None for a layer that diverged.
+        """
+        figures = {}
+        for i, (lr, layer) in enumerate(zip(self.probe.lrs, layers.layers[key(name)])):
+            k = min(5, layer.out_features)
+            top = [layer(scale(x)).topk(k).indices for x in x_test.split(TEST_ROWS)]
+            right = torch.cat(top) == self.test_labels[:, None]  # (m, 5)
+            is_void = bool(layers.diverged[layers.names.index(name), i])
+            figures[f"top-1, lr {lr:g}"] = None if is_void else percent(right[:, 0])
+            figures[f"top-5, lr {lr:g}"] = None if is_void else percent(right.any(1))
+        return figures
 
 
 class Standardize:
-    """Features (b, F), wherever they are kept -> on `device`, brought to mean 0 and variance 1 by
-    those of the training set, x (n, F); with x None, as they are.
+    """Brings features to mean 0 and variance 1 by those of the training set, on a device.
+
+    Args:
+        x: (n, F), the training features; None leaves all features as they are.
+        device: that gets the features (b, F), wherever they are kept.
     """
 
     def __init__(self, x, device):
@@ -439,108 +595,120 @@ class Standardize:
         return (features.to(self.device) - self.mean) / self.std
 
 
-def new_layers(widths, count, classes, device):
-    """{encoder: F} -> a ModuleDict of `count` linear layers for each encoder."""
-    layers = nn.ModuleDict(
-        {
-            key(name): nn.ModuleList(nn.Linear(width, classes) for _ in range(count))
-            for name, width in widths.items()
-        }
-    ).to(device)
-    for layer in layers.modules():
-        if isinstance(layer, nn.Linear):  # the convention of the released code
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
-    return layers
+class LinearLayers(nn.Module):
+    """One linear layer for each encoder and learning rate, trained side by side.
 
-
-def cached_batches(name, x, y, scale, batch_size, seed):
-    """-> epoch -> ({name: features (b, F)}, labels (b,)) for each step, of features x (n, F).
-
-    In the same order for each encoder. Every process trains the same layer on all features.
+    Args:
+        widths: {encoder: F}.
+        lrs: the learning rates.
+        classes: how many.
     """
-    order = torch.Generator().manual_seed(seed)
 
-    def batches(epoch):
-        for rows in torch.randperm(len(y), generator=order).to(y.device).split(batch_size):
-            yield {name: scale(x[rows.to(x.device)])}, y[rows]
-
-    return batches
-
-
-def augmented_batches(loader, encoders, scales, y):
-    """-> epoch -> ({encoder: features (b, F)}, labels (b,)) for each step, of augmented images."""
-
-    def batches(epoch):
-        images_of_epoch = or_say_what_is_kept(
-            loader.epoch(epoch),
-            lambda: "a linear probe saves nothing before its end: start it again",
-        )
-        for (images,), rows in images_of_epoch:
-            yield {name: scales[name](encode(images)) for name, encode in encoders.items()}, y[rows]
-
-    return batches
-
-
-def by_sgd(probe, layers, batches, heads, device):
-    """Train linear layers side by side: of each encoder in `layers`, one for each learning rate.
-
-    batches: see cached_batches. heads: Heads(layers), or DDP of it. SystemExit where the loss is
-    not finite at the end.
-    """
-    optimizers = []
-    for i, lr in enumerate(probe.lrs):
-        parameters = [p for of_encoder in layers.values() for p in of_encoder[i].parameters()]
-        how = {"momentum": probe.momentum, "weight_decay": probe.weight_decay}
-        optimizers.append(sgd(parameters, lr, **how))
-    hidden = None if distributed.is_main() else True
-    for epoch in tqdm(range(probe.epochs), "linear", leave=False, disable=hidden):
-        for lr, optimizer in zip(probe.lrs, optimizers):
-            optimizer.param_groups[0]["lr"] = lr * probe.schedule(epoch)
-        for features, target in batches(epoch):
-            logits = [one for of_encoder in heads(features).values() for one in of_encoder]
-            loss = sum(F.cross_entropy(one, target) for one in logits)
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-    if not loss.isfinite():
-        raise SystemExit(f"the probe's loss is {loss.item()}; lower linear.lr ({probe.lrs})")
-
-
-@torch.no_grad()
-def accuracies(probe, layers, scale, x_test, y_test):
-    """-> {"top-1, lr ...": %, "top-5, lr ...": %} of the layers of one encoder, one a learning rate.
-
-    x_test: (m, F).
-    """
-    figures = {}
-    for lr, layer in zip(probe.lrs, layers):
-        k = min(5, layer.out_features)
-        top = [layer(scale(x)).topk(k).indices for x in x_test.split(TEST_ROWS)]
-        right = torch.cat(top) == y_test[:, None]  # (m, 5)
-        figures[f"top-1, lr {lr:g}"] = percent(right[:, 0])
-        figures[f"top-5, lr {lr:g}"] = percent(right.any(1))
-    return figures
-
-
-class Heads(nn.Module):
-    """All linear layers, as one module for DDP."""
-
-    def __init__(self, layers):
+    def __init__(self, widths, lrs, classes):
         super().__init__()
-        self.layers = layers
+        self.names, self.lrs = list(widths), lrs
+        self.layers = nn.ModuleDict(
+            {
+                key(name): nn.ModuleList(nn.Linear(width, classes) for _ in lrs)
+                for name, width in widths.items()
+            }
+        )
+        for layer in self.layers.modules():
+            if isinstance(layer, nn.Linear):  # the convention of the released code
+                nn.init.normal_(layer.weight, std=0.01)
+                nn.init.zeros_(layer.bias)
+        no = torch.zeros(len(widths), len(lrs), dtype=torch.bool)
+        self.register_buffer("diverged", no)  # (encoders, learning rates)
 
     def forward(self, features):
-        return {
-            name: [layer(v) for layer in self.layers[key(name)]] for name, v in features.items()
-        }
+        """{encoder: (b, F)} -> [(b, classes) for each encoder and learning rate]."""
+        return [layer(x) for name, x in features.items() for layer in self.layers[key(name)]]
+
+    def optimizers(self, probe, names):
+        """SGD for each learning rate, over the layers of the encoders of these names."""
+        of_names = [self.layers[key(name)] for name in names]
+        given = {"momentum": probe.momentum, "weight_decay": probe.weight_decay}
+        return [
+            sgd([p for layers in of_names for p in layers[i].parameters()], lr, **given)
+            for i, lr in enumerate(self.lrs)
+        ]
+
+    @torch.no_grad()
+    def retire_diverged(self, optimizers, epoch):
+        """Set a layer that is not finite any more to 0, and say so: the others go on."""
+        for row, name in enumerate(self.names):
+            for i, layer in enumerate(self.layers[key(name)]):
+                norms = torch._foreach_norm(list(layer.parameters()), math.inf)
+                if torch.stack(norms).isfinite().all():
+                    continue
+                if not self.diverged[row, i]:
+                    say(
+                        f"WARNING: linear.lr {self.lrs[i]:g} diverges in epoch {epoch + 1} ({name})"
+                    )
+                self.diverged[row, i] = True
+                for parameter in layer.parameters():
+                    parameter.zero_()
+                    optimizers[i].state[parameter]["momentum_buffer"].zero_()
+
+    def all_diverged(self, name):
+        """Whether an encoder has no layer left."""
+        return bool(self.diverged[self.names.index(name)].all())
+
+
+def step(model, optimizers, features, labels, probe, epoch):
+    """One step of all layers. Returns the smallest of their losses, a scalar on the device.
+
+    Args:
+        model: LinearLayers, or DDP of it.
+        features: {encoder: (b, F)}.
+        labels: (b,).
+        epoch: from 0, for the learning rate.
+    """
+    for lr, optimizer in zip(probe.lrs, optimizers):
+        optimizer.param_groups[0]["lr"] = lr * probe.schedule(epoch)
+        optimizer.zero_grad(set_to_none=True)
+    losses = [F.cross_entropy(logits, labels) for logits in model(features)]
+    sum(losses).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return torch.stack(losses).detach().nan_to_num(nan=math.inf).min()
 
 
 def key(name):
-    return name.replace(".", "_")  # nn.ModuleDict takes no point
+    """A name as nn.ModuleDict takes it: without a point."""
+    return name.replace(".", "_")
+
+
+# ------------------------------------------------------------------------------------ what came out
+
+
+def print_table(rows, probe, knn, has_baselines):
+    """Print the protocol and all figures."""
+    words = str(probe)
+    if probe.classifier == "sgd":
+        words += f"\nkNN: {knn.neighbours()}, T {knn.temperature:g}, on the pooled features"
+    if has_baselines:
+        words += "; raw pixels at most 32 x 32"
+    say(f"\n{words}; the encoder's weights did not move\n")
+    columns = list(next(iter(rows.values())))
+    say(f"{'':24}" + "".join(f"{column:>16}" for column in columns))
+    for name, row in rows.items():
+        cells = [
+            f"{'diverged':>16}" if row[column] is None else f"{row[column]:16.2f}"
+            for column in columns
+        ]
+        say(f"{name:24}" + "".join(cells))
+
+
+def reported_figures(row, probe):
+    """{figure: %} of the run's encoder; of several learning rates the first is reported."""
+    end = f", lr {probe.lrs[0]:g}"
+    return {
+        column.split(",")[0]: value
+        for column, value in row.items()
+        if value is not None and ("," not in column or column.endswith(end))
+    }
 
 
 if __name__ == "__main__":
-    main()
+    signals.run(main)

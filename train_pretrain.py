@@ -22,7 +22,9 @@ from engine import config, signals
 def parse_arguments():
     """The command line's arguments."""
     parser = config.command_line(__doc__)
-    parser.add_argument("--fresh", action="store_true", help="start over, though there is a last.pt")
+    parser.add_argument(
+        "--fresh", action="store_true", help="start over, though there is a last.pt"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     return parser
 
@@ -39,7 +41,13 @@ from engine.build import Builder, compile_backbones
 from engine.epoch import EpochProgress
 from engine.features import embeddings
 from engine.run import Run
-from engine.summary import describe_start, epoch_figures, finish, log_epoch, warn_of_collapse
+from engine.summary import (
+    describe_start,
+    epoch_figures,
+    finish,
+    log_epoch,
+    warn_of_replaced_images,
+)
 from losses.diagnostics import step_diagnostics
 
 
@@ -90,7 +98,7 @@ def pretrain(run, build, args, cfg, device):
     if run.log and not run.is_resumed:
         run.log.picture(os.path.join(run.folder, "augmentation.png"), loader.examples(), columns=8)
     describe_start(run, cfg, loader, schedule, encoder, knn, device)
-    evaluate_at_start(run, knn, encoder, device)
+    evaluate_at_start(run, knn, encoder, loss_fn)
 
     def embed():  # the whole data set, for IFND's clusters
         key_encoder = getattr(host, "key_encoder", encoder)
@@ -136,9 +144,8 @@ def pretrain(run, build, args, cfg, device):
             distributed.average_buffers(host)
             figures = epoch_figures(run, loss_fn, schedule(now), steps * loader.batch)
             run.end_epoch(figures)
-        evaluate(run, epoch + 1, figures, knn, encoder, device)
-        for problem in loader.replaced():
-            distributed.say(f"WARNING: {problem}")
+        evaluate(run, epoch + 1, figures, knn, encoder, loss_fn)
+        warn_of_replaced_images(loader)
 
     finish(run, cfg, encoder, knn.obstacle, args.cfg, args.overrides)
 
@@ -150,11 +157,11 @@ def micro_batches(views, index, n):
         yield part, part_index, i == n
 
 
-def evaluate_at_start(run, knn, encoder, device):
+def evaluate_at_start(run, knn, encoder, loss_fn):
     """kNN of the untrained encoder; or of the last epoch, if the run was ended during its kNN."""
     figures = run.unlogged_figures()
     if figures:
-        evaluate(run, run.start_epoch, figures, knn, encoder, device)
+        evaluate(run, run.start_epoch, figures, knn, encoder, loss_fn)
     if not run.is_resumed and knn.due(0, run.epochs):
         accuracy = knn(encoder)
         distributed.say(f"untrained: kNN {accuracy:.1f} %")
@@ -162,12 +169,11 @@ def evaluate_at_start(run, knn, encoder, device):
             run.log.write(0, {"knn": accuracy})
 
 
-def evaluate(run, epoch, figures, knn, encoder, device):
+def evaluate(run, epoch, figures, knn, encoder, loss_fn):
     """Log the figures of an epoch, with kNN where it is due; epoch counts from 1."""
     if knn.due(epoch, run.epochs):
         figures = {**figures, "knn": knn(encoder)}
-    log_epoch(run, epoch, figures, device)
-    warn_of_collapse(figures)
+    log_epoch(run, epoch, figures, loss_fn)
 
 
 if __name__ == "__main__":

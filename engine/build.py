@@ -6,6 +6,7 @@ import torch
 
 from data.datasets import load
 from data.loader import Loader
+
 try:
     from losses.together import Together
 except ImportError:

@@ -3,6 +3,7 @@ noticed; read without unpickling code.
 """
 
 import contextlib
+import hashlib
 import os
 import shutil
 import socket
@@ -136,6 +137,17 @@ def read(path):
         )
 
 
+def digest(data):
+    """A short name of bytes: the same for the same."""
+    return "sha256 " + hashlib.sha256(data).hexdigest()[:16]
+
+
+def file_digest(path):
+    """The digest of a file."""
+    with open(path, "rb") as f:
+        return digest(f.read())
+
+
 # ---------------------------------------------------------------------------------------------------- a run's folder and state
 
 
@@ -241,7 +253,7 @@ def move_aside(folder):
     present = os.listdir(folder)
     weights = [name for name in ("backbone.pt", "previous.pt", "last.pt") if name in present]
     results = [name for name in present if name.endswith(".jsonl") and name != "log.jsonl"]
-    results += [name for name in ("finetune", "detect") if name in present]
+    results += [name for name in ("linear", "finetune", "detect") if name in present]
     # Without weights these two are of a start that saved nothing yet, and are written anew.
     records = [name for name in ("config.yaml", "log.jsonl") if name in present and weights]
     for name in results + records + weights:

@@ -416,4 +416,3 @@ def attempt(function):
         code = getattr(error, "code", 1)  # a sentence is for this process alone to say
         code = code if isinstance(code, int) else 1
         return None, pack((True, code)), error
-

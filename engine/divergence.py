@@ -8,7 +8,7 @@ from . import distributed
 
 
 class DivergenceCheck:
-    """Counts finite steps on the device; `has_diverged` is asked only where one waits for it anyway.
+    """Counts finite steps on the device; `has_diverged` is asked only where one waits anyway.
 
     Args:
         parameters: of the network. A gradient that is not finite shows in them, unless GradScaler
@@ -27,6 +27,8 @@ class DivergenceCheck:
 
     def has_diverged(self, sum_of_losses):
         """Whether the loss or a weight of this process is not finite; a scalar on the device."""
+        if not self.parameters:
+            return ~sum_of_losses.isfinite()
         norms = torch.stack(torch._foreach_norm(self.parameters, math.inf))
         return ~(sum_of_losses + norms).isfinite().all()
 

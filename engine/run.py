@@ -4,6 +4,7 @@ All scripts that train epochs keep their state by this class, so that all of the
 killed and resumed in the same way.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -91,11 +92,12 @@ class Run:
             progress: an EpochProgress.
             steps: of an epoch.
             device: that of the losses.
-            state: must hold `encoder` or `model`, whose weights are looked at.
+            state: the weights of `encoder` or `model` are looked at, whether they are finite.
         """
         self.progress, self.steps, self.device = progress, steps, device
         self.state = {"place": progress, **state}
-        self.network = state.get("encoder", state.get("model"))
+        network = state.get("encoder", state.get("model"))
+        self.parameters = list(network.parameters()) if network else []
         self.is_resumed = self.may_resume() and checkpoint.exists(self.last)
         self.start_epoch = 0
         if self.is_resumed:
@@ -152,7 +154,7 @@ class Run:
         """Begin an epoch, or go on with it. Returns its first step."""
         self.epoch = epoch
         first_step = self.progress.begin()
-        self.divergence = DivergenceCheck(self.network.parameters(), first_step, self.device)
+        self.divergence = DivergenceCheck(self.parameters, first_step, self.device)
         return first_step
 
     def progress_bar(self, batches):
@@ -226,6 +228,13 @@ class Run:
         """Note in the checkpoint that nothing is left to do."""
         self.progress.is_evaluated = True
         self.save(self.epochs)
+
+    def remove_checkpoints(self):
+        """Forget the state of a run that has its figures, so that the next one begins anew."""
+        if distributed.is_main():
+            for path in (checkpoint.before(self.last), self.last):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(path)
 
     # ---------------------------------------------------------------------------------- checkpoints
 

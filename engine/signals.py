@@ -181,17 +181,19 @@ def say_stopped(reason="told to stop"):
 
 def watch(reader, writer):
     """End the program where the main thread can't. `writer` is kept from being closed."""
+    first_signal = None
     while True:
-        reader.settimeout(0.2 if stop_requested() else None)
+        reader.settimeout(None if first_signal is None else 0.2)
         try:
-            numbers = [n for n in reader.recv(64) if n in SIGNALS]
+            is_told = bool(set(reader.recv(64)) & set(SIGNALS))
         except TimeoutError:
-            numbers = []
-        if numbers and stop_requested() and seconds_since(state.first_request) > REPEAT:
-            end("told to stop twice, and ended at once")
-        if numbers:
+            is_told = False
+        if is_told and first_signal is None:
+            first_signal = time.monotonic()
             note_request()
-        if stop_requested():
+        elif is_told and seconds_since(first_signal) > REPEAT:
+            end("told to stop twice, and ended at once")
+        if first_signal is not None:
             end_if_overdue()
 
 

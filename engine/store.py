@@ -109,8 +109,7 @@ class ObjectStore:
         return whole
 
     def spread(self, senders, x=None):
-        """The bytes x of each rank in `senders`, to all -> {rank: bytes}.
-        """
+        """The bytes x of each rank in `senders`, to all -> {rank: bytes}."""
         call = self.next_call()
         if self.rank in senders:
             self.post(call, f"{call}/{self.rank}", x)

@@ -1,5 +1,6 @@
 """What pre-training tells its user: at the start, after each epoch, at the end."""
 
+import math
 import os
 import shlex
 
@@ -55,28 +56,42 @@ def epoch_figures(run, loss_fn, learning_rate, images):
     }
 
 
-def log_epoch(run, epoch, figures, device):
+def log_epoch(run, epoch, figures, loss_fn):
     """Print the figures of the epoch with that number, from 1, and write them into the log."""
     knn = f"  kNN {figures['knn']:.1f} %" if "knn" in figures else ""
     say(
         f"epoch {epoch:3d}/{run.epochs}  loss {figures['loss']:.3f} "
-        f"(chance: {figures['chance']:.3f})  lr {figures['lr']:.4f}  "
+        f"(chance: {describe_chance(figures, loss_fn)})  lr {figures['lr']:.4f}  "
         f"{figures['seconds']:.1f} s, {figures['images/s']:.0f} images/s{knn}"
     )
-    if run.log:
-        rounded = {name: float(f"{value:.{MAX_DIGITS}g}") for name, value in figures.items()}
-        run.log.write(epoch, rounded | {"hardware": distributed.hardware(device)})
-
-
-def warn_of_collapse(figures):
-    """Warn if all images have nearly one embedding. Returns whether it did."""
-    has_collapsed = figures["spread"] < COLLAPSED
-    if has_collapsed:
+    if not run.log:
+        return
+    warned = any(line.get("spread", 1.0) < COLLAPSED for line in lines(run.log.path))
+    rounded = {name: float(f"{value:.{MAX_DIGITS}g}") for name, value in figures.items()}
+    run.log.write(epoch, rounded | {"hardware": distributed.hardware(run.device)})
+    if figures["spread"] < COLLAPSED and not warned:
         say(
             f"WARNING: the embeddings collapse: their spread is {figures['spread']:.3f}, of 1 at "
             "best, so all images look alike; try a lower optim.lr or weight_decay"
         )
-    return has_collapsed
+
+
+def describe_chance(figures, loss_fn):
+    """The loss at chance, in words: with its formula, unless the loss has one of its own."""
+    value = f"{figures['chance']:.3f}"
+    if hasattr(loss_fn, "chance"):
+        return value
+    formula = math.log(figures["K"] + 1)
+    scale = figures["chance"] / formula if formula else 1.0
+    factor = "" if math.isclose(scale, 1, rel_tol=1e-3) else f"{scale:.3g} "
+    return f"{factor}log(K+1) = {value}"
+
+
+def warn_of_replaced_images(loader):
+    """Say how many images could not be read in this epoch (data.on_error=skip)."""
+    problem = loader.replaced()
+    if problem:
+        say(f"WARNING: {problem}")
 
 
 def finish(run, cfg, encoder, knn_obstacle, file, overrides):

@@ -22,7 +22,7 @@ def log_partition(contrast, t, mine=None, theirs=None):
     if mine is not None:  # narrow integers are compared faster
         mine, theirs = mine.int()[:, :, None], theirs.int()[:, None]  # (L, N, 1), (L, 1, K)
     return LogPartition.apply(
-        contrast.query, contrast.negative, t, contrast.mask, contrast.own, mine, theirs
+        contrast.query, contrast.negative, t, contrast.mask, contrast.self_index, mine, theirs
     )
 
 
