@@ -7,10 +7,7 @@ import torch
 from data.datasets import load
 from data.loader import Loader
 
-try:
-    from losses.together import Together
-except ImportError:
-    Together = None
+from losses.together import Together
 from models.resnet import Encoder
 
 from . import config

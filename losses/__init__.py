@@ -42,4 +42,3 @@ from .base import Output as Output
 from .base import info_nce as info_nce
 from .base import positive_similarity as positive_similarity
 from .base import similarity as similarity
-NEVER = NEG_INF

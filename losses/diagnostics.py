@@ -147,9 +147,7 @@ def first_queries(contrast: Contrast) -> Contrast:
     )
 
 
-def first_of_output(
-    loss_fn: nn.Module, contrast: Contrast, output: Output, epoch: float
-) -> Output:
+def first_of_output(loss_fn: nn.Module, contrast: Contrast, output: Output, epoch: float) -> Output:
     """Return the output of the first queries alone, with the negatives that it left out."""
     negatives, chosen = first_rows(output.negatives), first_rows(output.chosen)
     if negatives is None:

@@ -16,23 +16,33 @@ Labels are looked up by data-set index, so an old key in the queue has its image
 Departures. k-means follows PCL's code, which calls faiss: 20 iterations, the best of 5 restarts.
 faiss starts from random rows, and PCL has it train on at most 1000 rows a centroid. Ours starts
 from k-means++ on a sample (`start: random` is faiss's start) and trains on all rows; see
-engine/kmeans.py.
+losses/kmeans.
 
 Not settled by what we have of the paper: the mean over the levels; SupCon's outer form for
-`attract`; confidence = softmax_c(sim(z_i, c) / t) at the own centroid; the first clustering after
-`reassign_every` epochs, not at the start.
+`attract`; confidence = softmax_c(sim(z_i, c) / t) at the centroid of the image's cluster; the first
+clustering after `reassign_every` epochs, not at the start.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.distributed import say
-from engine.kmeans import confidence, kmeans, validity
-
-from . import NEVER, count, false_negatives, similarity, unchosen
+from .base import (
+    NEG_INF,
+    Contrast,
+    Negatives,
+    Output,
+    info_nce,
+    positive_similarity,
+    similarity,
+)
+from .checks import check_ifnd
+from .diagnostics import candidate_diagnostics
+from .kmeans import kmeans, no_progress
+from .kmeans.quality import confidence, validity
 from .nce import loss_scale
 from .partition import log_partition
 
@@ -41,171 +51,161 @@ class IFND(nn.Module):
     """InfoNCE without, or attracted to, the false negatives that clusters find.
 
     Args:
-        epochs, n_data: of the run; the number of images.
-        labels: (n_data,) the true ones, for the log alone.
+        epochs: the length of training.
+        n_data: the number of images.
         temperature: t.
-        clusters: k of each level.
+        clusters: the number of clusters of each level.
         reassign_every: epochs between clusterings (CIFAR: 20; ImageNet: 1).
         mode: what becomes of false negatives, as above.
-        confidence: `softmax`, as above, or `similarity` to the own centroid.
+        confidence: `softmax`, as above, or `similarity` to the centroid.
         acceptance: the share accepted in the first and in the last epoch, linear between.
         start: what k-means starts from: `kmeans++`, on a sample, or `random` rows, as faiss.
         base_temperature: SupContrast's factor of the loss, see losses/nce.py.
+
+    Attributes:
+        progress: tqdm, or what is called like it, to show how far k-means is; nothing unless set.
     """
 
     def __init__(
         self,
-        epochs,
-        n_data,
-        labels=None,
+        epochs: int,
+        n_data: int,
         *,
         temperature: float = 0.5,
-        clusters: list[int] = [10, 30, 100],
+        clusters: list[int] = [10, 30, 100],  # noqa: B006  nothing writes to it
         reassign_every: int = 20,
         mode: Literal["eliminate", "attract"] = "eliminate",
         confidence: Literal["softmax", "similarity"] = "softmax",
-        acceptance: list[float] = [0.0, 1.0],
+        acceptance: list[float] = [0.0, 1.0],  # noqa: B006
         start: Literal["kmeans++", "random"] = "kmeans++",
         base_temperature: float | None = None,
     ):
         super().__init__()
-        check_settings(epochs, n_data, temperature, clusters, reassign_every, acceptance)
+        check_ifnd(epochs, n_data, temperature, clusters, reassign_every, acceptance)
         self.epochs = epochs
         self.t = temperature
         self.clusters = clusters
         self.reassign_every = reassign_every
+        self.mode = mode
         self.confidence = confidence
         self.acceptance = acceptance
         self.start = start
         self.scale = loss_scale(temperature, base_temperature)
-        if mode == "attract":
-            self.objective = self.attract
+        self.progress = no_progress
+        # In a list of losses, one mode chooses negatives and the other treats positives.
+        if mode == "eliminate":
+            self.select = self.eliminate
         else:
-            self.negatives = self.eliminate
+            self.objective = self.attract
 
         L = len(clusters)
-        self.register_buffer("labels", labels, persistent=False)
         # (L, n) pseudo labels, -1 before the first clustering.
         self.register_buffer("pseudo", torch.full((L, n_data), -1))
         # (L, n) from 1, the most confident image, to n.
         self.register_buffer("rank", torch.full((L, n_data), n_data))
-        self.validity = {}
+        # Figures of the labels of this epoch, once somebody asks for them.
+        self.validity = None
 
-    def accepted(self, epoch):
-        """The share r of images whose label is accepted."""
-        first, last = self.acceptance
-        return first + (last - first) * min(1, int(epoch) / max(1, self.epochs - 1))
+    def forward(self, contrast: Contrast, epoch: float) -> Output:
+        """Return the loss."""
+        if self.mode == "attract":
+            s = similarity(contrast)  # (N, K)
+            return Output(self.scale * self.attract(contrast, s, epoch))
+        # log of the sum over e^{s_ij / t}, for s as `eliminate` makes it.
+        log_z = log_partition(contrast, self.t, *self.labels_of(contrast, epoch))  # (L, N)
+        return Output(self.scale * info_nce(positive_similarity(contrast), log_z, self.t))
 
-    def accepted_labels(self, index, epoch, none):
-        """(n,) data-set indices -> (L, n) pseudo labels, `none` where not accepted or no image."""
+    def eliminate(self, contrast: Contrast, s: Tensor, epoch: float) -> Negatives:
+        """Return all candidates but F(q). s: (N, K) -> (L, N, K)."""
+        return Negatives(s.masked_fill(self.false_negatives(contrast, epoch), NEG_INF))
+
+    def attract(self, contrast: Contrast, s: Tensor, epoch: float) -> Tensor:
+        """Return the loss that attracts F(q). s: (..., N, K + anything that is no candidate)."""
+        positive = positive_similarity(contrast)  # (N,)
+        candidates = s[..., : len(contrast.negative)]  # (..., N, K)
+        is_false = self.false_negatives(contrast, epoch) & (candidates > NEG_INF)  # (L, N, K)
+        # The sum over F(q) of q n_j.
+        of_false = candidates.masked_fill(~is_false, 0).sum(-1)  # (L, N)
+        log_z = torch.logsumexp(s / self.t, -1)  # (..., N)
+        log_all = torch.logaddexp(log_z, positive / self.t)  # (..., N)
+        return (log_all - (positive + of_false) / self.t / (1 + is_false.sum(-1))).mean()
+
+    def false_negatives(self, contrast: Contrast, epoch: float) -> Tensor:
+        """Return F(q) as (L, N, K) bool."""
+        query_label, candidate_label = self.labels_of(contrast, epoch)
+        return query_label[:, :, None] == candidate_label[:, None, :]
+
+    def labels_of(self, contrast: Contrast, epoch: float) -> tuple[Tensor, Tensor]:
+        """Return accepted labels of the queries (L, N) and of the candidates (L, K).
+
+        A query's and a candidate's are equal only where both are accepted.
+        """
+        query_label = self.accepted_labels(contrast.index, epoch, otherwise=-1)
+        candidate_label = self.accepted_labels(contrast.negative_index, epoch, otherwise=-2)
+        return query_label, candidate_label
+
+    def accepted_labels(self, index: Tensor, epoch: float, otherwise: int) -> Tensor:
+        """Return pseudo labels (L, n) of images (n,), `otherwise` where none is accepted."""
         n_accepted = self.accepted(epoch) * self.rank.shape[1] + 1e-9
         pseudo = self.pseudo[:, index]  # (L, n)
         is_known = (self.rank[:, index] <= n_accepted) & (index >= 0) & (pseudo >= 0)
-        return torch.where(is_known, pseudo, none)
+        return torch.where(is_known, pseudo, otherwise)
 
-    @torch.no_grad()
-    def before_epoch(self, epoch, extract):
-        """Cluster anew where it is time to, and say what the clusters are worth.
+    def accepted(self, epoch: float) -> float:
+        """Return the share of images whose label is accepted."""
+        first, last = self.acceptance
+        return first + (last - first) * min(1, int(epoch) / max(1, self.epochs - 1))
 
-        extract() -> (n, D): unit embeddings of all images, without augmentation, by the momentum
-        encoder where there is one, the same on every process. extract: None where a run goes on
-        within an epoch, whose labels its checkpoint has brought.
+    def before_epoch(self, epoch: int, extract: Callable[[], Tensor] | None) -> None:
+        """Cluster anew where it is time to.
+
+        Args:
+            epoch: from 0.
+            extract: returns (n, D): unit embeddings of all images, without augmentation, by the
+                momentum encoder where there is one, the same on every process. None where a run
+                goes on within an epoch, whose labels its checkpoint has brought.
         """
+        self.validity = None
         if extract is not None and epoch and epoch % self.reassign_every == 0:
             self.cluster(extract(), epoch)
-        self.validity = {"accepted %": 100 * self.accepted(epoch)}
-        if self.labels is None or (self.pseudo < 0).any():
-            return
-        everyone = torch.arange(self.rank.shape[1], device=self.rank.device)
-        accepted = self.accepted_labels(everyone, epoch, -1)  # (L, n)
-        for k, accepted_labels, pseudo in zip(self.clusters, accepted, self.pseudo):
-            figures = validity(accepted_labels, pseudo, self.labels)
-            self.validity |= {f"{name}, k={k}": value for name, value in figures.items()}
 
-    def cluster(self, z, epoch):
-        """Pseudo labels and ranks of all images, from z (n, D), the same on every process."""
+    @torch.no_grad()
+    def cluster(self, z: Tensor, epoch: int) -> None:
+        """Give all images pseudo labels and ranks, from z (n, D), the same on every process."""
         ranks = torch.arange(1, len(z) + 1, device=z.device)
         for level, k in enumerate(self.clusters):
-            # (k, D) and (n,)
-            centroids, labels = kmeans(z, k, seed=(epoch, level), start=self.start)
-            centroids = F.normalize(centroids, dim=1)
+            seed = (epoch, level)
+            centroids, labels = kmeans(z, k, seed, start=self.start, progress=self.progress)
+            centroids = F.normalize(centroids, dim=1)  # (k, D)
             sure = confidence(z, centroids, labels, self.t, self.confidence)  # (n,)
             self.pseudo[level] = labels
             self.rank[level, sure.argsort(descending=True, stable=True)] = ranks
 
-    def labels_of(self, contrast, epoch, queries=None):
-        """Accepted labels of the (first so many) queries (L, N) and of the candidates (L, K).
+    def diagnostics(
+        self, contrast: Contrast, output: Output, labels: Tensor | None, epoch: float
+    ) -> dict[str, Tensor | float]:
+        """Say how many labels are accepted, what they are worth, and how many candidates go."""
+        if self.validity is None:
+            self.validity = self.label_validity(labels, epoch)
+        figures = {"accepted %": 100 * self.accepted(epoch), **self.validity}
+        if self.mode == "eliminate":
+            used = candidate_diagnostics(contrast, output.chosen, None)["used %"]
+            return figures | {"removed %": 100 - used}
+        candidates = output.negatives.similarity[..., : len(contrast.negative)]  # (..., N, K)
+        is_false = self.false_negatives(contrast, epoch) & (candidates > NEG_INF)  # (L, N, K)
+        return figures | {"attracted %": 100 * is_false.float().mean()}
 
-        A query's and a candidate's are equal only where both are accepted.
+    def label_validity(self, labels: Tensor | None, epoch: float) -> dict[str, float]:
+        """Compare the accepted labels of all images with the true ones (n,).
+
+        It waits for the device, and so it is computed once an epoch.
         """
-        of_queries = self.accepted_labels(contrast.index[:queries], epoch, -1)
-        return of_queries, self.accepted_labels(contrast.negative_index, epoch, -2)
-
-    def false(self, contrast, epoch, queries=None):
-        """F(q): (L, N, K) bool."""
-        of_queries, of_candidates = self.labels_of(contrast, epoch, queries)
-        return of_queries[:, :, None] == of_candidates[:, None, :]
-
-    def eliminate(self, contrast, s, epoch):
-        """s: (N, K) -> (L, N, K)."""
-        s = s.masked_fill(self.false(contrast, epoch, len(s)), NEVER)
-        figures = false_negatives(contrast, s, None, self.labels)
-        return s, None, {**self.validity, "removed %": 100 - figures["used %"], **figures}
-
-    def attract(self, contrast, s, epoch):
-        """s: (..., N, K + anything that is no candidate)."""
-        q = contrast.query  # (N, D)
-        k = contrast.positive.mean(1)  # (N, D)
-        positive = (q * k).sum(1)  # (N,)
-        candidates = s[..., : len(contrast.negative)]  # (..., N, K)
-        friends = self.false(contrast, epoch) & (candidates > NEVER)  # (L, N, K)
-        # The sum over F(q) of q n_j.
-        among = candidates.masked_fill(~friends, 0).sum(-1)  # (L, N)
-        Z = torch.logaddexp(torch.logsumexp(s / self.t, -1), positive / self.t)  # (..., N)
-        loss = (Z - (positive + among) / self.t / (1 + friends.sum(-1))).mean()
-        figures = {**self.validity, "attracted %": 100 * friends.float().mean()}
-        return loss, {"positive": positive.mean(), **figures}
-
-    def forward(self, contrast, epoch):
-        if hasattr(self, "objective"):
-            s = similarity(contrast)  # (N, K)
-            loss, figures = self.attract(contrast, s, epoch)
-            return self.scale * loss, {"K": count(s), **figures}
-        q = contrast.query  # (N, D)
-        k = contrast.positive.mean(1)  # (N, D)
-        positive = (q * k).sum(1)  # (N,)
-        # As from eliminate's s, of all queries.
-        Z = log_partition(contrast, self.t, *self.labels_of(contrast, epoch))  # (L, N)
-        # For the log.
-        s, _, figures = self.eliminate(contrast, unchosen(contrast), epoch)  # (L, 32, K)
-        loss = F.softplus(Z - positive / self.t).mean()
-        return self.scale * loss, {"K": count(s), "positive": positive.mean(), **figures}
-
-
-def check_settings(epochs, n_data, temperature, clusters, reassign_every, acceptance):
-    """ValueError where settings have no meaning; a sentence where they do less than they say."""
-    if temperature <= 0 or reassign_every < 1:
-        raise ValueError(
-            f"temperature {temperature} must be above 0 and reassign_every "
-            f"{reassign_every} at least 1"
-        )
-    if not clusters or not 1 <= min(clusters) <= max(clusters) <= n_data:
-        raise ValueError(
-            f"clusters {clusters} must be one number a level, each from 1 to the "
-            f"{n_data} images there are"
-        )
-    if len(acceptance) != 2 or not 0 <= acceptance[0] <= acceptance[1] <= 1:
-        raise ValueError(
-            f"acceptance {acceptance} must be two shares, of the first epoch and, "
-            "not below it, of the last"
-        )
-    if 1 in clusters:
-        say(
-            f"clusters {clusters} has a level of 1, whose one cluster leaves no negatives once all "
-            "labels are accepted; take 2 or more"
-        )
-    if reassign_every >= epochs:
-        say(
-            f"reassign_every {reassign_every} leaves no clustering before the end, epochs {epochs}"
-            ": no false negative is found, and ifnd is nce; lower it"
-        )
+        if labels is None or (self.pseudo < 0).any():
+            return {}
+        everyone = torch.arange(self.rank.shape[1], device=self.rank.device)
+        accepted = self.accepted_labels(everyone, epoch, otherwise=-1)  # (L, n)
+        figures = {}
+        for k, of_level, pseudo in zip(self.clusters, accepted, self.pseudo):
+            for name, value in validity(of_level, pseudo, labels).items():
+                figures[f"{name}, k={k}"] = value
+        return figures

@@ -1,35 +1,45 @@
-"""JCL: joint contrastive learning with infinitely many positives (Cai, Wang, Pan, Yao, Mei; NeurIPS 2020; arXiv 2009.14776).
+"""JCL: joint contrastive learning with infinitely many positives (Cai, Wang, Pan, Yao, Mei).
 
-A query's M keys are taken as draws from a Gaussian N(mu, Sigma), and the expected InfoNCE over all its keys is bounded in closed form (Eq. 8):
+NeurIPS 2020, arXiv 2009.14776. A query's M keys are taken as draws from a Gaussian N(mu, Sigma),
+and the expected InfoNCE over all its keys is bounded in closed form (Eq. 8):
 
-    L = mean_i [ log( e^{q mu / t + l / (2 t^2) q' Sigma q} + sum_j e^{q n_j / t} ) - q mu / t ]
+    L = mean_i [ log( e^{q mu / t + lambda / (2 t^2) q' Sigma q} + sum_j e^{q n_j / t} )
+                 - q mu / t ]
 
-    mu = mean_m k_m (not made unit length),   Sigma = 1/M sum_m (k_m - mu)(k_m - mu)',   so   q' Sigma q = Var_m(q k_m)
+    mu = 1/M sum_m k_m   (not made unit length)
+    Sigma = 1/M sum_m (k_m - mu)(k_m - mu)'
 
-and no D x D matrix is needed. q carries the gradient in both places, keys none (but where a host lets keys carry one: SimCLR). l = 1 is
-the bound; l = 0 is InfoNCE on the mean key. The paper takes M = 5, l = 4; its script 4 keys and l = 2. The script ramps l up linearly,
-l (epoch + 1) / epochs, of which the paper says nothing: `ramp`.
+q carries the gradient in both places, keys none (but where a host lets keys carry one: SimCLR).
+lambda = 1 is the bound; lambda = 0 is InfoNCE on the mean key. The paper takes M = 5, lambda = 4;
+its script 4 keys and lambda = 2. The script ramps lambda up linearly, lambda (epoch + 1) / epochs,
+of which the paper says nothing: `ramp`.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import count, false_negatives, unchosen
+from .base import Contrast, Output, info_nce
+from .checks import check_jcl
 from .partition import log_partition
 
 
 class JCL(nn.Module):
-    """temperature: t. lam: l. ramp: l grows from l / epochs to l. average: the control, the mean of M InfoNCE losses at equal forward passes.
+    """The bound of InfoNCE over infinitely many keys. Their number M is the host's: model.n_views.
 
-    M is the host's to give: model.n_views.
+    Args:
+        epochs: the length of training.
+        n_keys: M, to be checked; None if it is not known.
+        temperature: t.
+        lam: lambda.
+        ramp: whether lambda grows linearly, from lam / epochs in the first epoch to lam.
+        average: the paper's control: the mean of M InfoNCE losses, at equally many forward passes.
     """
 
     def __init__(
         self,
-        epochs,
-        n_keys=None,
-        labels=None,
+        epochs: int,
+        n_keys: int | None = None,
         *,
         temperature: float = 0.2,
         lam: float = 4.0,
@@ -37,43 +47,54 @@ class JCL(nn.Module):
         average: bool = False,
     ):
         super().__init__()
-        if temperature <= 0 or lam < 0:
-            raise ValueError(f"temperature {temperature} must be above 0 and lam {lam} at least 0")
-        if n_keys == 1:
-            raise ValueError(
-                "jcl wants several keys of each image, and this host with its model.n_views gives one, which has no variance; raise model.n_views"
-            )
-        self.epochs, self.t, self.lam, self.ramp, self.average = (
-            epochs,
-            temperature,
-            lam,
-            ramp,
-            average,
-        )
-        self.register_buffer("labels", labels, persistent=False)
+        check_jcl(temperature, lam, n_keys)
+        self.epochs = epochs
+        self.t = temperature
+        self.lam = lam
+        self.ramp = ramp
+        self.average = average
 
-    def objective(self, contrast, s, epoch):
-        """s: (..., N, K)."""
+    def lam_at(self, epoch: float) -> float:
+        """Return lambda at an epoch."""
+        return self.lam * (int(epoch) + 1) / self.epochs if self.ramp else self.lam
+
+    def bound(self, contrast: Contrast, log_z: Tensor, epoch: float) -> Tensor:
+        """Return the loss, for log_z (..., N), the logarithm of the sum over the negatives."""
+        q = contrast.query  # (N, D)
+        k = contrast.positive  # (N, M, D)
+        if self.average:
+            q_k = (q[:, None] * k).sum(2)  # (N, M)
+            return info_nce(q_k, log_z[..., None], self.t)
+        mu = k.mean(1)  # (N, D)
+        q_mu = (q * mu).sum(1)  # (N,)
+        spread = self.lam_at(epoch) / (2 * self.t**2) * key_variance(q, k, mu)  # (N,)
+        # log(e^{a + b} + Z) - a = b + log(1 + Z e^{-a - b})
+        return (spread + F.softplus(log_z - q_mu / self.t - spread)).mean()
+
+    def objective(self, contrast: Contrast, s: Tensor, epoch: float) -> Tensor:
+        """Return the loss, for the similarities s (..., N, k) of the negatives of a list."""
         return self.bound(contrast, torch.logsumexp(s / self.t, -1), epoch)
 
-    def bound(self, contrast, Z, epoch):
-        """Z: (..., N), the log of the sum over the negatives."""
-        q, k = contrast.query, contrast.positive  # (N, D), (N, M, D)
-        mu = k.mean(1)  # (N, D)
-        mean = (q * mu).sum(1)  # (N,)  q mu
-        variance = ((q[:, None] * (k - mu[:, None])).sum(2) ** 2).mean(
-            1
-        )  # (N,)  q' Sigma q = Var_m(q k_m)
-        lam = self.lam * (int(epoch) + 1) / self.epochs if self.ramp else self.lam
-        if self.average:
-            p = (q[:, None] * k).sum(2)  # (N, M)  q k_m
-            loss = F.softplus(Z[..., None] - p / self.t).mean()
-        else:
-            bonus = lam / (2 * self.t**2) * variance  # (N,)
-            loss = (bonus + F.softplus(Z - mean / self.t - bonus)).mean()
-        return loss, {"positive": mean.mean(), "Var(q k)": variance.mean(), "lambda": lam}
+    def forward(self, contrast: Contrast, epoch: float) -> Output:
+        """Return the loss on all candidates."""
+        log_z = log_partition(contrast, self.t)  # (N,)
+        return Output(self.bound(contrast, log_z, epoch))
 
-    def forward(self, contrast, epoch):
-        s = unchosen(contrast)  # (32, K), for the log
-        loss, figures = self.bound(contrast, log_partition(contrast, self.t), epoch)
-        return loss, {"K": count(s), **figures, **false_negatives(contrast, s, None, self.labels)}
+    def diagnostics(
+        self, contrast: Contrast, output: Output, labels: Tensor | None, epoch: float
+    ) -> dict[str, Tensor | float]:
+        """Return the variance of the keys along their query, and lambda."""
+        q, k = contrast.query, contrast.positive
+        variance = key_variance(q, k, k.mean(1))  # (N,)
+        return {"Var(q k)": variance.mean(), "lambda": self.lam_at(epoch)}
+
+
+def key_variance(q: Tensor, k: Tensor, mu: Tensor) -> Tensor:
+    """Return q' Sigma q = Var_m(q k_m) (N,), without forming Sigma (D, D).
+
+    Args:
+        q: (N, D).
+        k: (N, M, D).
+        mu: (N, D) its mean over M.
+    """
+    return ((q[:, None] * (k - mu[:, None])).sum(2) ** 2).mean(1)

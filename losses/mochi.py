@@ -1,42 +1,98 @@
-"""MoCHi: hard negative mixing (Kalantidis, Sariyildiz, Pion, Weinzaepfel, Larlus; NeurIPS 2020; arXiv 2010.01028).
+"""MoCHi: hard negative mixing (Kalantidis, Sariyildiz, Pion, Weinzaepfel, Larlus; NeurIPS 2020).
 
-Plain InfoNCE with synthetic negatives added. Q_N: the N candidates nearest to q. Each query gets, fresh every step,
+arXiv 2010.01028. InfoNCE with synthetic negatives added. Q is the set of the `hardest` candidates,
+those nearest to q. Each query gets, anew at every step,
 
-    s  points  h  = (a n_i + (1 - a) n_j) / |.|,   n_i, n_j in Q_N, i != j, a ~ U(0, 1)
-    s' points  h' = (b q   + (1 - b) n_j) / |.|,   n_j in Q_N,               b ~ U(0, 0.5)
+    `mixed`        points  h  = (a n_i + (1 - a) n_j) / |.|   n_i, n_j in Q, i != j, a ~ U(0, 1)
+    `query_mixed`  points  h' = (b q   + (1 - b) n_j) / |.|   n_j in Q,              b ~ U(0, 0.5)
 
-    L = mean_i -log( e^{q k / t} / (e^{q k / t} + sum_j e^{q n_j / t} + sum_h e^{q h / t} + sum_h' e^{q h' / t}) )
+    L = mean_i -log( e^{q k / t} / (e^{q k / t} + sum_j e^{q n_j / t}
+                                                + sum_h e^{q h / t} + sum_h' e^{q h' / t}) )
 
-h and h' are constants: only the outer q carries a gradient. So nothing but their similarities to q is needed, and no point is built:
+The paper's N, s and s' are `hardest`, `mixed` and `query_mixed`, as N is the number of queries
+here, and s a similarity. h and h' are constants: only the outer q carries a gradient. So nothing
+but their similarities to q is needed, and no point is built:
 
-    q h  = (a s_i + (1 - a) s_j) / |a n_i + (1 - a) n_j|,      s_j = q n_j
-    q h' = (b q q + (1 - b) s_j) / |b q + (1 - b) n_j|
+    q h  = (a q n_i + (1 - a) q n_j) / |a n_i + (1 - a) n_j|
+    q h' = (b q q   + (1 - b) q n_j) / |b q   + (1 - b) n_j|
 
-Nothing leaves the candidates, nothing synthetic enters the queue. Not settled by the paper: that i and j are uniform and independent of one
-another but for i != j. A query with fewer than N candidates mixes those that it has.
+Nothing leaves the candidates, and nothing synthetic enters the queue.
+
+Not settled by the paper: that i and j are uniform and independent of one another but for i != j.
+A query with fewer than `hardest` candidates mixes those that it has.
 """
 
+from typing import NamedTuple
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.distributed import say
-
-from . import NEVER, count, false_negatives, of_one_class, serves, similarity, unchosen
+from .base import (
+    NEG_INF,
+    Contrast,
+    Negatives,
+    Output,
+    info_nce,
+    positive_similarity,
+    same_class,
+    similarity,
+    valid_candidates,
+)
+from .checks import check_mochi, check_oracle
+from .diagnostics import percentage
 from .partition import log_partition
+
+# The least squared length of a mixed point, which is divided by its length.
+EPS = 1e-12
+
+
+class Draws(NamedTuple):
+    """Which members of Q are mixed, by rank, and with which weights."""
+
+    i: Tensor  # (..., N, mixed)
+    j: Tensor  # (..., N, mixed)
+    a: Tensor  # (..., N, mixed)        the weight of n_i
+    j_query: Tensor  # (..., N, query_mixed)
+    b: Tensor  # (..., N, query_mixed)  the weight of q
+
+
+class Mixed(NamedTuple):
+    """Synthetic negatives, and the candidates that they were mixed of."""
+
+    h: Tensor  # (..., N, mixed)        q h
+    h_query: Tensor  # (..., N, query_mixed)  q h'
+    i: Tensor  # (..., N, mixed)        candidates of h
+    j: Tensor  # (..., N, mixed)
+    j_query: Tensor  # (..., N, query_mixed)  the candidate of h'
+
+    @property
+    def similarity(self) -> Tensor:
+        """Their similarities to the queries (..., N, mixed + query_mixed)."""
+        return torch.cat([self.h, self.h_query], -1)
 
 
 class MoCHi(nn.Module):
-    """temperature: t. hardest, mixed, query_mixed: the paper's (N, s, s').
-    warmup_epochs: so many without mixing; null is a twentieth of training, rounded up (the paper: 10 of
-    200 epochs on ImageNet-100, which is that share, and 15 on ImageNet-1K, whatever the epochs).
-    oracle: candidates of the query's own class are left out by their TRUE labels, the paper's analysis.
+    """InfoNCE with negatives mixed of the hardest.
+
+    Args:
+        labels: (n_data,) true labels, for the oracle alone.
+        epochs: the length of training; None if it is not known.
+        temperature: t.
+        hardest: candidates of which points are mixed, the paper's N.
+        mixed: points h, the paper's s.
+        query_mixed: points h', the paper's s'.
+        warmup_epochs: so many without mixing; None is a twentieth of training, rounded up (the
+            paper: 10 of 200 epochs on ImageNet-100, which is that share, and 15 on ImageNet-1K,
+            whatever the epochs).
+        oracle: the paper's analysis: candidates of the query's own class are left out, by their
+            true labels.
     """
 
     def __init__(
         self,
-        labels=None,
-        epochs=None,
+        labels: Tensor | None = None,
+        epochs: int | None = None,
         *,
         temperature: float = 0.2,
         hardest: int = 1024,
@@ -46,164 +102,173 @@ class MoCHi(nn.Module):
         oracle: bool = False,
     ):
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"temperature is {temperature}; it must be above 0")
-        if hardest < 2 or mixed < 0 or query_mixed < 0:
-            raise ValueError(
-                f"hardest {hardest} must be at least 2, mixed {mixed} and query_mixed {query_mixed} at least 0"
-            )
         if warmup_epochs is None:
             warmup_epochs = default_warmup(epochs)
-        if warmup_epochs < 0:
-            raise ValueError(
-                f"warmup_epochs is {warmup_epochs}; it must be at least 0, or null for a twentieth of training"
-            )
-        if epochs is not None and warmup_epochs >= epochs:
-            say(
-                f"warmup_epochs {warmup_epochs:g} of mochi leaves nothing of epochs {epochs}: no negatives are mixed, and it is nce; lower it"
-            )
-        elif epochs is not None and warmup_epochs > 0 and mixed + query_mixed > 0:
-            say(
-                f"mochi mixes from epoch {int(warmup_epochs) + 1} of {epochs} on; until then it is nce (loss.warmup_epochs)"
-            )
-        if oracle and labels is None:
-            raise ValueError("oracle wants the true labels, and this data set has none")
-        if oracle:
-            say(
-                "ORACLE: mochi leaves out negatives by their true labels. This is an analysis, not self-supervised learning."
-            )
-        self.t, self.N, self.s, self.s_q, self.warmup, self.oracle = (
-            temperature,
-            hardest,
-            mixed,
-            query_mixed,
-            warmup_epochs,
-            oracle,
-        )
-        self.register_buffer("labels", labels, persistent=False)
+        check_mochi(temperature, hardest, mixed, query_mixed, warmup_epochs, epochs)
+        check_oracle(oracle, labels)
+        self.t = temperature
+        self.hardest = hardest
+        self.mixed = mixed
+        self.query_mixed = query_mixed
+        self.warmup_epochs = warmup_epochs
+        self.oracle = oracle
+        self.register_buffer("labels", labels if oracle else None, persistent=False)
 
-    def negatives(self, contrast, s, epoch):
-        """s: (..., N, K) -> (..., N, K + s + s')."""
+    def select(self, contrast: Contrast, s: Tensor, epoch: float) -> Negatives:
+        """Return all candidates, or with the oracle those of other classes. s: (..., N, K)."""
+        if not self.oracle:
+            return Negatives(s)
+        return Negatives(s.masked_fill(same_class(contrast, self.labels), NEG_INF))
+
+    def synthesize(self, contrast: Contrast, s: Tensor, epoch: float) -> Mixed | None:
+        """Return points mixed of the largest s (..., N, K), or None during the warm-up."""
+        return self.mix(contrast, s) if self.is_mixing(epoch) else None
+
+    def forward(self, contrast: Contrast, epoch: float) -> Output:
+        """Return the loss, and the points that were mixed."""
         if self.oracle:
-            s = s.masked_fill(of_one_class(contrast, self.labels, None), NEVER)
-        figures = false_negatives(contrast, s, None, self.labels) | {"oracle": float(self.oracle)}
-        if epoch < self.warmup or self.s + self.s_q == 0:
-            return s, None, figures
-        h, h_q, more = self.mix(contrast, s)
-        return torch.cat([s, h, h_q], -1), None, figures | more
+            contrast = self.without_own_class(contrast)
+        log_z = log_partition(contrast, self.t)  # (N,)
+        mixed = None
+        if self.is_mixing(epoch):
+            mixed = self.mix(contrast, similarity(contrast))
+            log_z_mixed = torch.logsumexp(mixed.similarity / self.t, 1)  # (N,)
+            log_z = torch.logaddexp(log_z, log_z_mixed)  # (N,)
+        loss = info_nce(positive_similarity(contrast), log_z, self.t)
+        return Output(loss, synthetic=mixed)
 
-    def draw(self, size):
-        """size: (..., N, 1), of each query's Q_N. -> which of Q_N: i and other (..., N, s), j (..., N, s'); a and b."""
-        pick = lambda points, below: (
-            torch.rand(*size.shape[:-1], points, device=size.device) * below
-        ).long()
-        i, j = pick(self.s, size), pick(self.s_q, size)
-        other = (i + 1 + pick(self.s, size - 1)) % size  # any but i
-        return (
-            i,
-            other,
-            j,
-            torch.rand(i.shape, device=i.device),
-            torch.rand(j.shape, device=j.device) / 2,
+    def is_mixing(self, epoch: float) -> bool:
+        """Say whether points are mixed at this epoch."""
+        return epoch >= self.warmup_epochs and self.mixed + self.query_mixed > 0
+
+    def without_own_class(self, contrast: Contrast) -> Contrast:
+        """Return the contrast without the candidates of each query's class."""
+        is_other = valid_candidates(contrast) & ~same_class(contrast, self.labels)
+        return contrast._replace(mask=is_other, self_index=None)
+
+    def mix(self, contrast: Contrast, s: Tensor) -> Mixed:
+        """Mix points of the candidates with the largest s (..., N, K)."""
+        q, n = contrast.query, contrast.negative.detach()  # (N, D), (K, D)
+        if contrast.negative.requires_grad:  # SimCLR: as negatives they have one, in h they do not
+            s = torch.where(s > NEG_INF, q @ n.T, NEG_INF)
+        nearest, candidate = s.topk(min(self.hardest, s.shape[-1]))  # (..., N, hardest)
+        n_valid = (nearest > NEG_INF).sum(-1, keepdim=True)  # (..., N, 1)
+        i, j, a, j_query, b = self.draw_points(n_valid.clamp(min=1))
+
+        q_i, q_j, q_j_query = (nearest.gather(-1, rank) for rank in (i, j, j_query))
+        i, j, j_query = (candidate.gather(-1, rank) for rank in (i, j, j_query))
+        q_q = (q * q.detach()).sum(1)[:, None]  # (N, 1)  one q of h' is held constant
+        h = (a * q_i + (1 - a) * q_j) / mixed_length(n, i, j, a)
+        h_query = (b * q_q + (1 - b) * q_j_query) / query_mixed_length(
+            n, j_query, b, q_q, q_j_query
         )
 
-    def mix(self, contrast, s):
-        """-> q h (..., N, s), q h' (..., N, s'), and figures."""
-        q, n = contrast.query, contrast.negative.detach()  # (N, D), (K, D)
-        if contrast.negative.requires_grad:  # SimCLR's do; in h they do not
-            s = torch.where(s > NEVER, q @ n.T, NEVER)
-        near, which = s.topk(min(self.N, s.shape[-1]))  # (..., N, N)  Q_N, nearest first
-        i, other, j, a, b = self.draw((near > NEVER).sum(-1, keepdim=True).clamp(min=1))
-        s_i, s_other, s_j = (
-            near.gather(-1, x) for x in (i, other, j)
-        )  # (..., N, s) twice, (..., N, s')
-        i, other, j = (which.gather(-1, x) for x in (i, other, j))  # now among all K
-        own = (q * q.detach()).sum(1)[:, None]  # (N, 1)  q q, one side of it held constant
-        with torch.no_grad():
-            square = (n * n).sum(1)  # (K,)  |n|^2: 1, unless n is a mean of keys
-            length = (
-                (
-                    a**2 * square[i]
-                    + (1 - a) ** 2 * square[other]
-                    + 2 * a * (1 - a) * dots(n, i, other)
-                )
-                .clamp(min=1e-12)
-                .sqrt()
-            )
-            length_q = (
-                (b**2 * own + (1 - b) ** 2 * square[j] + 2 * b * (1 - b) * s_j.clamp(min=-1))
-                .clamp(min=1e-12)
-                .sqrt()
-            )
-        h = (a * s_i + (1 - a) * s_other) / length
-        h_q = (b * own + (1 - b) * s_j) / length_q
-        h, h_q = (
-            x.masked_fill(near[..., :1] <= NEVER, NEVER) for x in (h, h_q)
-        )  # no candidates: nothing to mix
-        return h, h_q, self.hardness(contrast, s, near, h, h_q, i, other, j)
+        is_empty = nearest[..., :1] <= NEG_INF  # (..., N, 1)  no candidates: nothing to mix
+        h, h_query = h.masked_fill(is_empty, NEG_INF), h_query.masked_fill(is_empty, NEG_INF)
+        return Mixed(h, h_query, i, j, j_query)
 
-    @torch.no_grad()
-    def hardness(self, contrast, s, near, h, h_q, i, other, j):
-        """For the log, the paper's questions: how hard are the mixed points beside the real ones, and how many are false, that is, made only
-        of candidates of the query's class (and of the query)?
+    def draw_points(self, size: Tensor) -> Draws:
+        """Draw what is mixed, of the `size` (..., N, 1) members that each query's Q has."""
+        i = draw_below(size, self.mixed)
+        j_query = draw_below(size, self.query_mixed)
+        j = (i + 1 + draw_below(size - 1, self.mixed)) % size  # any but i
+        a = torch.rand(i.shape, device=i.device)
+        b = torch.rand(j_query.shape, device=i.device) / 2
+        return Draws(i, j, a, j_query, b)
+
+    def diagnostics(
+        self, contrast: Contrast, output: Output, labels: Tensor | None, epoch: float
+    ) -> dict[str, Tensor | float]:
+        """Answer the paper's questions: how hard are the mixed points, and how many are false?
+
+        A point is false if it is made of candidates of the query's class alone (and the query).
         """
-        mean = lambda x: x.masked_fill(x <= NEVER, 0).sum() / (x > NEVER).sum().clamp(min=1)
-        mass = torch.stack(
-            [torch.logsumexp(x[..., :32, :] / self.t, -1) for x in (s, torch.cat([h, h_q], -1))]
-        )  # (2, ..., 32)
-        figures = {
-            "hardest": mean(near[..., 0]),
-            "nearest N": mean(near),
-            "mixed": mean(h),
-            "query mixed": mean(h_q),
-            "mixed share of partition %": 100 * mass.softmax(0)[1].mean(),
+        figures = {"oracle": float(self.oracle)}
+        mixed = output.synthetic
+        if mixed is None:
+            return figures
+        s = output.negatives.similarity  # (..., N, K)
+        nearest = s.topk(min(self.hardest, s.shape[-1])).values  # (..., N, hardest)
+        log_z = torch.logsumexp(s / self.t, -1)  # (..., N)
+        log_z_mixed = torch.logsumexp(mixed.similarity / self.t, -1)  # (..., N)
+        figures |= {
+            "hardest": mean_of_valid(nearest[..., 0]),
+            "nearest N": mean_of_valid(nearest),
+            "mixed": mean_of_valid(mixed.h),
+            "query mixed": mean_of_valid(mixed.h_query),
+            "mixed share of partition %": 100 * torch.sigmoid(log_z_mixed - log_z).mean(),
         }
-        if self.labels is not None:
-            label = torch.where(
-                contrast.negative_index >= 0, self.labels[contrast.negative_index], -1
-            )  # (K,)
-            own = self.labels[contrast.index][:, None]  # (N, 1)
-            share = lambda false: 100 * false.float().mean() if false.numel() else 0.0
+        if labels is not None:
+            is_false = same_class(contrast, labels).expand_as(s)  # (..., N, K)
+            is_h_false = is_false.gather(-1, mixed.i) & is_false.gather(-1, mixed.j)
+            is_h_query_false = is_false.gather(-1, mixed.j_query)
             figures |= {
-                "false mixed %": share((label[i] == own) & (label[other] == own)),
-                "false query mixed %": share(label[j] == own),
+                "false mixed %": percentage(is_h_false, torch.ones_like(is_h_false)),
+                "false query mixed %": percentage(
+                    is_h_query_false, torch.ones_like(is_h_query_false)
+                ),
             }
         return figures
 
-    def forward(self, contrast, epoch):
-        """`negatives` and InfoNCE on them, but that the (N, K + s + s') of them are never side by side."""
-        q, k = contrast.query, contrast.positive.mean(1)  # (N, D), (N, D)
-        real = (
-            contrast
-            if not self.oracle
-            else contrast._replace(
-                mask=serves(contrast) & ~of_one_class(contrast, self.labels, None), own=None
-            )
-        )
-        s, Z = unchosen(real), log_partition(real, self.t)  # (32, K) for the log, (N,)
-        figures = false_negatives(contrast, s, None, self.labels) | {"oracle": float(self.oracle)}
-        if epoch >= self.warmup and self.s + self.s_q > 0:
-            h, h_q, more = self.mix(real, similarity(real))  # (N, s), (N, s')
-            mixed = torch.cat([h, h_q], 1)
-            s, Z, figures = (
-                torch.cat([s, mixed[:32]], 1),
-                torch.logaddexp(Z, torch.logsumexp(mixed / self.t, 1)),
-                figures | more,
-            )
-        positive = (q * k).sum(1)  # (N,)
-        loss = F.softplus(Z - positive / self.t).mean()
-        return loss, {"K": count(s), "positive": positive.mean(), **figures}
 
+def default_warmup(epochs: int | None) -> int:
+    """Return a twentieth of training in whole epochs, rounded up, but never all of it.
 
-def default_warmup(epochs):
-    """A twentieth of training in whole epochs, rounded up, but never all of it; 0 if its length is not known."""
+    It is 0 if the length of training is not known.
+    """
     return 0 if epochs is None else min(-(-epochs // 20), epochs - 1)
 
 
+def draw_below(size: Tensor, n: int) -> Tensor:
+    """Draw n whole numbers from 0 to size - 1, uniformly: size (..., N, 1) -> (..., N, n)."""
+    return (torch.rand(*size.shape[:-1], n, device=size.device) * size).long()
+
+
 @torch.no_grad()
-def dots(n, i, j):
-    """n_i n_j for n: (K, D), i and j: (..., N, s). A few queries at a time: all n_i would be (N, s, D)."""
-    shape, i, j = i.shape, i.flatten(0, -2), j.flatten(0, -2)
-    return torch.cat(
-        [(F.embedding(a, n) * F.embedding(b, n)).sum(-1) for a, b in zip(i.split(4), j.split(4))]
-    ).view(shape)
+def mixed_length(n: Tensor, i: Tensor, j: Tensor, a: Tensor) -> Tensor:
+    """Return |a n_i + (1 - a) n_j| without building these points.
+
+    Args:
+        n: (K, D).
+        i: (..., N, m) rows of n.
+        j: the same.
+        a: (..., N, m) weights.
+    """
+    square = (n * n).sum(1)  # (K,)  |n|^2: 1, unless n is a mean of keys
+    cross = 2 * a * (1 - a) * dot_products(n, i, j)
+    length = a**2 * square[i] + (1 - a) ** 2 * square[j] + cross
+    return length.clamp(min=EPS).sqrt()
+
+
+@torch.no_grad()
+def query_mixed_length(n: Tensor, j: Tensor, b: Tensor, q_q: Tensor, q_j: Tensor) -> Tensor:
+    """Return |b q + (1 - b) n_j| without building these points.
+
+    Args:
+        n: (K, D).
+        j: (..., N, m) rows of n.
+        b: (..., N, m) weights.
+        q_q: (N, 1) q q.
+        q_j: (..., N, m) q n_j.
+    """
+    square = (n * n).sum(1)  # (K,)
+    cross = 2 * b * (1 - b) * q_j.clamp(min=-1)
+    length = b**2 * q_q + (1 - b) ** 2 * square[j] + cross
+    return length.clamp(min=EPS).sqrt()
+
+
+@torch.no_grad()
+def dot_products(n: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Return n_i n_j for n (K, D), i and j (..., N, m).
+
+    A few queries are taken at a time: all n_i would be (N, m, D).
+    """
+    parts = zip(i.flatten(0, -2).split(4), j.flatten(0, -2).split(4))
+    products = [(F.embedding(a, n) * F.embedding(b, n)).sum(-1) for a, b in parts]
+    return torch.cat(products).view(i.shape)
+
+
+def mean_of_valid(s: Tensor) -> Tensor:
+    """Return the mean of the similarities that are not NEG_INF."""
+    is_valid = s > NEG_INF
+    return s.masked_fill(~is_valid, 0).sum() / is_valid.sum().clamp(min=1)

@@ -1,68 +1,130 @@
-"""The partition function of InfoNCE's negatives, which costs a loss its time and memory, without an N x K matrix.
+"""The partition function of InfoNCE's negatives, which costs a loss its time and its memory.
 
-    Z_i = log sum_j e^{q_i n_j / t}       over the candidates j that may serve query i
+    Z_i = sum_j e^{q_i n_j / t}       over the candidates j that may be negatives of query i
 
-Its gradient to q_i is sum_j p_ij n_j / t, with p the softmax. Both sums are taken in one pass over blocks of candidates that stay in a
-CPU's caches, so the backward pass has nothing left to do: on 256 x 65,536 a quarter of the time of the literal form, and a few MiB.
-Vectors of unit length (or less) have q n / t <= 1 / t, so that e^{(q n - 1) / t} neither overflows nor, for t >= 1 / 40, vanishes.
+`literal_log_partition` is its logarithm as it is written, and forms the N x K similarities.
+`log_partition` is the same without them. Its gradient to q_i is sum_j p_ij n_j / t, with p the
+softmax of q_i n_j / t. Both sums are taken in one pass over blocks of candidates that stay in a
+CPU's caches, so that the backward pass has nothing left to do: on 256 x 65,536 it takes a quarter
+of the literal form's time, and a few MiB.
+
+Vectors of unit length (or less) have q n / t <= 1 / t, so that e^{(q n - 1) / t} neither overflows
+nor, for t >= 1 / 40, vanishes.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
-from . import NEVER, similarity
+from .base import NEG_INF, Contrast, similarity
 
-
-def log_partition(contrast, t, mine=None, theirs=None):
-    """Z: (N,). With labels mine (L, N) and theirs (L, K), of L levels: (L, N), each without the candidates of the query's own label.
-
-    The query alone gets a gradient; where candidates want one too (SimCLR), and for a temperature below 1 / 40, the literal form is used.
-    """
-    if t < 1 / 40 or contrast.negative.requires_grad:
-        return literal(contrast, t, mine, theirs)
-    if mine is not None:  # narrow integers are compared faster
-        mine, theirs = mine.int()[:, :, None], theirs.int()[:, None]  # (L, N, 1), (L, 1, K)
-    return LogPartition.apply(
-        contrast.query, contrast.negative, t, contrast.mask, contrast.self_index, mine, theirs
-    )
+SMALLEST_TEMPERATURE = 1 / 40
 
 
-def literal(contrast, t, mine=None, theirs=None):
-    """The same, as it is written (and as tests/losses/test_partition.py compares it)."""
+def literal_log_partition(
+    contrast: Contrast,
+    t: float,
+    query_label: Tensor | None = None,
+    candidate_label: Tensor | None = None,
+) -> Tensor:
+    """Return what log_partition does, as it is written."""
     s = similarity(contrast)  # (N, K)
-    if mine is not None:
-        s = s.masked_fill(mine[:, :, None] == theirs[:, None], NEVER)  # (L, N, K)
+    if query_label is not None:
+        is_equal = query_label[:, :, None] == candidate_label[:, None]  # (L, N, K)
+        s = s.masked_fill(is_equal, NEG_INF)  # (L, N, K)
     return torch.logsumexp(s / t, -1)
 
 
+def log_partition(
+    contrast: Contrast,
+    t: float,
+    query_label: Tensor | None = None,
+    candidate_label: Tensor | None = None,
+) -> Tensor:
+    """Return log Z of each query, block by block.
+
+    The query alone gets a gradient. Where candidates want one too (SimCLR), and for a temperature
+    below 1 / 40, the literal form is used.
+
+    Args:
+        contrast: N queries and K candidates.
+        t: the temperature.
+        query_label: (L, N) of L levels, or None. A level leaves out the candidates whose label is
+            the query's.
+        candidate_label: (L, K).
+
+    Returns:
+        (N,), or with labels (L, N); NEG_INF / t for a query without negatives.
+    """
+    if t < SMALLEST_TEMPERATURE or contrast.negative.requires_grad:
+        return literal_log_partition(contrast, t, query_label, candidate_label)
+    if query_label is not None:
+        # Narrow integers are compared faster.
+        query_label = query_label.int()[:, :, None]  # (L, N, 1)
+        candidate_label = candidate_label.int()[:, None]  # (L, 1, K)
+    return LogPartition.apply(
+        contrast.query,
+        contrast.negative,
+        t,
+        contrast.mask,
+        contrast.self_index,
+        query_label,
+        candidate_label,
+    )
+
+
 class LogPartition(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, n, t, mask, own, mine, theirs):
-        (N, D), L = q.shape, 1 if mine is None else len(mine)
-        block = max(1, (2**26 if q.is_cuda else 2**20) // N)  # candidates at a time
-        total, pull = q.new_zeros(L, N), q.new_zeros(L * N, D)  # sum_j e_ij, sum_j e_ij n_j
-        for at, some in enumerate(n.split(block)):
-            here = slice(at * block, at * block + len(some))
-            e = torch.addmm(
-                q.new_full((1, 1), -1 / t), q / t, some.T
-            ).exp_()  # (N, block)  e^{(q n - 1) / t}
-            if mask is not None:
-                e.masked_fill_(~mask[:, here], 0)
-            if own is not None:
-                place = own[:, None] - here.start
-                near = place.clamp(0, len(some) - 1)  # is it in this block?
-                e.scatter_(1, near, e.gather(1, near).masked_fill(place == near, 0))
-            if mine is not None:
-                e = torch.where(mine == theirs[..., here], 0, e)  # (L, N, block)
-            total += e.sum(-1)
-            pull.addmm_(e.flatten(0, -2), some)
-        ctx.save_for_backward(
-            pull.view(L, N, D) / total.clamp(min=torch.finfo(q.dtype).tiny)[..., None] / t
-        )
-        Z = torch.where(total > 0, total.log() + 1 / t, NEVER / t)  # a query left with none
-        return Z[0] if mine is None else Z
+    """The sums over blocks of candidates. See `log_partition` for the arguments."""
 
     @staticmethod
-    def backward(ctx, gradient):
-        return (
-            gradient.view(ctx.saved_tensors[0].shape[:2])[..., None] * ctx.saved_tensors[0]
-        ).sum(0), *[None] * 6
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        n: Tensor,
+        t: float,
+        mask: Tensor | None,
+        self_index: Tensor | None,
+        query_label: Tensor | None,
+        candidate_label: Tensor | None,
+    ) -> Tensor:
+        """Sum e^{q n / t} and its gradient. Labels: (L, N, 1) and (L, 1, K)."""
+        N, D = q.shape
+        L = 1 if query_label is None else len(query_label)
+        block_size = max(1, (2**26 if q.is_cuda else 2**20) // N)
+        total = q.new_zeros(L, N)  # sum_j e_ij
+        weighted = q.new_zeros(L * N, D)  # sum_j e_ij n_j
+        start = 0
+        for block in n.split(block_size):
+            end = start + len(block)
+            # e^{(q n - 1) / t}
+            e = torch.addmm(q.new_full((1, 1), -1 / t), q / t, block.T).exp_()  # (N, block)
+            if mask is not None:
+                e.masked_fill_(~mask[:, start:end], 0)
+            if self_index is not None:
+                set_to_zero(e, self_index[:, None] - start)
+            if query_label is not None:
+                is_equal = query_label == candidate_label[..., start:end]
+                e = torch.where(is_equal, 0, e)  # (L, N, block)
+            total += e.sum(-1)
+            weighted.addmm_(e.flatten(0, -2), block)
+            start = end
+        smallest = torch.finfo(q.dtype).tiny
+        gradient = weighted.view(L, N, D) / total.clamp(min=smallest)[..., None] / t
+        ctx.save_for_backward(gradient)
+        log_z = torch.where(total > 0, total.log() + 1 / t, NEG_INF / t)  # (L, N)
+        return log_z[0] if query_label is None else log_z
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Weight the gradient of forward. grad_output: (N,) or (L, N)."""
+        (gradient,) = ctx.saved_tensors  # (L, N, D)
+        grad_query = (grad_output.view(gradient.shape[:2])[..., None] * gradient).sum(0)  # (N, D)
+        return grad_query, *[None] * 6
+
+
+def set_to_zero(e: Tensor, column: Tensor) -> None:
+    """Set one column of each row of e (N, block) to 0, if column (N, 1) lies within the block."""
+    nearest = column.clamp(0, e.shape[1] - 1)
+    kept = e.gather(1, nearest).masked_fill(column == nearest, 0)
+    e.scatter_(1, nearest, kept)

@@ -1,94 +1,123 @@
 """Several methods at once: `loss: [{name: ifnd, ...}, {name: ring, ...}, {name: mochi, ...}]`.
 
-All of them speak of s, the similarities of the queries to their negatives. Those that choose or make negatives act on it in the order of the
-list: IFND takes its false negatives out, the ring is that of what is left, MoCHi mixes the hardest of the ring. Then one formula is applied:
-that of the method which treats positives (JCL, IFND's `attract`), or else
+Those that choose negatives do so in the order of the list, each from what those before it left:
+IFND takes its false negatives out, the ring is that of the rest, MoCHi mixes the hardest of the
+ring. Then one formula is applied to their similarities s: that of the method which treats positives
+(JCL, IFND's `attract`), or else
 
     L = mean_i -log( e^{q k / t} / (e^{q k / t} + sum_j e^{s_ij / t}) )
 
-The formula is multiplied once by temperature / base_temperature, where a method of the list has
-that key. IFND's levels are a leading dimension of s, and the mean is over it too. Each file is
-whole without this one; here is only their order.
+It is multiplied once by temperature / base_temperature, where a method of the list has that key.
+IFND's levels are a leading dimension of s, and the mean is over it too. Each method's file is whole
+without this one.
 """
 
-import torch
-from torch import nn
-from torch.nn import functional as F
+from collections.abc import Callable, Sequence
 
-from . import NEVER, count, similarity
+import torch
+from torch import Tensor, nn
+
+from .base import NEG_INF, Contrast, Negatives, Output, info_nce, positive_similarity, similarity
+from .checks import check_list
+from .diagnostics import candidate_diagnostics
 
 
 class Together(nn.Module):
-    """losses: two or more, already built. ValueError says what in the list makes no sense."""
+    """A list of losses as one.
 
-    def __init__(self, losses):
+    Args:
+        losses: two or more, with `select`, `objective` or both.
+
+    Raises:
+        ValueError: the list makes no sense.
+    """
+
+    def __init__(self, losses: Sequence[nn.Module]):
         super().__init__()
-        names = [type(loss).__name__.lower() for loss in losses]
-        for name, loss in zip(names, losses):
-            if not hasattr(loss, "negatives") and not hasattr(loss, "objective"):
-                raise ValueError(
-                    f"{name} has neither negatives() nor objective(), so it cannot stand in a list of losses"
-                )
-            if names.count(name) > 1:
-                raise ValueError(f"{name} stands in the list twice")
-            if name == "nce" and loss.n_negatives is None:
-                raise ValueError(
-                    "nce in a list changes nothing unless it draws n_negatives; leave it out"
-                )
-            if loss.t != losses[0].t:
-                raise ValueError(
-                    f"{names[0]} has temperature {losses[0].t} and {name} {loss.t}; there is one partition function, so give both the same"
-                )
-        scales = {name: loss.scale for name, loss in zip(names, losses) if hasattr(loss, "scale")}
-        if len(set(scales.values())) > 1:
-            raise ValueError(
-                f"the base_temperature of {' and '.join(scales)} differ; the list has "
-                "one loss, so give them the same"
-            )
-        self.scale = next(iter(scales.values()), 1.0)  # those without the key have no say
-        of_positives = [name for name, loss in zip(names, losses) if hasattr(loss, "objective")]
-        if len(of_positives) > 1:
-            raise ValueError(
-                f"{' and '.join(of_positives)} both say what the positives are; keep one"
-                + (", or set ifnd's mode to eliminate" if "ifnd" in of_positives else "")
-            )
-        self.of_negatives = [name for name in names if name not in of_positives]
-        self.of_positives = of_positives[0] if of_positives else None
-        self.losses, self.t = nn.ModuleDict(zip(names, losses)), losses[0].t
-        draws = [
-            name for name in self.of_negatives if getattr(self.losses[name], "n_negatives", None)
-        ]
-        for name, follower in zip(self.of_negatives, self.of_negatives[1:]):
-            if name in draws or name == "mochi":
-                raise ValueError(
-                    f"{follower} cannot follow {name}, whose {'draws' if name in draws else 'mixed points'} are not the candidates to choose "
-                    f"from; put {name} last"
-                    + (" or set its n_negatives: null" if name in draws else "")
-                )
-        if draws and self.of_positives == "ifnd":
-            raise ValueError(
-                f"ifnd's attract cannot look for its false negatives among the draws of {draws[0]}; set its n_negatives: null"
-            )
+        names = [type(loss_fn).__name__.lower() for loss_fn in losses]
+        check_list(names, losses)
+        self.losses = nn.ModuleDict(zip(names, losses))
+        self.t = losses[0].t
+        self.scale = next((loss_fn.scale for loss_fn in losses if hasattr(loss_fn, "scale")), 1.0)
+        # check_list leaves one method at most that treats positives, so there is one that chooses.
+        with_objective = [name for name in names if hasattr(self.losses[name], "objective")]
+        self.of_positives = with_objective[0] if with_objective else None
+        *self.earlier, self.last = [name for name in names if name not in with_objective]
 
-    def before_epoch(self, epoch, extract):
-        for loss in self.losses.values():
-            if hasattr(loss, "before_epoch"):
-                loss.before_epoch(epoch, extract)
+    def before_epoch(self, epoch: int, extract: Callable[[], Tensor] | None) -> None:
+        """Prepare each loss for an epoch."""
+        for loss_fn in self.losses.values():
+            if hasattr(loss_fn, "before_epoch"):
+                loss_fn.before_epoch(epoch, extract)
 
-    def forward(self, contrast, epoch):
-        s, figures, narrowed = similarity(contrast), {}, contrast  # (N, K)
-        for name in self.of_negatives:
-            chosen, which, more = self.losses[name].negatives(narrowed, s, epoch)  # (..., N, k)
-            figures |= {f"{name}: {key}": value for key, value in more.items()}
-            if which is not None and (name != self.of_negatives[-1] or self.of_positives == "ifnd"):
-                chosen = torch.full_like(s, NEVER).scatter(
-                    -1, which, chosen
-                )  # (..., N, K) back in their places, to be looked up
-            s, narrowed = chosen, contrast._replace(mask=chosen > NEVER, own=None)
+    def forward(self, contrast: Contrast, epoch: float) -> Output:
+        """Return the loss, and the negatives in it as the last method chose or made them."""
+        left, s = contrast, similarity(contrast)  # (N, K)
+        for name in self.earlier:
+            chosen = self.losses[name].select(left, s, epoch)  # (..., N, k)
+            left, s = narrow(left, chosen)  # (..., N, K)
+
+        last = self.losses[self.last]
+        chosen = last.select(left, s, epoch)  # (..., N, k)
+        negatives = last.draw(chosen) if hasattr(last, "draw") else chosen
+        if self.of_positives == "ifnd":  # it looks the candidates up, so all are in their places
+            negatives = Negatives(in_order(negatives, len(contrast.negative)))  # (..., N, K)
+        s, synthetic = negatives.similarity, None
+        if hasattr(last, "synthesize"):
+            synthetic = last.synthesize(left, s, epoch)
+        if synthetic is not None:
+            s = torch.cat([s, synthetic.similarity], -1)  # (..., N, K + points)
+
+        loss = self.scale * self.objective(contrast, s, epoch)
+        return Output(loss, negatives, chosen, synthetic)
+
+    def objective(self, contrast: Contrast, s: Tensor, epoch: float) -> Tensor:
+        """Return the formula of the method that treats positives, or InfoNCE. s: (..., N, k)."""
         if self.of_positives is not None:
-            loss, more = self.losses[self.of_positives].objective(contrast, s, epoch)
-            return self.scale * loss, {"K": count(s), **more, **figures}
-        q, k = contrast.query, contrast.positive.mean(1)  # (N, D), (N, D)
-        positive = (q * k).sum(1)  # (N,)
-        loss = F.softplus(torch.logsumexp(s / self.t, -1) - positive / self.t).mean()
-        return self.scale * loss, {"K": count(s), "positive": positive.mean(), **figures}
+            return self.losses[self.of_positives].objective(contrast, s, epoch)
+        log_z = torch.logsumexp(s / self.t, -1)  # (..., N)
+        return info_nce(positive_similarity(contrast), log_z, self.t)
+
+    def diagnostics(
+        self, contrast: Contrast, output: Output, labels: Tensor | None, epoch: float
+    ) -> dict[str, Tensor | float]:
+        """Return the figures of each method; of those that choose negatives by "name: figure".
+
+        Their shares are of what those before them left.
+        """
+        figures = {}
+        left, s = contrast, similarity(contrast)  # (N, K)
+        for name in self.earlier:
+            chosen = self.losses[name].select(left, s, epoch)  # (..., N, k)
+            of_name = Output(output.loss, chosen, chosen)
+            figures |= self.member_diagnostics(name, left, of_name, labels, epoch)
+            left, s = narrow(left, chosen)
+        figures |= self.member_diagnostics(self.last, left, output, labels, epoch)
+        if self.of_positives is not None:
+            loss_fn = self.losses[self.of_positives]
+            figures |= loss_fn.diagnostics(contrast, output, labels, epoch)
+        return figures
+
+    def member_diagnostics(
+        self, name: str, contrast: Contrast, output: Output, labels: Tensor | None, epoch: float
+    ) -> dict[str, Tensor | float]:
+        """Return the figures of a method that chooses negatives."""
+        loss_fn = self.losses[name]
+        figures = candidate_diagnostics(contrast, output.chosen, labels)
+        if hasattr(loss_fn, "diagnostics"):
+            figures |= loss_fn.diagnostics(contrast, output, labels, epoch)
+        return {f"{name}: {key}": value for key, value in figures.items()}
+
+
+def narrow(contrast: Contrast, chosen: Negatives) -> tuple[Contrast, Tensor]:
+    """Return the contrast with the chosen candidates alone, and their similarities (..., N, K)."""
+    s = in_order(chosen, len(contrast.negative))
+    return contrast._replace(mask=s > NEG_INF, self_index=None), s
+
+
+def in_order(chosen: Negatives, K: int) -> Tensor:
+    """Return the similarities (..., N, K) of all candidates, NEG_INF for those not chosen."""
+    s = chosen.similarity  # (..., N, k)
+    if chosen.candidate is None:
+        return s
+    return s.new_full((*s.shape[:-1], K), NEG_INF).scatter(-1, chosen.candidate, s)
