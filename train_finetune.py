@@ -315,7 +315,8 @@ def finetune(run, build, protocol, weights, train, test, rows, device):
 
             distributed.average_buffers(net)
             figures = progress.means(device)
-            figures["lr"] = protocol.lrs[0] * protocol.schedule(now)
+            last_step = epoch + (steps - 1) / steps
+            figures["lr"] = protocol.lrs[0] * protocol.schedule(last_step)
             figures["seconds"] = progress.seconds
             run.end_epoch(figures)
         log_epoch(run, epoch + 1, figures)

@@ -142,7 +142,8 @@ def pretrain(run, build, args, cfg, device):
 
             distributed.average_buffers(encoder)
             distributed.average_buffers(host)
-            figures = epoch_figures(run, loss_fn, schedule(now), steps * loader.batch)
+            last_lr = schedule(epoch + (steps - 1) / steps)
+            figures = epoch_figures(run, loss_fn, last_lr, steps * loader.batch)
             run.end_epoch(figures)
         evaluate(run, epoch + 1, figures, knn, encoder, loss_fn)
         warn_of_replaced_images(loader)

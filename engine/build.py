@@ -6,7 +6,6 @@ import torch
 
 from data.datasets import load
 from data.loader import Loader
-
 from losses.together import Together
 from models.resnet import Encoder
 

@@ -185,13 +185,14 @@ def watch(reader, writer):
     while True:
         reader.settimeout(None if first_signal is None else 0.2)
         try:
-            is_told = bool(set(reader.recv(64)) & set(SIGNALS))
+            n_signals = sum(number in SIGNALS for number in reader.recv(64))
         except TimeoutError:
-            is_told = False
-        if is_told and first_signal is None:
+            n_signals = 0
+        if n_signals and first_signal is None:
             first_signal = time.monotonic()
             note_request()
-        elif is_told and seconds_since(first_signal) > REPEAT:
+            n_signals -= 1
+        if n_signals and seconds_since(first_signal) >= REPEAT:
             end("told to stop twice, and ended at once")
         if first_signal is not None:
             end_if_overdue()

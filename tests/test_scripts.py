@@ -31,8 +31,16 @@ TINY = [
 ]
 
 
+TIMES = "seconds", "images/s", "data wait"
+
+
 def state(folder, name):
-    return torch.load(os.path.join(folder, "runs", name, "last.pt"), weights_only=True)
+    """A run's checkpoint, without the times of its last epoch."""
+    saved = torch.load(os.path.join(folder, "runs", name, "last.pt"), weights_only=True)
+    figures = saved.get("place", {}).get("finished") or {}
+    for name in TIMES:
+        figures.pop(name, None)
+    return saved
 
 
 def same(a, b):
