@@ -237,6 +237,7 @@ def main():
     refuse_moved_weights(encoder.backbone, before)
     print_table(rows, probe, evaluation.knn, not args.no_baselines)
     if distributed.is_main():
+        os.makedirs(run_folder, exist_ok=True)
         config.keep(cfg, run_folder)
         line = {
             "weights": weights,

@@ -144,8 +144,11 @@ def digest(data):
 
 def file_digest(path):
     """The digest of a file."""
-    with open(path, "rb") as f:
-        return digest(f.read())
+    try:
+        with open(path, "rb") as f:
+            return digest(f.read())
+    except FileNotFoundError:
+        raise SystemExit(f"{path} does not exist") from None
 
 
 # ---------------------------------------------------------------------------------------------------- a run's folder and state

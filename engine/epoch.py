@@ -90,7 +90,8 @@ class EpochProgress:
 
     def begin(self):
         """Begin an epoch, or go on with a recorded one. Returns the number of its steps done."""
-        states, self.of_each_process, self.finished = self.of_each_process, [], None
+        states, self.of_each_process = self.of_each_process, []
+        self.finished, self.is_evaluated = None, False
         if not states:
             self.clear()
             return 0

@@ -31,7 +31,7 @@ from torch import nn
 import train_pretrain
 from data.loader import Loader
 from data.shapes import shapes
-from engine import checkpoint, signals, weights
+from engine import checkpoint, signals, summary, weights
 from engine.log import Log
 from losses.nce import NCE
 
@@ -285,11 +285,12 @@ def wrong(what, epoch, step):
     plain, due = NCE.forward, []
 
     def forward(self, contrast, now):
-        loss, figures = plain(self, contrast, now)
-        if due:
-            due.clear()
-            loss = loss * torch.nan if what == "loss" else Broken.apply(loss)
-        return loss, figures
+        output = plain(self, contrast, now)
+        if not due:
+            return output
+        due.clear()
+        loss = output.loss * torch.nan if what == "loss" else Broken.apply(output.loss)
+        return output._replace(loss=loss)
 
     NCE.forward = forward
     at(epoch, step, lambda: due.append(True))
@@ -665,23 +666,33 @@ def test_torchrun_is_told_to_stop(undisturbed, images, tmp_path):
 # ---------------------------------------------------------------------------------------------------- disks
 
 
-@pytest.mark.parametrize("size,file", [(300_000, "last.pt"), (30_000, "log.jsonl")])
-def test_a_full_disk(size, file, undisturbed, images, tmp_path):
+def fills_before_the_log(epoch, size):
+    """The disk takes the checkpoint of an epoch and not its line in the log."""
+    plain = Log.write
+
+    def write(self, e, figures):
+        if e == epoch:
+            disk_is_full(size)
+        plain(self, e, figures)
+
+    Log.write = write
+
+
+@pytest.mark.parametrize(
+    ("fault", "file", "epoch"),
+    [
+        (functools.partial(at, 1, 7, functools.partial(disk_is_full, 300_000)), "last.pt", 1),
+        (functools.partial(fills_before_the_log, 2, 30_000), "log.jsonl", 2),
+    ],
+    ids=["checkpoint", "log"],
+)
+def test_a_full_disk(fault, file, epoch, undisturbed, images, tmp_path):
     whole, _ = undisturbed(*PAIRS["moco-ifnd"])
-    sentence = refused(
-        tmp_path,
-        "full",
-        images,
-        *PAIRS["moco-ifnd"],
-        fault=functools.partial(at, 1, 7, functools.partial(disk_is_full, size)),
-    )
-    assert (
-        sentence
-        == f"runs/full/{file} cannot be written: File too large; what was there before is as it was"
-    )
-    assert state(tmp_path, "full")["epoch"] == 1 and not os.path.exists(
-        tmp_path / "runs" / "full" / "last.pt.part"
-    )
+    sentence = refused(tmp_path, "full", images, *PAIRS["moco-ifnd"], fault=fault)
+    words = "cannot be written: File too large; what was there before is as it was"
+    assert sentence == f"runs/full/{file} {words}"
+    assert state(tmp_path, "full")["epoch"] == epoch
+    assert not os.path.exists(tmp_path / "runs" / "full" / "last.pt.part")
     run(tmp_path, "full", images, *PAIRS["moco-ifnd"])
     assert_equal(tmp_path, "full", whole)
 
@@ -1150,4 +1161,4 @@ def test_a_collapse_is_warned_of_once(images, tmp_path):
     ],
 )
 def test_only_epoch_0_is_untrained(log, words):
-    assert train_pretrain.knn_summary(log) == words
+    assert summary.knn_summary(log) == words

@@ -148,7 +148,7 @@ def test_images_that_a_list_leaves_out_are_never_read(finetune, tmp_path):
     )
     assert json_lines(tmp_path / "runs" / "a" / "finetune.jsonl")[0]["figures"]["top-5"] == 100
     listed.write_text("\n".join(f"{c}_{i}.png" for c in "ab" for i in (7, 1, 2, 3)))
-    with pytest.raises(SystemExit, match="another fine-tuning: labelled was"):
+    with pytest.raises(SystemExit, match="another run: labelled was"):
         finetune(*settings)
     with pytest.raises(SystemExit, match="_7.png cannot be read as an image"):
         finetune(*settings, "--fresh")
@@ -304,11 +304,11 @@ def test_a_finished_run_says_so_and_another_in_its_folder_is_refused_until_fresh
         (["--weights", "none"], "is now 'none'"),
         (
             ["--weights", "given.pt", "finetune.lr=0.7"],
-            "of another fine-tuning: finetune.lr was 0.05 and is now 0.7",
+            "of another run: finetune.lr was 0.05 and is now 0.7",
         ),
         (
             ["--weights", "given.pt", "finetune.labels=0.6"],
-            "of another fine-tuning: finetune.labels was 0.5 and is now 0.6",
+            "of another run: finetune.labels was 0.5 and is now 0.6",
         ),
         (["--weights", "given.pt", "seed=1"], "seed was 0 and is now 1"),
     ):
@@ -343,7 +343,7 @@ def test_a_finished_run_says_so_and_another_in_its_folder_is_refused_until_fresh
         ),
         (
             ["finetune.batch_size=256"],
-            "finetune.batch_size 256 is larger than the 64 labelled images; lower it",
+            "finetune.batch_size 256 is larger than the 64 labelled images; lower finetune.batch_size",
         ),
         (["finetune.lr_classifier=0"], "lr_classifier is 0.0; it must be above 0"),
         (["finetune.momentum=-1"], "finetune: Invalid momentum value: -1.0"),
