@@ -49,7 +49,7 @@ from data.loader import Loader, sensible_size
 from data.workers import or_say_what_is_kept, say_what_is_kept
 from engine import checkpoint, distributed
 from engine.distributed import say
-from engine.features import extract, percent
+from engine.features import accuracy_percent, extract
 from engine.log import Log, lines
 from engine.schedule import Schedule, sensible, sgd
 from engine.weights import load_backbone, of_run
@@ -383,7 +383,7 @@ def main():
     with say_what_is_kept(kept_and_how_on):
         logits = extract(net, test, size, device, loader.workers, what="test")  # (m, classes)
     hits = logits.topk(min(5, classes)).indices == y_test[:, None]  # (m, 5)
-    figures = {"top-1": percent(hits[:, 0]), "top-5": percent(hits.any(1))}
+    figures = {"top-1": accuracy_percent(hits[:, 0]), "top-5": accuracy_percent(hits.any(1))}
     say(
         f"\n{protocol}\n\n{'':24}{'top-1':>10}{'top-5':>10}\n{cfg['name']:24}{figures['top-1']:10.2f}{figures['top-5']:10.2f}"
     )

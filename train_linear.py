@@ -54,7 +54,7 @@ from data.workers import or_say_what_is_kept
 from engine import device as devices
 from engine import distributed
 from engine.distributed import say
-from engine.features import KNN, KNN_BYTES, extract, knn, percent, where_features_fit
+from engine.features import KNN, KNN_BYTES, accuracy_percent, extract, knn, where_features_fit
 from engine.schedule import Schedule, sensible, sgd
 from engine.svm import svm
 from engine.weights import export, load_backbone, of_run
@@ -214,10 +214,9 @@ def main():
     )
     encoder.eval().requires_grad_(False)
     untrained = copy.deepcopy(encoder)  # the very weights that the run began with
-    load_backbone(weights, encoder.backbone)
+    preprocessing = load_backbone(weights, encoder.backbone)
     if args.export:
-        export(*args.export, encoder.backbone, weights)
-        return say(f"{args.export[1]}: {weights}, for {args.export[0]}")
+        return say(export(*args.export, encoder.backbone, weights, preprocessing))
     before = copy.deepcopy(encoder.backbone.state_dict())
     obstacle = find_obstacle(train, test)
     if obstacle:
@@ -266,8 +265,15 @@ def main():
     features_of = lambda encode, part, what: extract(
         encode, part, size, device, workers, what=what, keep_on=keep_on
     )
-    monitor = build(
-        KNN, "knn", train=train, test=test, image_size=size, device=device, workers=workers
+    monitor = config.build(
+        KNN,
+        {**cfg["knn"], "limit": None},  # which is for pre-training
+        f"{args.cfg}: knn",
+        train=train,
+        test=test,
+        image_size=size,
+        device=device,
+        workers=workers,
     )
     augmented = probe.classifier == "sgd" and probe.features == "augmented"
     loader = (
@@ -404,7 +410,7 @@ def evaluate(probe, encoders, widths, train, test, features_of, monitor, loader,
             rows[name] = {"mAP": svm(x, y, x_test, y_test, probe.C, train.classes, probe.difficult)}
         else:
             right = knn(x, y, x_test, monitor.voters, monitor.temperature) == y_test
-            rows[name] = {"knn": percent(right)}
+            rows[name] = {"knn": accuracy_percent(right)}
             scale = Standardize(x, device) if probe.standardize else Standardize(None, device)
             if loader is None:
                 own = nn.ModuleDict({key(name): layers[key(name)]})
@@ -520,8 +526,8 @@ def accuracies(probe, layers, scale, x_test, y_test):
         k = min(5, layer.out_features)
         top = [layer(scale(x)).topk(k).indices for x in x_test.split(TEST_ROWS)]
         right = torch.cat(top) == y_test[:, None]  # (m, 5)
-        figures[f"top-1, lr {lr:g}"] = percent(right[:, 0])
-        figures[f"top-5, lr {lr:g}"] = percent(right.any(1))
+        figures[f"top-1, lr {lr:g}"] = accuracy_percent(right[:, 0])
+        figures[f"top-5, lr {lr:g}"] = accuracy_percent(right.any(1))
     return figures
 
 

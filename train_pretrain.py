@@ -50,7 +50,7 @@ from engine.features import KNN, embeddings
 from engine.log import Log, lines
 from engine.place import Place
 from engine.schedule import Schedule, sgd
-from engine.weights import save_backbone
+from engine.weights import preprocessing_of, save_backbone
 from losses.together import Together
 from models.resnet import Encoder
 
@@ -207,7 +207,7 @@ def run(args, cfg, device, folder):
             figures = {"knn": monitor(encoder)}
         say(f"untrained: kNN {figures['knn']:.1f} %")
         if main_process:
-            log.write(0, figures)
+            log.write(0, figures | {"knn protocol": str(monitor)})
 
     def kept():
         return f"{last} holds the state after {there(*saved)}" if saved else "nothing was saved yet"
@@ -358,7 +358,8 @@ def run(args, cfg, device, folder):
             log.write(
                 epoch + 1,
                 {k: float(f"{v:.6g}") for k, v in figures.items()}
-                | {"hardware": distributed.hardware(device)},
+                | {"hardware": distributed.hardware(device)}
+                | ({"knn protocol": str(monitor)} if "knn" in figures else {}),
             )
         if (
             figures["spread"] < 0.05 and not collapsed
@@ -374,7 +375,8 @@ def run(args, cfg, device, folder):
 
     if main_process:
         backbone = os.path.join(folder, "backbone.pt")
-        save_backbone(backbone, encoder.backbone, cfg)
+        images = preprocessing_of(pretrain, cfg["data"]["image_size"])
+        save_backbone(backbone, encoder.backbone, cfg, images)
         say(knn_summary(lines(log.path)), end="")
         say(f"{backbone}: the encoder, torchvision's keys")
         say(f"next: {probe_command(args, cfg, monitor.obstacle)}")
