@@ -204,10 +204,10 @@ def run(args, cfg, device, folder):
         say(f"going on after {there(start, place.step)}")
     elif monitor.due(0, epochs):
         with say_what_is_kept(lambda: "nothing was saved yet"):
-            figures = {"knn": monitor(encoder)}
+            figures = {"knn": monitor(encoder), "knn voters": monitor.voters}
         say(f"untrained: kNN {figures['knn']:.1f} %")
         if main_process:
-            log.write(0, figures | {"knn protocol": str(monitor)})
+            log.write(0, figures)
 
     def kept():
         return f"{last} holds the state after {there(*saved)}" if saved else "nothing was saved yet"
@@ -346,6 +346,7 @@ def run(args, cfg, device, folder):
         if monitor.due(epoch + 1, epochs):
             with say_what_is_kept(kept_and_how_on):
                 figures["knn"] = monitor(encoder)
+            figures["knn voters"] = monitor.voters
         say(
             f"epoch {epoch + 1:3d}/{epochs}  loss {figures['loss']:.3f} (chance: {chance} = {figures['chance']:.3f})  lr {figures['lr']:.4f}  "
             f"{seconds:.1f} s, {figures['images/s']:.0f} images/s"
@@ -358,8 +359,7 @@ def run(args, cfg, device, folder):
             log.write(
                 epoch + 1,
                 {k: float(f"{v:.6g}") for k, v in figures.items()}
-                | {"hardware": distributed.hardware(device)}
-                | ({"knn protocol": str(monitor)} if "knn" in figures else {}),
+                | {"hardware": distributed.hardware(device)},
             )
         if (
             figures["spread"] < 0.05 and not collapsed

@@ -38,6 +38,10 @@ FIGURES = {
         "evaluation",
         "Top-1 accuracy in % of weighted kNN on the test images.",
     ),
+    "knn voters": (
+        "evaluation",
+        "How many of the most similar training images vote in kNN.",
+    ),
     "train top-1": (
         "evaluation",
         "Top-1 accuracy in % on the augmented training images.",

@@ -186,6 +186,15 @@ def test_the_probe_finds_a_linear_rule_and_nothing_where_there_is_none(tmp_path)
     assert top1["colour"] > 95 and top1["lot"] < 60  # chance is 33
 
 
+def test_the_backbone_of_a_run_says_how_its_images_are_made(finished):
+    """Whoever loads it elsewhere need not guess the normalisation and the crop."""
+    folder = finished[0] / "runs" / "a"
+    expected = {"resize": 37, "image_size": 32, "mean": [0.5] * 3, "std": [0.25] * 3}
+    weights = torch.load(folder / "backbone.pt", weights_only=True)
+    assert weights.preprocessing == expected
+    assert config.read(str(folder / "backbone.preprocessing.yaml")) == expected
+
+
 @pytest.mark.slow
 def test_cmc_is_probed_on_both_streams_side_by_side(tmp_path):
     settings = [*TINY, "model.host=cmc", "optim.epochs=1", "knn.every=1", "name=a"]

@@ -8,8 +8,8 @@ from engine.svm import average_precision, svm
 
 
 def literal(scores, positive):
-    """Walk through the right answers in order of score: the mean of the best precision at the recall
-    of each or a higher one.
+    """Walk through the right answers in order of score: the mean of the best precision at the
+    recall of each or a higher one.
     """
     order = np.argsort(-scores, kind="stable")
     hits = positive[order]
