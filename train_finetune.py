@@ -49,10 +49,10 @@ from data.loader import Loader, sensible_size
 from data.workers import or_say_what_is_kept, say_what_is_kept
 from engine import checkpoint, distributed
 from engine.distributed import say
-from engine.features import accuracy_percent, extract
 from engine.log import Log, lines
 from engine.schedule import Schedule, sensible, sgd
 from engine.weights import load_backbone, of_run
+from evaluation.features import accuracy_percent, extract
 from models.resnet import Encoder
 
 

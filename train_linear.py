@@ -54,10 +54,10 @@ from data.workers import or_say_what_is_kept
 from engine import device as devices
 from engine import distributed
 from engine.distributed import say
-from engine.features import KNN, KNN_BYTES, accuracy_percent, extract, knn, where_features_fit
 from engine.schedule import Schedule, sensible, sgd
-from engine.svm import svm
 from engine.weights import export, load_backbone, of_run
+from evaluation.features import KNN, KNN_BYTES, accuracy_percent, extract, knn, where_features_fit
+from evaluation.svm import svm
 from models.resnet import Encoder
 
 TEST_ROWS = 2**14  # features that are classified at once
@@ -72,7 +72,7 @@ class Probe:
     standardize: features are brought to mean 0 and variance 1 by the training set's, which makes one lr fit all encoders; no paper's way.
     data, root, image_size: of another set than the encoder was trained on, for transfer, normalised by its own statistics (ImageNet's where it has
     none); null: that one's own. With `data: folder`, root holds train/<class>/ and val/<class>/.
-    classifier: `sgd`, or `svm` for VOC2007 (engine/svm.py), which uses no key below it but `C` and
+    classifier: `sgd`, or `svm` for VOC2007 (evaluation/svm.py), which uses no key below it but `C` and
     `difficult`.
     difficult: what an image is in which a class is there but difficult to see: `negative`, as in
     PCL's code, or `ignore`, VOC's own rule, by which it counts neither way.

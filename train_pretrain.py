@@ -46,11 +46,11 @@ from data.loader import Loader
 from data.workers import or_say_what_is_kept, say_what_is_kept
 from engine import checkpoint, distributed, signals
 from engine.distributed import say
-from engine.features import KNN, embeddings
 from engine.log import Log, lines
 from engine.place import Place
 from engine.schedule import Schedule, sgd
 from engine.weights import preprocessing_of, save_backbone
+from evaluation.features import KNN, embeddings
 from losses.together import Together
 from models.resnet import Encoder
 

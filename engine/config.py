@@ -25,7 +25,7 @@ SECTIONS = {
     "model": ["models.resnet:Encoder", "models.{host}:{host}"],
     "loss": ["losses.{name}:{name}"],
     "optim": ["engine.schedule:Schedule", "engine.schedule:sgd"],
-    "knn": ["engine.features:KNN"],
+    "knn": ["evaluation.features:KNN"],
     "linear": ["train_linear:Probe"],
     "finetune": ["train_finetune:Finetune"],
     "detect": ["train_detect:Detect"],

@@ -367,7 +367,7 @@ def test_print_config_prints_and_does_nothing(script, tmp_path, monkeypatch, cap
 
 def test_the_readmes_loss_works(tmp_path):
     """The example under "Add a loss", put where it says, trains."""
-    for folder in ("data", "engine", "losses", "models"):
+    for folder in ("data", "engine", "evaluation", "losses", "models"):
         shutil.copytree(os.path.join(ROOT, folder), tmp_path / folder)
     for script in ("train_pretrain.py", "train_linear.py"):
         shutil.copy(os.path.join(ROOT, script), tmp_path)

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_linear
 from data.datasets import ArraySet, load
 from data.shapes import shapes
-from engine import features
-from engine.features import (
+from evaluation import features
+from evaluation.features import (
     KNN,
     accuracy_percent,
     evenly_spaced,

@@ -10,9 +10,8 @@ from tqdm import tqdm
 from data.datasets import find_obstacle
 from data.loader import in_order
 from data.memory import available_bytes
-
-from . import device as devices
-from . import distributed
+from engine import device as devices
+from engine import distributed
 
 # Queries that are compared with a block of the bank at once.
 QUERIES = 256

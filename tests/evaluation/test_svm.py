@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.svm import average_precision, svm
+from evaluation.svm import average_precision, svm
 
 
 def literal(scores, positive):
