@@ -28,7 +28,8 @@ ROW = {
 def here(tmp_path, monkeypatch):
     """An empty folder with runs/ and yaml/ to stand in."""
     monkeypatch.chdir(tmp_path)
-    os.makedirs("runs"), os.makedirs("yaml")
+    os.makedirs("runs")
+    os.makedirs("yaml")
     return tmp_path
 
 
@@ -755,7 +756,8 @@ def test_truncated_lines_and_files_that_do_not_load_are_survived(out):
     train("ir", "a", knn=45.0)
     with open("runs/a/log.jsonl", "a") as f:
         f.write('{"epoch": 5, "kn')
-    os.makedirs("runs/empty"), os.makedirs("runs/broken")
+    os.makedirs("runs/empty")
+    os.makedirs("runs/broken")
     with open("runs/broken/config.yaml", "w") as f:
         f.write("model: [")
     text = out()
@@ -843,7 +845,8 @@ def test_what_methods_log_of_themselves(out, capsys):
                 for e in range(1, 5)
             ),
         )
-    out("--own", "own.png"), out("--own", "again.png")
+    out("--own", "own.png")
+    out("--own", "again.png")
     with open("own.png", "rb") as a, open("again.png", "rb") as b:
         assert a.read() == b.read()
     with Image.open("own.png") as image:
@@ -875,7 +878,8 @@ def test_picture(out):
     train("ir", "a", knn=40.0)
     train("ir", "b", "seed=1", knn=44.0, losses=2.0)
     train("moco", "c", "data.limit=100", done=2)  # without kNN, in panels of its own
-    out("--png", "a.png"), out("--png", "b.png")
+    out("--png", "a.png")
+    out("--png", "b.png")
     with Image.open("a.png") as image:
         assert (
             image.format == "PNG"

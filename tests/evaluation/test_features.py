@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from processes import run
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -182,6 +183,39 @@ def test_the_monitor_asks_of_so_many_test_images_and_says_so(monkeypatch):
     with pytest.raises(ValueError, match="knn: limit is 0; it must be above 0, or null"):
         KNN(train, test, 32, CPU, 0, limit=0)
     assert not KNN(train, None, 32, CPU, 0, limit=3).possible
+
+
+MONITOR_JOB = """
+import torch
+from data.datasets import load
+from engine import distributed
+from evaluation import features
+from models.resnet import Encoder
+
+device = distributed.start()
+rank = distributed.rank()
+train, test = (load(part, 0, name="shapes", limit=200) for part in ("train", "test"))
+torch.manual_seed(0)
+net = Encoder(backbone="resnet10", stem="cifar", width=8, precision="fp32")
+value = features.KNN(train, test, 32, device, 0, limit=61)(net)
+print("asked", value, flush=True)
+if rank == 1:
+    features.available_bytes = lambda: (10**6, "here")
+features.KNN(train, test, 32, device, 0)(net)
+"""
+
+
+def test_two_processes_ask_of_the_same_images_and_refuse_together(tmp_path):
+    """Where one of them lacks the memory both end, with one sentence."""
+    (tmp_path / "job.py").write_text(MONITOR_JOB)
+    done = run(tmp_path, tmp_path / "job.py", processes=2, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("kNN: the features of 200 training and 2400 test images") == 1
+    train, test = (load(part, 0, name="shapes", limit=200) for part in ("train", "test"))
+    alone = KNN(train, test, 32, CPU, 0, limit=61)(tiny_encoder())
+    told = done.stdout.split()
+    assert told[0] == "asked"
+    assert float(told[1]) == pytest.approx(alone)
 
 
 # ---------------------------------------------------------------------------- per class
