@@ -49,14 +49,14 @@ from data.datasets import balanced, find_obstacle, load
 from data.image_files import say_if_dark
 from data.loader import Loader, sensible_size
 from engine import checkpoint, distributed
-from engine.build import Builder, loss_scaler
 from engine.distributed import say
-from engine.epoch import EpochProgress
-from engine.features import extract, percent
 from engine.log import lines
-from engine.run import Run, append_line
 from engine.schedule import Schedule, sensible, sgd
 from engine.weights import load_backbone, of_run
+from evaluation.features import accuracy_percent, extract
+from training.build import Builder, loss_scaler
+from training.epoch import EpochProgress
+from training.run import Run, append_line
 
 # Pre-training may change the finetune: section and go on; fine-tuning may not.
 MAY_CHANGE = [key for key in checkpoint.MAY_CHANGE if key != "finetune"]
@@ -325,7 +325,7 @@ def finetune(run, build, protocol, weights, train, test, rows, device):
     net.eval()
     logits = extract(net, test, size, device, loader.workers, what="test")  # (m, classes)
     hits = logits.topk(min(5, classes)).indices == test.labels.to(device)[:, None]  # (m, 5)
-    figures = {"top-1": percent(hits[:, 0]), "top-5": percent(hits.any(1))}
+    figures = {"top-1": accuracy_percent(hits[:, 0]), "top-5": accuracy_percent(hits.any(1))}
     start = "from random weights " if weights == "none" else ""
     words = f"all layers and a linear classifier fine-tuned {start}on {share}; {protocol}"
     say(f"\n{words}\n\n{'':24}{'top-1':>10}{'top-5':>10}")

@@ -63,14 +63,14 @@ from data.image_files import say_if_dark
 from data.loader import Loader, sensible_size
 from engine import checkpoint, distributed
 from engine import device as devices
-from engine.build import Builder
 from engine.distributed import say
-from engine.epoch import EpochProgress
-from engine.features import KNN, KNN_BYTES, extract, knn, percent, where_features_fit
-from engine.run import Run, append_line
 from engine.schedule import Schedule, sensible, sgd
-from engine.svm import svm
 from engine.weights import export, load_backbone, of_run
+from evaluation.features import KNN, KNN_BYTES, accuracy_percent, extract, knn, where_features_fit
+from evaluation.svm import svm
+from training.build import Builder
+from training.epoch import EpochProgress
+from training.run import Run, append_line
 
 TEST_ROWS = 2**14  # features that are classified at once
 # Pre-training may change the linear: section and go on; an augmented probe may not.
@@ -93,7 +93,7 @@ class Probe:
         data, root, image_size: of another set than the encoder was trained on, for transfer, which
             is normalised by its own statistics (ImageNet's where it has none); null: that one's
             own. With `data: folder`, root holds train/<class>/ and val/<class>/.
-        classifier: `sgd`, or `svm` for VOC2007 (engine/svm.py), which uses of the keys below it
+        classifier: `sgd`, or `svm` for VOC2007 (evaluation/svm.py), which uses of the keys below it
             only `C` and `difficult`.
         difficult: what an image is in which a class is there but difficult to see: `negative`, as
             in PCL's code, or `ignore`, VOC's own rule, by which it counts neither way.
@@ -208,10 +208,9 @@ def main():
     train, test = load_parts(source, cfg["seed"], args.cfg)
     encoder = build.encoder(train, device).eval().requires_grad_(False)
     untrained = copy.deepcopy(encoder)  # the very weights that the run began with
-    load_backbone(weights, encoder.backbone)
+    preprocessing = load_backbone(weights, encoder.backbone)
     if args.export:
-        export(*args.export, encoder.backbone, weights)
-        return say(f"{args.export[1]}: {weights}, for {args.export[0]}")
+        return say(export(*args.export, encoder.backbone, weights, preprocessing))
     refuse_unfit_data(train, test, source, args.cfg)
     checkpoint.check_writable(run_folder)
     before = copy.deepcopy(encoder.backbone.state_dict())
@@ -360,9 +359,10 @@ class Evaluation:
         self.device, self.keep_on, self.seconds = device, device, 0.0
         self.seed, self.classes = build.settings["seed"], len(train.classes)
         self.labels, self.test_labels = train.labels.to(device), test.labels.to(device)
-        self.knn = build(
-            "knn",
+        self.knn = config.build(
             KNN,
+            {**build.settings["knn"], "limit": None},  # which is for pre-training
+            f"{build.file}: knn",
             train=train,
             test=test,
             image_size=source["image_size"],
@@ -430,7 +430,7 @@ class Evaluation:
         """Top-1 of kNN, in %."""
         k, temperature = self.knn.voters, self.knn.temperature
         predictions = knn(x, self.labels, x_test, k, temperature)
-        return percent(predictions == self.test_labels)
+        return accuracy_percent(predictions == self.test_labels)
 
     def of_cached_features(self):
         """{encoder: {figure: %}}, from features that are extracted once."""
@@ -574,8 +574,8 @@ class Evaluation:
             top = [layer(scale(x)).topk(k).indices for x in x_test.split(TEST_ROWS)]
             right = torch.cat(top) == self.test_labels[:, None]  # (m, 5)
             is_void = bool(layers.diverged[layers.names.index(name), i])
-            figures[f"top-1, lr {lr:g}"] = None if is_void else percent(right[:, 0])
-            figures[f"top-5, lr {lr:g}"] = None if is_void else percent(right.any(1))
+            figures[f"top-1, lr {lr:g}"] = None if is_void else accuracy_percent(right[:, 0])
+            figures[f"top-5, lr {lr:g}"] = None if is_void else accuracy_percent(right.any(1))
         return figures
 
 

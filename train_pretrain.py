@@ -37,18 +37,18 @@ import torch
 
 from data.image_files import say_if_dark
 from engine import distributed
-from engine.build import Builder, compile_backbones
-from engine.epoch import EpochProgress
-from engine.features import embeddings
-from engine.run import Run
-from engine.summary import (
+from evaluation.features import embeddings
+from losses.diagnostics import step_diagnostics
+from training.build import Builder, compile_backbones
+from training.epoch import EpochProgress
+from training.run import Run
+from training.summary import (
     describe_start,
     epoch_figures,
     finish,
     log_epoch,
     warn_of_replaced_images,
 )
-from losses.diagnostics import step_diagnostics
 
 
 def main():
@@ -148,7 +148,7 @@ def pretrain(run, build, args, cfg, device):
         evaluate(run, epoch + 1, figures, knn, encoder, loss_fn)
         warn_of_replaced_images(loader)
 
-    finish(run, cfg, encoder, knn.obstacle, args.cfg, args.overrides)
+    finish(run, cfg, encoder, data.pretrain, knn.obstacle, args)
 
 
 def micro_batches(views, index, n):
@@ -167,13 +167,13 @@ def evaluate_at_start(run, knn, encoder, loss_fn):
         accuracy = knn(encoder)
         distributed.say(f"untrained: kNN {accuracy:.1f} %")
         if run.log:
-            run.log.write(0, {"knn": accuracy})
+            run.log.write(0, {"knn": accuracy, "knn voters": knn.voters})
 
 
 def evaluate(run, epoch, figures, knn, encoder, loss_fn):
     """Log the figures of an epoch, with kNN where it is due; epoch counts from 1."""
     if knn.due(epoch, run.epochs):
-        figures = {**figures, "knn": knn(encoder)}
+        figures = {**figures, "knn": knn(encoder), "knn voters": knn.voters}
     log_epoch(run, epoch, figures, loss_fn)
 
 

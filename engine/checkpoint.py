@@ -21,6 +21,9 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
+# The files of a run that hold its weights, or belong to them.
+WEIGHTS = "backbone.preprocessing.yaml", "backbone.pt", "previous.pt", "last.pt"
+
 # On resuming these settings may change, and no others. What precision a device has is its own affair:
 # `auto` means another one on other hardware, and whoever names it instead means no other run.
 MAY_CHANGE = (
@@ -254,7 +257,7 @@ def move_aside(folder):
     weights come last: a start that is killed here does the rest the next time.
     """
     present = os.listdir(folder)
-    weights = [name for name in ("backbone.pt", "previous.pt", "last.pt") if name in present]
+    weights = [name for name in WEIGHTS if name in present]
     results = [name for name in present if name.endswith(".jsonl") and name != "log.jsonl"]
     results += [name for name in ("linear", "finetune", "detect") if name in present]
     # Without weights these two are of a start that saved nothing yet, and are written anew.

@@ -46,7 +46,12 @@ class MemoryBank(nn.Module):
             (self.rows, self.index, index) if self.candidates is None else self.some(index)
         )
         return Contrast(
-            q.flatten(0, 1), k, rows, index, negative_index, self_index=own if self.exclude_self else None
+            q.flatten(0, 1),
+            k,
+            rows,
+            index,
+            negative_index,
+            self_index=own if self.exclude_self else None,
         )
 
     def some(self, index):

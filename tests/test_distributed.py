@@ -29,7 +29,7 @@ def two(tmp_path_factory):
         from data.loader import Loader
         from data.shapes import shapes
         from engine import distributed
-        from engine.features import extract, knn
+        from evaluation.features import extract, knn
         from losses.kmeans import kmeans
         device = distributed.start()
         r = distributed.rank()
@@ -119,7 +119,7 @@ def test_uneven_data_lose_and_repeat_no_image(two):
 def test_two_processes_share_the_queries_of_knn(two):
     """Nine of them, of which the second gets four."""
     from data.shapes import shapes
-    from engine.features import knn
+    from evaluation.features import knn
 
     images, labels = map(torch.from_numpy, shapes(21))
     expected = knn(images.flatten(1).float(), labels, images[:9].flatten(1) + 0.5, 3, 0.1)

@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.cuda.amp.common
+from engine.kmeans import kmeans
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -31,8 +32,7 @@ from data.augment import RECIPES, Augment
 from data.datasets import ArraySet
 from data.loader import Loader
 from engine import checkpoint, distributed
-from engine.features import KNN, knn
-from engine.kmeans import kmeans
+from evaluation.features import KNN, knn
 from losses.partition import LogPartition
 from models.cmc import CMC
 from models.ir import IR
@@ -412,7 +412,7 @@ def test_linear_probe(augmented, keep_on):
         assert set(rows["a.b"]) == {"knn"} | tops
         waits = {(what, where.split(":")[0]) for _, what, where in gpu.waits if what != COPY}
         # At the end; and for the rows of a batch, where the CPU looks them up.
-        at_the_end = {("item", "train_linear.py"), ("item", "engine/features.py")}
+        at_the_end = {("item", "train_linear.py"), ("item", "evaluation/features.py")}
         moved = {("copy to the CPU", "train_linear.py")}
         assert waits == at_the_end | (moved if keep_on != GPU and not augmented else set())
 

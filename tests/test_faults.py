@@ -31,9 +31,10 @@ from torch import nn
 import train_pretrain
 from data.loader import Loader
 from data.shapes import shapes
-from engine import checkpoint, signals, summary, weights
+from engine import checkpoint, signals, weights
 from engine.log import Log
 from losses.nce import NCE
+from training import summary
 
 SMALL = [
     "--cfg",
@@ -871,9 +872,9 @@ def test_fresh_leaves_nothing_of_the_old_weights_to_be_taken(
         SystemExit,
         match=r"backbone.pt.before was not trained with the settings of runs/whole/config.yaml: loss.temperature was 0.2 and is now 0.3",
     ):
-        weights.backbone_of("runs/whole/backbone.pt.before")
+        weights.read_backbone("runs/whole/backbone.pt.before")
     run(tmp_path, "whole", images, *PAIRS["moco-nce"], "loss.temperature=0.3")
-    assert weights.backbone_of("runs/whole/backbone.pt")[0]
+    assert weights.read_backbone("runs/whole/backbone.pt")[0]
 
 
 def test_a_second_process_on_one_folder_is_refused(images, tmp_path):

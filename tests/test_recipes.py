@@ -21,7 +21,7 @@ from data.augment import Augment
 from data.datasets import IMAGENET, STATISTICS, load
 from data.loader import Loader
 from engine import config
-from engine.svm import svm
+from evaluation.svm import svm
 from losses import Contrast
 from losses.ifnd import IFND
 from losses.nce import NCE

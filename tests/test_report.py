@@ -1,4 +1,4 @@
-"""report.py on runs/ and yaml/ that are written here: what stands in which cell, and what may not."""
+"""report.py on runs/ and yaml/ that are written here: what stands in which cell, and what not."""
 
 import json
 import os
@@ -28,11 +28,12 @@ ROW = {
 def here(tmp_path, monkeypatch):
     """An empty folder with runs/ and yaml/ to stand in."""
     monkeypatch.chdir(tmp_path)
-    os.makedirs("runs"), os.makedirs("yaml")
+    os.makedirs("runs")
+    os.makedirs("yaml")
     return tmp_path
 
 
-def row_file(name, host, row, column, loss="nce", also={}, **paper):
+def row_file(name, host, row, column, loss="nce", also=None, **paper):
     """yaml/<name>.yaml"""
     row = (
         ROW
@@ -41,7 +42,7 @@ def row_file(name, host, row, column, loss="nce", also={}, **paper):
             "model": ROW["model"] | {"host": host},
             "loss": {"name": loss},
         }
-        | also
+        | (also or {})
     )
     os.makedirs(os.path.dirname(f"yaml/{name}"), exist_ok=True)
     with open(f"yaml/{name}.yaml", "w") as f:
@@ -333,7 +334,9 @@ def test_other_peoples_weights_are_not_the_runs(out):
 
 
 def test_transfer_rows_say_whose_weights_and_how_long_those_were_trained(out):
-    """A folder with config.yaml and linear.jsonl alone, as train_linear.py --weights runs/other/backbone.pt leaves it."""
+    """A folder with config.yaml and linear.jsonl alone, as train_linear.py leaves it that was given
+    --weights runs/other/backbone.pt.
+    """
     row_file("ir", "ir", "IR", "CIFAR-10")
     also = {"linear": ROW["linear"] | {"data": "dtd"}}
     row_file("ir_dtd", "ir", "IR", "DTD", also=also)
@@ -356,10 +359,8 @@ def test_transfer_rows_say_whose_weights_and_how_long_those_were_trained(out):
         )
     text = out()
     assert "60.5 ± 0.7 (n 2)" in line_of(text, "IR")[-1]
-    assert (
-        "dtd_long_0 of long_0, dtd_long_1 of long_1: linear top-1 after 4 epochs, 2 min on a toy; protocol ["
-        in text
-    )
+    runs = "dtd_long_0 of long_0, dtd_long_1 of long_1"
+    assert f"{runs}: linear top-1 after 4 epochs, 2 min on a toy; protocol [" in text
     assert "] evaluated on dtd: linear layer" in text
     assert (
         "62.0 (n 1)" in text and "optim.epochs was 4 and is 1" in text and "Other runs" not in text
@@ -546,7 +547,9 @@ def test_other_runs_that_look_alike_say_what_differs(out):
 
 
 def test_two_folders_of_images_are_two_experiments(out):
-    """Of equal names too; but one folder, written otherwise, is one. A set with a name is the same wherever it lies."""
+    """Of equal names too; but one folder, written otherwise, is one. A set with a name is the same
+    wherever it lies.
+    """
     own_file()
     for name, seed, root, figure in (
         ("a0", 0, "x/birds", 50.0),
@@ -580,7 +583,7 @@ def test_two_folders_are_no_baseline_for_one_another(out):
 
 
 def test_a_probe_on_the_runs_own_folder_is_its_own(out):
-    """train_linear.py calls a folder by its own name; another folder is elsewhere, as another set is."""
+    """train_linear.py calls a folder by its own name; another is elsewhere, as another set is."""
     own_file()
     train("own", "a", "data.name=folder", "data.root=images/birds")
     for data, figure in (("folder birds", 50.0), ("folder fish", 60.0), ("dtd", 70.0)):
@@ -606,6 +609,146 @@ def test_a_probe_on_the_runs_own_folder_is_its_own(out):
     )
 
 
+def linear_line(figure, **more):
+    """A line of a probe of runs/a."""
+    figures = {"top-1": figure}
+    line = {"weights": "runs/a/backbone.pt", "protocol": "p", "seed": 0, "figures": figures}
+    return line | more
+
+
+def test_a_probe_on_another_folder_of_that_name_is_not_the_runs_own(out):
+    """Lines name the folder of late: two may be called birds."""
+    own_file()
+    train("own", "a", "data.name=folder", "data.root=x/birds")
+    write("a", "linear", linear_line(50.0, data="folder birds", root="x/./birds/"))
+    write("a", "linear", linear_line(60.0, data="folder birds", root="y/birds"))
+    text = out()
+    assert "50.0 [1]" in next(line for line in text.splitlines() if line.startswith("a "))
+    elsewhere = text[text.index("Other evaluations") :]
+    assert "evaluated on folder y/birds: p" in elsewhere
+    assert "top-1 60.0" in elsewhere
+    assert "50.0" not in elsewhere
+    write("a", "linear", linear_line(70.0, data="folder birds"))  # an older line
+    assert "70.0" in next(line for line in out().splitlines() if line.startswith("a "))
+
+
+def test_a_set_with_a_name_is_itself_wherever_it_lies(out):
+    own_file()
+    train("own", "a")
+    write("a", "linear", linear_line(50.0, data="cifar10", root="/elsewhere"))
+    text = out()
+    assert "50.0 [1]" in next(line for line in text.splitlines() if line.startswith("a "))
+    assert "Other evaluations" not in text
+
+
+def test_a_transfer_row_to_a_folder_asks_for_that_folder(out):
+    row_file(
+        "ir",
+        "ir",
+        "IR",
+        "birds",
+        also={
+            "data": ROW["data"] | {"name": "folder", "root": "x/birds"},
+            "linear": ROW["linear"] | {"data": "folder", "root": "y/birds"},
+        },
+    )
+    train("ir", "a")
+    protocol = str(config.build(train_linear.Probe, config.load("yaml/ir.yaml")["linear"], ""))
+    line = linear_line(60.0, data="folder birds", root="y/birds", protocol=protocol)
+    write("a", "linear", line)
+    text = out()
+    assert "60.0 (n 1)" in line_of(text, "IR")[-1]
+    assert "] evaluated on folder y/birds: linear layer" in text
+    write("a", "linear", line | {"root": "x/birds", "figures": {"top-1": 77.0}})
+    text = out()
+    assert "60.0 (n 1)" in line_of(text, "IR")[-1]
+    assert "77.0 (n 1)" not in line_of(text, "IR")[-1]
+
+
+def test_detection_on_other_images_says_so(out):
+    own_file()
+    train("own", "a")
+    line = {"weights": "runs/a/backbone.pt", "protocol": "p", "seed": 0}
+    write("a", "detect", line | {"root": "d/coco", "figures": {"box AP": 30.0}})
+    write("a", "detect", line | {"root": "d/voc/", "figures": {"box AP": 40.0}})
+    text = out()
+    assert "evaluated on coco: p" in text
+    assert "evaluated on voc: p" in text
+    assert "box AP 30.0" in text
+    assert "box AP 40.0" in text
+
+
+@pytest.mark.parametrize(
+    "overrides, noted, label",
+    [
+        ([], {}, "weighted kNN, k 200, T 0.1, on the output"),
+        ([], {"knn voters": 200.0}, "weighted kNN, k 200, T 0.1, on the output"),
+        (["data.limit=100"], {"knn voters": 10.0}, "weighted kNN, k 10, T 0.1, on the output"),
+        (
+            ["knn.limit=50"],
+            {"knn voters": 200.0},
+            "weighted kNN, k 200, T 0.1, on the output, at most 50 test images",
+        ),
+    ],
+)
+def test_the_label_of_knn_says_how_many_vote(out, overrides, noted, label):
+    row_file("ir", "ir", "IR", "CIFAR-10", figure="knn")
+    train("ir", "a", *overrides)
+    write("a", "log", {"epoch": 5, "knn": 45.0, **noted})
+    text = out()
+    assert "45.0 (n 1)" in text
+    assert any(line.split("] ", 1)[-1] == label for line in text.splitlines())
+
+
+# ---------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("option", ["--png", "--markdown", "--own"])
+@pytest.mark.parametrize("path", ["nowhere/file", "runs"])
+def test_a_file_that_cannot_be_written_costs_no_table(out, option, path, capsys, monkeypatch):
+    """It was told after the work, in a traceback, and the other files were left out."""
+    row_file("ir", "ir", "IR", "CIFAR-10")
+    train("ir", "a", linear=50.0)
+    for name in ("draw", "draw_own"):
+        monkeypatch.setattr(report, name, lambda path, runs: pytest.fail("draws"))
+    others = [] if option == "--markdown" else ["--markdown", "report.md"]
+    with pytest.raises(SystemExit) as refusal:
+        out(option, path, *others)
+    assert refusal.value.code.startswith(f"{option} {path} cannot be written: ")
+    assert refusal.value.code.endswith("; name another file")
+    assert "\n" not in refusal.value.code
+    assert "50.0 (n 1)" in capsys.readouterr().out
+    assert os.path.exists("report.md") == (option != "--markdown")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_a_full_disk_is_one_sentence(out, capsys):
+    row_file("ir", "ir", "IR", "CIFAR-10")
+    train("ir", "a", linear=50.0)
+    with pytest.raises(SystemExit, match="--markdown /dev/full cannot be written: No space left"):
+        out("--markdown", "/dev/full")
+    assert "50.0 (n 1)" in capsys.readouterr().out
+
+
+def test_asking_leaves_a_file_as_it_is(here):
+    assert report.why_not_writable("--png", "new.png") is None
+    assert not os.path.exists("new.png")
+    with open("old.md", "w") as f:
+        f.write("old")
+    assert report.why_not_writable("--markdown", "old.md") is None
+    with open("old.md") as f:
+        assert f.read() == "old"
+
+
+def test_nothing_to_draw_costs_no_table(out, capsys):
+    pytest.importorskip("matplotlib")
+    row_file("ir", "ir", "IR", "CIFAR-10")
+    with pytest.raises(SystemExit, match="no run has a log.jsonl.*; no run logs anything"):
+        out("--all", "--png", "a.png", "--own", "b.png", "--markdown", "report.md")
+    assert "CIFAR-10" in capsys.readouterr().out
+    assert os.path.exists("report.md")
+
+
 def test_truncated_lines_and_files_that_do_not_load_are_survived(out):
     row_file("ir", "ir", "IR", "CIFAR-10", figure="knn")
     row_file("wrong", "ir", "IR", "X", also={"loss": {"name": "nce", "temprature": 1}})
@@ -613,7 +756,8 @@ def test_truncated_lines_and_files_that_do_not_load_are_survived(out):
     train("ir", "a", knn=45.0)
     with open("runs/a/log.jsonl", "a") as f:
         f.write('{"epoch": 5, "kn')
-    os.makedirs("runs/empty"), os.makedirs("runs/broken")
+    os.makedirs("runs/empty")
+    os.makedirs("runs/broken")
     with open("runs/broken/config.yaml", "w") as f:
         f.write("model: [")
     text = out()
@@ -653,7 +797,9 @@ def test_single_runs_several_folders_and_order(out):
 
 
 def test_a_gain_is_of_equal_seeds(out):
-    """Differences of seeds that both have: 1 and 3, not the difference of the means, which would be of other images. Other lr: no baseline."""
+    """Differences of seeds that both have: 1 and 3, not the difference of the means, which would be
+    of other images. Another lr is no baseline.
+    """
     own_file()
     for name, seed, loss, figure in (
         ("a0", 0, "nce", 50.0),
@@ -699,7 +845,8 @@ def test_what_methods_log_of_themselves(out, capsys):
                 for e in range(1, 5)
             ),
         )
-    out("--own", "own.png"), out("--own", "again.png")
+    out("--own", "own.png")
+    out("--own", "again.png")
     with open("own.png", "rb") as a, open("again.png", "rb") as b:
         assert a.read() == b.read()
     with Image.open("own.png") as image:
@@ -731,7 +878,8 @@ def test_picture(out):
     train("ir", "a", knn=40.0)
     train("ir", "b", "seed=1", knn=44.0, losses=2.0)
     train("moco", "c", "data.limit=100", done=2)  # without kNN, in panels of its own
-    out("--png", "a.png"), out("--png", "b.png")
+    out("--png", "a.png")
+    out("--png", "b.png")
     with Image.open("a.png") as image:
         assert (
             image.format == "PNG"

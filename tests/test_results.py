@@ -1,4 +1,6 @@
-"""results/: RESULTS.md shows what report.py makes of the stored logs, and the cheapest row, run again, gives its log."""
+"""results/: RESULTS.md shows what report.py makes of the stored logs, and the cheapest row, run
+again, gives its log.
+"""
 
 import os
 import re
@@ -53,8 +55,10 @@ def test_every_run_has_its_files_and_its_command(text):
 
 @pytest.mark.slow
 def test_the_cheapest_row_again(tmp_path, monkeypatch):
-    """Two epochs of MoCo, seed 0. Where it was stored, with one thread, it is the same to the last digit; two threads, or fp32, round otherwise, which
-    grows from step to step (seen: loss 0.06 %, spread 1.4 %, positive 0.01)."""
+    """Two epochs of MoCo, seed 0. Where it was stored, with one thread, it is the same to the last
+    digit; two threads, or fp32, round otherwise, which grows from step to step (seen: loss 0.06 %,
+    spread 1.4 %, positive 0.01).
+    """
     root = os.path.abspath(os.environ.get("DATASETS", "datasets"))
     if not os.path.exists(os.path.join(root, "cifar-10-batches-py")):
         pytest.skip(f"needs cifar-10-batches-py in {root}")

@@ -30,7 +30,7 @@ from data.datasets import ArraySet, load
 from data.loader import Loader, ahead
 from data.shapes import shapes
 from engine import checkpoint, distributed
-from engine.features import KNN, extract
+from evaluation.features import KNN, extract
 from models.resnet import Encoder
 
 FULL = bool(os.environ.get("FULL"))
@@ -452,7 +452,7 @@ def test_the_slurm_script_passes_the_signal_on_and_requeues(
 @pytest.mark.slow
 def test_a_slurm_job_at_its_time_limit_goes_on_in_the_next(cluster, tmp_path):
     """torchrun itself, on two nodes of one process: USR1 to the shell in the second epoch, all save and end, and the requeued job ends as an undisturbed one."""
-    for folder in ("data", "datasets", "engine", "losses", "models"):
+    for folder in ("data", "datasets", "engine", "evaluation", "losses", "models"):
         if folder != "datasets":
             os.symlink(os.path.join(ROOT, folder), tmp_path / folder)
     settings = [*TINY, *PAIRS["moco-ifnd"], "optim.batch_size=4"]  # 32 steps an epoch

@@ -194,6 +194,15 @@ def test_the_probe_finds_a_linear_rule_and_nothing_where_there_is_none(tmp_path)
     assert top1["colour"] > 95 and top1["lot"] < 60  # chance is 33
 
 
+def test_the_backbone_of_a_run_says_how_its_images_are_made(finished):
+    """Whoever loads it elsewhere need not guess the normalisation and the crop."""
+    folder = finished[0] / "runs" / "a"
+    expected = {"resize": 37, "image_size": 32, "mean": [0.5] * 3, "std": [0.25] * 3}
+    weights = torch.load(folder / "backbone.pt", weights_only=True)
+    assert weights.preprocessing == expected
+    assert config.read(str(folder / "backbone.preprocessing.yaml")) == expected
+
+
 @pytest.mark.slow
 def test_cmc_is_probed_on_both_streams_side_by_side(tmp_path):
     settings = [*TINY, "model.host=cmc", "optim.epochs=1", "knn.every=1", "name=a"]
@@ -366,7 +375,7 @@ def test_print_config_prints_and_does_nothing(script, tmp_path, monkeypatch, cap
 
 def test_the_readmes_loss_works(tmp_path):
     """The example under "Add a loss", put where it says, trains."""
-    for folder in ("data", "engine", "losses", "models"):
+    for folder in ("data", "engine", "evaluation", "losses", "models"):
         shutil.copytree(os.path.join(ROOT, folder), tmp_path / folder)
     for script in ("train_pretrain.py", "train_linear.py"):
         shutil.copy(os.path.join(ROOT, script), tmp_path)

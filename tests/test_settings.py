@@ -24,8 +24,8 @@ import yaml
 from data.datasets import ArraySet
 from data.loader import Loader
 from engine import config
-from engine.features import KNN, knn
 from engine.schedule import Schedule, sgd
+from evaluation.features import KNN, knn
 from losses import Contrast
 from losses.ifnd import IFND
 from losses.mochi import MoCHi

@@ -14,9 +14,9 @@ import pytest
 import test_faults
 from test_faults import assert_equal, at, images, run, send, two, undisturbed  # noqa: F401
 
-import engine.build
+import training.build
 from engine import checkpoint, signals
-from engine.features import KNN
+from evaluation.features import KNN
 from losses.ifnd import IFND
 
 NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
@@ -53,7 +53,7 @@ def call(owner, name, count, act):
 
 # moment -> (where the signal comes, what the sentence tells)
 MOMENTS = {
-    "start-up": ((engine.build, "load", 1), "nothing was saved yet"),
+    "start-up": ((training.build, "load", 1), "nothing was saved yet"),
     "untrained kNN": ((KNN, "__call__", 1), "nothing was saved yet"),
     "first step": ((0, 0), "after step 1 of 8 of epoch 1"),
     "mid-epoch": ((1, 3), "after step 4 of 8 of epoch 2"),

@@ -187,3 +187,7 @@ def test_export_through_the_script(trained):
     assert "a.pkl: runs/a/backbone.pt, for detectron2" in out
     with open(trained / "a.pkl", "rb") as f:
         assert "stem.conv1.weight" in pickle.load(f)["model"]
+    out = probe(trained, "name=a", "--export", "torchvision", "a.pt").stdout
+    assert "a.pt: runs/a/backbone.pt, for torchvision; " in out
+    for name in ("a.preprocessing.yaml", "runs/a/backbone.preprocessing.yaml"):
+        assert "mean: [" in (trained / name).read_text()

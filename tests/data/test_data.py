@@ -17,7 +17,7 @@ from data.datasets import NAMES, TORCHVISION, ArraySet, balanced, load
 from data.loader import Loader, ahead, in_order
 from data.shapes import CLASSES, distance, shapes
 from engine import distributed
-from engine.features import knn
+from evaluation.features import knn
 
 CPU = torch.device("cpu")
 REAL = os.environ.get("DATASETS", "datasets")

@@ -7,15 +7,15 @@ import zipfile
 
 import pytest
 import torch
+from engine.place import Place
 from torch import nn
 
 from data.datasets import ArraySet, load
 from data.shapes import shapes
 from engine import checkpoint
-from engine.features import KNN, extract, knn
 from engine.log import Log, lines
-from engine.place import Place
 from engine.schedule import Schedule, sgd
+from evaluation.features import KNN, extract, knn
 from models.resnet import Encoder
 
 CPU = torch.device("cpu")

@@ -8,13 +8,13 @@ import textwrap
 
 import pytest
 import torch
+from engine.kmeans import confidence, kmeans, validity
 from processes import ROOT, run
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from benchmarks.kmeans import greedy_rows, grouped, smooth
 from engine import kmeans as module
-from engine.kmeans import confidence, kmeans, validity
 
 BOTH_STARTS = pytest.mark.parametrize("start", ["kmeans++", "random"])
 

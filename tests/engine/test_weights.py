@@ -1,4 +1,6 @@
-"""Weights in and out: every layout from a torchvision ResNet gives its features back; what is wrong is refused, and nothing in a file runs."""
+"""Weights in and out: every layout from a torchvision ResNet gives its features back; what is wrong
+is refused, and nothing in a file runs.
+"""
 
 import argparse
 import os
@@ -12,7 +14,14 @@ import torchvision
 from torch import nn
 
 from engine import checkpoint, config
-from engine.weights import backbone_of, detectron2_name, export, load_backbone, save_backbone
+from engine.weights import (
+    detectron2_name,
+    export,
+    load_backbone,
+    preprocessing_of,
+    read_backbone,
+    save_backbone,
+)
 from models.cmc import LabEncoder
 from models.resnet import ResNet
 
@@ -119,24 +128,21 @@ def test_the_features_are_those_of_the_source(layout, legacy, tmp_path, capsys):
     with torch.no_grad():
         assert (net(x) - features(x).flatten(1)).abs().max() < 1e-6
     said = capsys.readouterr().out
-    assert (
-        f"{path}: " in said
-        and "120 tensors of the ResNet taken" in said
-        and (", 2 others left out" in said) == (layout in ("torchvision", "CMC, one stream"))
-    )
+    assert f"{path}: " in said
+    assert "120 tensors of the ResNet taken" in said
+    assert (", 2 others left out" in said) == (layout in ("torchvision", "CMC, one stream"))
     assert layout.startswith("ours") or layout.split(",")[0] in said
 
 
 def cmcs_network(channels, base):
-    """A stream of CMC's models/resnet.py, ResNet-18: a stem of 64 channels, stages of base, 2 base, 4 base and 8 base."""
+    """A stream of CMC's models/resnet.py, ResNet-18: its stem has 64 channels whatever `base`."""
     net = torchvision.models.resnet18()
     net.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
     net.inplanes = 64
     block = type(net.layer1[0])
     for i in range(4):
-        setattr(
-            net, f"layer{i + 1}", net._make_layer(block, base * 2**i, 2, stride=1 if i == 0 else 2)
-        )
+        stage = net._make_layer(block, base * 2**i, 2, stride=1 if i == 0 else 2)
+        setattr(net, f"layer{i + 1}", stage)
     net.fc = nn.Linear(8 * base, 128)
     return net
 
@@ -151,26 +157,17 @@ def cmcs_network(channels, base):
     ids=["CMC", "PyContrast"],
 )
 def test_cmcs_two_streams(names, base, tmp_path):
-    """Its released layouts, of half, whole and double width: the features are those of both streams, side by side."""
+    """Its released layouts, of half, whole and double width: both streams' features."""
     nets = [cmcs_network(1, base).eval(), cmcs_network(2, base).eval()]
     path = str(tmp_path / "w.pth")
-    torch.save(
-        {
-            "opt": argparse.Namespace(),
-            "model": {
-                **under(names[0], nets[0].state_dict()),
-                **under(names[1], nets[1].state_dict()),
-            },
-        },
-        path,
-    )
-    ours = LabEncoder(
-        (0.0,) * 3, (1.0,) * 3, backbone="resnet18", width=2 * base, precision="fp32"
-    ).eval()
+    model = {name + k: v for name, net in zip(names, nets) for k, v in net.state_dict().items()}
+    torch.save({"opt": argparse.Namespace(), "model": model}, path)
+    settings = {"backbone": "resnet18", "width": 2 * base, "precision": "fp32"}
+    ours = LabEncoder((0.0,) * 3, (1.0,) * 3, **settings).eval()
     load_backbone(path, ours.backbone)
-    assert torch.equal(ours.backbone.L.conv1.weight, nets[0].conv1.weight) and torch.equal(
-        ours.backbone.ab.layer4[1].bn2.bias, nets[1].layer4[1].bn2.bias
-    )
+    L, ab = ours.backbone.L, ours.backbone.ab
+    assert torch.equal(L.conv1.weight, nets[0].conv1.weight)
+    assert torch.equal(ab.layer4[1].bn2.bias, nets[1].layer4[1].bn2.bias)
     if base == 32:
         x = torch.randn(1, 3, 32, 32)
         for net in nets:
@@ -211,7 +208,7 @@ def test_settings_of_packages_that_are_not_here_come_out_inert(tmp_path, monkeyp
         tmp_path / "w.ckpt",
     )
     monkeypatch.undo()
-    found, _ = backbone_of(str(tmp_path / "w.ckpt"))
+    found, *_ = read_backbone(str(tmp_path / "w.ckpt"))
     assert torch.equal(found["conv1.weight"], PLAIN["conv1.weight"])
 
 
@@ -238,39 +235,191 @@ def test_a_malicious_file_is_refused_and_runs_nothing(legacy, tmp_path, monkeypa
     assert not os.path.exists("owned")
 
 
-def test_what_is_wrong_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "saved, net, message",
+    [
+        (
+            BARE,
+            ("resnet18", "cifar"),
+            "conv1.weight is .64, 3, 7, 7., the network's is .64, 3, 3, 3.; set model.backbone",
+        ),
+        (BARE, ("resnet34",), r"has no layer1\.2\.conv1\.weight: it is of another network"),
+        (
+            BARE,
+            ("resnet10",),
+            "which the network has not: it is of a larger model.backbone",
+        ),
+        (
+            {"a": 3},
+            ("resnet10",),
+            "found none, for no key ends with conv1.weight; it holds no tensors by name",
+        ),
+        (
+            {"features.0.weight": torch.ones(3)},
+            ("resnet10",),
+            "its first is 'features.0.weight'",
+        ),
+        (
+            {"net": {"features.0.weight": torch.ones(3)}},
+            ("resnet10",),
+            "its first under 'net' is 'features.0.weight'",
+        ),
+        (
+            {**under("a."), **under("b.")},
+            ("resnet18",),
+            "found more than one: under 'a.', 'b.'",
+        ),
+        ([1, 2], ("resnet10",), "expected one ResNet"),
+        (
+            {**BARE, "bn1.weight": torch.ones(64, dtype=torch.int8)},
+            ("resnet18",),
+            "bn1.weight is of torch.int8, quantised",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(saved, net, message, tmp_path):
     path = str(tmp_path / "w.pt")
+    checkpoint.write(path, saved)
+    with pytest.raises(SystemExit, match=message):
+        load_backbone(path, ResNet(*net))
 
-    def refused(saved, net, message):
-        if saved is not None:
-            checkpoint.write(path, saved)
-        with pytest.raises(SystemExit, match=message):
-            load_backbone(path, net)
 
-    refused(
-        BARE,
-        ResNet("resnet18", "cifar"),
-        "conv1.weight is .64, 3, 7, 7., the network's is .64, 3, 3, 3.; set model.backbone",
-    )
-    refused(BARE, ResNet("resnet34"), r"has no layer1\.2\.conv1\.weight: it is of another network")
-    refused(BARE, ResNet("resnet10"), "which the network has not: it is of a larger model.backbone")
-    refused(
-        {"a": 3},
-        ResNet("resnet10"),
-        "found none, for no key ends with conv1.weight; it holds no tensors by name",
-    )
-    refused(
-        {"features.0.weight": torch.ones(3)}, ResNet("resnet10"), "its first is 'features.0.weight'"
-    )
-    refused(
-        {**under("a."), **under("b.")}, ResNet("resnet18"), "found more than one: under 'a.', 'b.'"
-    )
-    refused([1, 2], ResNet("resnet10"), "expected one ResNet")
+def test_a_damaged_file_and_none(tmp_path):
+    path = str(tmp_path / "w.pt")
+    checkpoint.write(path, BARE)
     with open(path, "r+b") as f:
         f.truncate(os.path.getsize(path) // 2)
-    refused(None, ResNet("resnet18"), "read safely")
+    with pytest.raises(SystemExit, match="read safely"):
+        load_backbone(path, ResNet("resnet18"))
     with pytest.raises(SystemExit, match="does not exist"):
         load_backbone(str(tmp_path / "none.pt"), ResNet("resnet10"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_tensor_that_is_not_finite_is_named(value, dtype, tmp_path):
+    """It was taken in silence, and a learning rate was blamed later."""
+    weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in BARE.items()}
+    weights["layer3.0.conv2.weight"] = weights["layer3.0.conv2.weight"].clone()
+    weights["layer3.0.conv2.weight"][0, 0, 0, 0] = value
+    path = str(tmp_path / "w.pt")
+    torch.save({"state_dict": under("module.encoder_q.", weights)}, path)
+    message = r"w\.pt: layer3\.0\.conv2\.weight of its ResNet holds a NaN or an infinite number"
+    with pytest.raises(SystemExit, match=message):
+        load_backbone(path, ResNet("resnet18"))
+
+
+def test_a_head_that_is_not_finite_is_no_matter(tmp_path):
+    path = str(tmp_path / "w.pt")
+    torch.save({**BARE, "fc.weight": torch.tensor(float("nan"))}, path)
+    load_backbone(path, ResNet("resnet18"))
+
+
+# ---------------------------------------------------------------------------- what it is instead
+
+
+class Small(nn.Module):
+    """A network of a class that nobody else has."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3)
+
+
+def save_legacy(value, path):
+    torch.save(value, path, _use_new_zipfile_serialization=False)
+
+
+def save_torchscript(_, path):
+    torch.jit.trace(nn.Conv2d(3, 4, 3), torch.ones(1, 3, 4, 4)).save(path)
+
+
+def save_bytes(content, path):
+    with open(path, "wb") as f:
+        f.write(content)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "save, value, message",
+    [
+        (torch.save, SOURCE, r"a whole pickled network \('torchvision.models.resnet.ResNet'\)"),
+        (save_legacy, SOURCE, r"a whole pickled network \('torchvision.models.resnet.ResNet'\)"),
+        (torch.save, Small(), r"a whole pickled network \('test_weights.Small'\)"),
+        (
+            torch.save,
+            {"opt": argparse.Namespace(), "model": nn.Linear(2, 2)},
+            r"a whole pickled network \('torch.nn.modules.linear.Linear'\)",
+        ),
+        (save_torchscript, None, "is a TorchScript file.*torch.jit.load"),
+        (
+            save_bytes,
+            b"\n<!DOCTYPE html>\n<html><head></head></html>",
+            "is a web page, not weights",
+        ),
+        (save_bytes, b"version https://git-lfs.github.com/spec/v1\noid ...", "git lfs pull"),
+        (save_bytes, (20).to_bytes(8, "little") + b'{"a": 0}' + bytes(40), "is of safetensors"),
+        (save_bytes, b"", "is empty"),
+        (save_bytes, b"neither", "read safely: torch.save did not write it"),
+        (save_bytes, b"PK\3\4 neither", "read safely"),
+    ],
+)
+def test_other_files_are_named_for_what_they_are(save, value, message, tmp_path):
+    """In one sentence of ours, and not in torch's advice on how to run what they hold."""
+    path = str(tmp_path / "w.pth")
+    save(value, path)
+    with pytest.raises(SystemExit, match=message) as refusal:
+        load_backbone(path, ResNet("resnet10"))
+    assert refusal.value.code.startswith(path)
+    assert not {"\n", "\x1b"} & set(refusal.value.code)
+    assert "weights_only" not in refusal.value.code
+    if "network" in message:
+        assert "torch.save(model.state_dict(), FILE)" in refusal.value.code
+
+
+# ---------------------------------------------------------------------------- wherever it lies
+
+
+def student():
+    return under("module.backbone.", other(), {"module.head.mlp.0.weight": torch.ones(2)})
+
+
+@pytest.mark.parametrize(
+    "saved, key, left",
+    [
+        ({"model_state_dict": BARE, "epoch": 3}, "model_state_dict", None),
+        ({"net": under("module."), "acc": 90.0}, "net", None),
+        ({"weights": BARE}, "weights", None),
+        ({"state": BARE, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}}, "state", None),
+        ({"a": {"b": under("encoder_q.")}}, "a.b", None),
+        ({"student": student(), "teacher": under("backbone.")}, "teacher", "student"),
+        (
+            {"student": {"net": student()}, "teacher": {"net": BARE}},
+            "teacher.net",
+            "student.net",
+        ),
+        ({"model_ema": under("", other()), "net": BARE}, "net", "model_ema"),
+        ({"momentum": {"x": under("", other())}, "net": BARE}, "net", "momentum.x"),
+        ({"small": {"conv1.weight": torch.ones(2)}, "large": BARE}, "large", "small"),
+        ({"other": other(), "state_dict": BARE}, "state_dict", "other"),
+        ({"state_dict": {"unlike": torch.ones(1)}, "net": BARE}, "net", None),
+    ],
+)
+def test_a_state_dict_is_found_under_any_key(saved, key, left, tmp_path):
+    path = str(tmp_path / "w.pth")
+    torch.save(saved, path)
+    found, sentence, _ = read_backbone(path)
+    assert all(torch.equal(found[name], tensor) for name, tensor in BARE.items())
+    assert f"under the key {key!r}; 120 tensors of the ResNet taken" in sentence
+    assert (f"; {left!r} holds a ResNet too, left out" in sentence) == (left is not None)
+    assert sentence.count("too, left out") == (left is not None)
+
+
+def test_a_dictionary_that_holds_itself(tmp_path):
+    saved = {"net": BARE}
+    saved["again"] = saved
+    torch.save(saved, tmp_path / "w.pth")
+    assert "under the key 'net'" in read_backbone(str(tmp_path / "w.pth"))[1]
 
 
 def settings_of_a_run(folder, **loss):
@@ -286,7 +435,9 @@ def settings_of_a_run(folder, **loss):
 
 
 def test_weights_of_other_settings_than_the_runs_are_refused(tmp_path):
-    """backbone.pt and last.pt say with which they were trained; those of before they did, and other people's, are taken."""
+    """backbone.pt and last.pt say with which they were trained; older ones, and other people's, are
+    taken.
+    """
     net, path = ResNet("resnet18"), str(tmp_path / "backbone.pt")
     old = settings_of_a_run(tmp_path)
     save_backbone(path, net, old)
@@ -306,8 +457,9 @@ def test_weights_of_other_settings_than_the_runs_are_refused(tmp_path):
         with pytest.raises(SystemExit) as refusal:
             load_backbone(file, net)
         assert refusal.value.code == (
-            f"{file} was not trained with the settings of {tmp_path}/config.yaml: loss.temperature was 0.07 and is now 0.3; "
-            "finish that run, or move the file to another folder and name it with --weights"
+            f"{file} was not trained with the settings of {tmp_path}/config.yaml: "
+            "loss.temperature was 0.07 and is now 0.3; finish that run, or move the file to "
+            "another folder and name it with --weights"
         )
     os.makedirs(tmp_path / "elsewhere")  # the way out
     os.rename(path, tmp_path / "elsewhere" / "backbone.pt")
@@ -355,19 +507,60 @@ def test_export(tmp_path):
     export("detectron2", str(tmp_path / "d.pkl"), net, "source")
     with open(tmp_path / "d.pkl", "rb") as f:
         saved = pickle.load(f)
-    assert (
-        set(saved) == {"model", "__author__", "matching_heuristics"}
-        and saved["matching_heuristics"] is True
-        and len(saved["model"]) == len(net.state_dict())
-    )
-    assert (
-        saved["model"]["res2.0.conv2.norm.weight"] == net.layer1[0].bn2.weight.detach().numpy()
-    ).all()
-    export("torchvision", str(tmp_path / "t.pt"), net, "source")
-    assert (
-        not torchvision.models.resnet18()
-        .load_state_dict(torch.load(tmp_path / "t.pt", weights_only=True), strict=False)
-        .unexpected_keys
-    )
+    assert set(saved) == {"model", "__author__", "matching_heuristics"}
+    assert saved["matching_heuristics"] is True
+    assert len(saved["model"]) == len(net.state_dict())
+    norm = net.layer1[0].bn2.weight.detach().numpy()
+    assert (saved["model"]["res2.0.conv2.norm.weight"] == norm).all()
+    said = export("torchvision", str(tmp_path / "t.pt"), net, "source")
+    assert "torchvision.models.resnet18() takes it by load_state_dict" in said
+    assert "source does not say how its images were resized and normalised" in said
+    weights = torch.load(tmp_path / "t.pt", weights_only=True)
+    network = torchvision.models.resnet18()
+    assert not network.load_state_dict(weights, strict=False).unexpected_keys
     with pytest.raises(SystemExit, match="CIFAR stem"):
         export("detectron2", str(tmp_path / "d.pkl"), ResNet("resnet18", "cifar"), "source")
+
+
+def test_what_goes_into_no_torchvision_network_says_so(tmp_path):
+    """It was called "for torchvision", where none loads it."""
+    path = str(tmp_path / "t.pt")
+    said = export("torchvision", path, ResNet("resnet18", "cifar"), "source")
+    assert "no network there has its shapes (a 3x3 stem): build models.resnet.ResNet(" in said
+    assert "conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False) and maxpool" in said
+    network = torchvision.models.resnet18()  # as it says
+    network.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    network.maxpool = torch.nn.Identity()
+    network.load_state_dict(torch.load(path, weights_only=True), strict=False)
+
+    narrow = ResNet("resnet18", "imagenet", 16)
+    said = export("torchvision", path, narrow, "source")
+    assert "(16 channels and not 64): build models.resnet.ResNet(BACKBONE, 'imagenet', 16)" in said
+    assert "maxpool" not in said
+    saved = torch.load(path, weights_only=True)
+    ResNet("resnet18", "imagenet", 16).load_state_dict(saved)
+    said = export("torchvision", path, ResNet("resnet10"), "source")
+    assert "(its number of layers): build" in said
+
+
+class Dataset:
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "detectron2"])
+def test_what_is_known_of_the_images_goes_with_the_weights(kind, tmp_path):
+    path, out = str(tmp_path / "backbone.pt"), str(tmp_path / "out.pkl")
+    expected = {"resize": 256, "image_size": 224, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    preprocessing = preprocessing_of(Dataset, 224)
+    assert preprocessing == expected
+    save_backbone(path, ResNet("resnet10"), {"seed": 0}, preprocessing)
+    assert torch.load(path, weights_only=True).preprocessing == expected
+    assert config.read(str(tmp_path / "backbone.preprocessing.yaml")) == expected
+
+    net = ResNet("resnet10")
+    carried = load_backbone(path, net)
+    assert carried == expected
+    assert "does not say" not in export(kind, out, net, path, carried)
+    assert config.read(str(tmp_path / "out.preprocessing.yaml")) == expected
+    if kind == "torchvision":
+        assert torch.load(out, weights_only=True).preprocessing == expected

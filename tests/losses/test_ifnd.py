@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from engine.kmeans import kmeans
 from literal import SWEEP, agrees, contrast, mean_over_queries, nearest
 from torch.nn import functional as F
 
 import losses.ifnd
-from engine.kmeans import kmeans
 from losses.ifnd import IFND
 from losses.nce import NCE
 

@@ -12,11 +12,11 @@ import time
 from tqdm import tqdm
 
 from data.workers import InputLost
+from engine import checkpoint, config, distributed, signals
+from engine.distributed import say
+from engine.log import Log, lines
 
-from . import checkpoint, config, distributed, signals
-from .distributed import say
 from .divergence import DivergenceCheck
-from .log import Log, lines
 
 # Only at every so many steps a process waits for its device, and for the other processes, which
 # must stop at the same step.

@@ -6,12 +6,11 @@ import torch
 
 from data.datasets import load
 from data.loader import Loader
+from engine import config
+from engine.schedule import Schedule, sgd
+from evaluation.features import KNN
 from losses.together import Together
 from models.resnet import Encoder
-
-from . import config
-from .features import KNN
-from .schedule import Schedule, sgd
 
 
 class Datasets(NamedTuple):

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from . import distributed
+from engine import distributed
 
 
 class EpochProgress:

@@ -5,14 +5,24 @@ import sys
 
 import pytest
 import torch
+from processes import run
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_linear
 from data.datasets import ArraySet, load
 from data.shapes import shapes
-from engine import features
-from engine.features import KNN, extract, knn, voters, where_features_fit
+from evaluation import features
+from evaluation.features import (
+    KNN,
+    accuracy_percent,
+    evenly_spaced,
+    extract,
+    knn,
+    mean_per_class_accuracy,
+    voters,
+    where_features_fit,
+)
 from models.resnet import Encoder
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -131,7 +141,137 @@ def test_the_monitor_says_how_many_vote_and_they_do():
     assert few(net) == ten(net)
 
 
+# ---------------------------------------------------------------------------- fewer test images
+
+
+def tiny_encoder():
+    torch.manual_seed(0)
+    return Encoder(backbone="resnet10", stem="cifar", width=8, precision="fp32")
+
+
+def test_a_limit_takes_each_class_by_its_share():
+    in_turn = torch.arange(10).repeat(60)  # every tenth image is of one class
+    skewed = torch.tensor([0] * 500 + [1] * 50 + [2] * 50)
+    for labels, expected in ((in_turn, [6] * 10), (skewed, [50, 5, 5])):
+        rows = evenly_spaced(labels, 60)
+        assert labels[rows].bincount().tolist() == expected
+        assert torch.equal(rows, rows.unique())
+    assert torch.equal(evenly_spaced(skewed, 600), torch.arange(600))
+
+
+def test_the_monitor_asks_of_so_many_test_images_and_says_so(monkeypatch):
+    train, test = (load(part, 0, name="shapes", limit=200) for part in ("train", "test"))
+    asked = []
+    real = features.embeddings
+
+    def embeddings(encoder, dataset, *how):
+        asked.append(len(dataset))
+        return real(encoder, dataset, *how)
+
+    monkeypatch.setattr(features, "embeddings", embeddings)
+    few = KNN(train, test, 32, CPU, 0, limit=60)
+    rows = evenly_spaced(test.labels, 60)
+    alone = KNN(train, test.select(rows), 32, CPU, 0)
+    net = tiny_encoder()
+    assert few(net) == alone(net)
+    assert asked == [200, 60, 200, 60]
+    assert len(test) == 2400  # the set itself is as it was
+    assert str(few) == f"{alone}, asked of 60 of 2400 test images (knn.limit)"
+
+    for limit in (None, 2400, 5000):
+        assert "test images" not in str(KNN(train, test, 32, CPU, 0, limit=limit))
+    with pytest.raises(ValueError, match="knn: limit is 0; it must be above 0, or null"):
+        KNN(train, test, 32, CPU, 0, limit=0)
+    assert not KNN(train, None, 32, CPU, 0, limit=3).possible
+
+
+MONITOR_JOB = """
+import torch
+from data.datasets import load
+from engine import distributed
+from evaluation import features
+from models.resnet import Encoder
+
+device = distributed.start()
+rank = distributed.rank()
+train, test = (load(part, 0, name="shapes", limit=200) for part in ("train", "test"))
+torch.manual_seed(0)
+net = Encoder(backbone="resnet10", stem="cifar", width=8, precision="fp32")
+value = features.KNN(train, test, 32, device, 0, limit=61)(net)
+print("asked", value, flush=True)
+if rank == 1:
+    features.available_bytes = lambda: (10**6, "here")
+features.KNN(train, test, 32, device, 0)(net)
+"""
+
+
+def test_two_processes_ask_of_the_same_images_and_refuse_together(tmp_path):
+    """Where one of them lacks the memory both end, with one sentence."""
+    (tmp_path / "job.py").write_text(MONITOR_JOB)
+    done = run(tmp_path, tmp_path / "job.py", processes=2, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("kNN: the features of 200 training and 2400 test images") == 1
+    train, test = (load(part, 0, name="shapes", limit=200) for part in ("train", "test"))
+    alone = KNN(train, test, 32, CPU, 0, limit=61)(tiny_encoder())
+    told = done.stdout.split()
+    assert told[0] == "asked"
+    assert float(told[1]) == pytest.approx(alone)
+
+
+# ---------------------------------------------------------------------------- per class
+
+
+def test_each_class_counts_alike():
+    labels = torch.tensor([0, 0, 0, 0, 0, 0, 0, 0, 3, 3])
+    predictions = torch.tensor([0, 0, 0, 0, 0, 0, 0, 3, 3, 1])
+    assert accuracy_percent(predictions == labels) == 80.0
+    assert mean_per_class_accuracy(predictions, labels) == round(100 * (7 / 8 + 1 / 2) / 2, 3)
+    assert mean_per_class_accuracy(labels, labels) == 100.0
+    assert mean_per_class_accuracy(labels + 1, labels) == 0.0
+
+
+def test_it_is_scikit_learns_balanced_accuracy():
+    metrics = pytest.importorskip("sklearn.metrics")
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(20, (500,), generator=g) % torch.randint(1, 20, (500,), generator=g)
+    predictions = torch.where(torch.rand(500, generator=g) < 0.5, labels, labels.roll(1))
+    expected = 100 * metrics.balanced_accuracy_score(labels, predictions)
+    assert mean_per_class_accuracy(predictions, labels) == pytest.approx(expected, abs=1e-3)
+
+
 # ---------------------------------------------------------------------------- where they fit
+
+
+def test_the_monitor_refuses_before_it_extracts_what_fits_nowhere(monkeypatch):
+    data = load("train", 0, name="shapes", limit=100)
+    monkeypatch.setattr(features, "available_bytes", lambda: (10**6, "here"))
+    monkeypatch.setattr(features, "extract", lambda *given, **named: pytest.fail("extracts"))
+    monitor = KNN(data, data, 32, CPU, 0, feature="backbone", limit=50)
+    message = (
+        r"kNN: the features of 100 training and 50 test images, 64 numbers an image, need "
+        r"0\.268 GB of memory, but 0\.001 GB are free here; take fewer training images with "
+        r"data\.limit or test images with knn\.limit, train without kNN \(knn\.every=0\)"
+    )
+    net = tiny_encoder().train()
+    before = [buffer.clone() for buffer in net.buffers()]
+    with pytest.raises(SystemExit, match=message) as refusal:
+        monitor(net)
+    assert "\n" not in refusal.value.code
+    assert net.training
+    assert all(map(torch.equal, before, net.buffers()))
+
+
+def test_the_monitor_keeps_features_where_they_fit_and_asks_once(monkeypatch):
+    data = load("train", 0, name="shapes", limit=100)
+    monitor, net, asked = KNN(data, data, 32, CPU, 0), tiny_encoder(), []
+
+    def somewhere(needed, device):
+        asked.append(needed)
+        return CPU, None
+
+    monkeypatch.setattr(features, "where_features_fit", somewhere)
+    assert monitor(net) == monitor(net)
+    assert asked == [4 * 128 * 200 + features.KNN_BYTES]
 
 
 @pytest.mark.parametrize(
@@ -162,9 +302,10 @@ def test_where_features_fit(device, free, free_here, expected, monkeypatch):
     [
         (
             [],
-            r"of 60 training and 2400 test images, 3072 numbers an image \(raw pixels\), need 0\.299 GB "
-            r"of memory, but 0\.001 GB are free here; leave out raw pixels and the untrained encoder "
-            r"with --no-baselines, or take fewer training images with data\.limit, or allow",
+            r"of 60 training and 2400 test images, 3072 numbers an image \(raw pixels\), need "
+            r"0\.299 GB of memory, but 0\.001 GB are free here; leave out raw pixels and the "
+            r"untrained encoder with --no-baselines, or take fewer training images with "
+            r"data\.limit, or allow",
         ),
         (
             ["--no-baselines"],

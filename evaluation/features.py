@@ -1,5 +1,6 @@
-"""Frozen features: extract them, and ask the neighbours."""
+"""Frozen features: extract them, ask the neighbours, and say how often these are right."""
 
+import contextlib
 from typing import Literal
 
 import torch
@@ -9,14 +10,17 @@ from tqdm import tqdm
 from data.datasets import find_obstacle
 from data.loader import in_order
 from data.memory import available_bytes
+from engine import device as devices
+from engine import distributed
 
-from . import device as devices
-from . import distributed
-
-QUERIES = 256  # that are compared with a block of the bank at once
-BLOCK_BYTES = 2**26  # of a block of the bank, and of its similarities to QUERIES queries
-KNN_BYTES = 4 * BLOCK_BYTES  # what kNN needs beside features and answer; see `nearest`
-DEVICE_SHARE = 0.75  # of an accelerator's free memory; the encoder needs some, too
+# Queries that are compared with a block of the bank at once.
+QUERIES = 256
+# A block of the bank has so many bytes, and so have its similarities to QUERIES queries.
+BLOCK_BYTES = 2**26
+# What kNN needs beside features and predictions; see `nearest`.
+KNN_BYTES = 4 * BLOCK_BYTES
+# Of an accelerator's free memory so much is taken for features: the encoder needs some, too.
+DEVICE_SHARE = 0.75
 
 
 # ---------------------------------------------------------------------------- extraction
@@ -52,15 +56,35 @@ def extract(
     return whole.flatten(0, 1)[:n]
 
 
-def embeddings(encoder, dataset, image_size, device, workers, feature="output", what="embeddings"):
-    """extract, from an Encoder in eval mode."""
+@contextlib.contextmanager
+def eval_mode(encoder):
+    """Put an encoder in eval mode meanwhile; nothing is compiled anew for other batches."""
     training = encoder.training
     encoder.eval()
-    # What training compiled, for its batches, is not compiled anew for these.
-    with torch.compiler.set_stance("force_eager"):
-        z = extract(lambda x: encoder(x, feature), dataset, image_size, device, workers, what=what)
-    encoder.train(training)
-    return z
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        encoder.train(training)
+
+
+def embeddings(
+    encoder,
+    dataset,
+    image_size,
+    device,
+    workers,
+    feature="output",
+    what="embeddings",
+    keep_on=None,
+):
+    """`extract`, from a models.resnet.Encoder in eval mode. feature: `output` or `backbone`."""
+
+    def encode(images):
+        return encoder(images, feature)
+
+    with eval_mode(encoder):
+        return extract(encode, dataset, image_size, device, workers, what=what, keep_on=keep_on)
 
 
 def where_features_fit(needed, device):
@@ -85,10 +109,10 @@ def where_features_fit(needed, device):
 
 @torch.no_grad()
 def knn(bank, labels, queries, k, temperature):
-    """Weighted kNN, as InstDisc and MoCo: the k most similar of bank (n, F) vote for their labels
-    (n,), with weight e^{similarity / T}.
+    """Predict the classes (m,) of queries (m, F) by weighted kNN, as InstDisc and MoCo.
 
-    Both sets are made unit length. -> predicted classes (m,) of queries (m, F).
+    The k most similar of bank (n, F) vote for their labels (n,), with weight e^{similarity / T}.
+    Both sets are made unit length.
 
     Computed on the labels' device, wherever bank and queries are kept. All processes call it, with
     the same arguments, and share the queries out. The memory it needs: see `nearest`.
@@ -96,17 +120,18 @@ def knn(bank, labels, queries, k, temperature):
     m, world, rank = len(queries), distributed.world_size(), distributed.rank()
     each = -(-m // world)
     rows = slice(rank * each, (rank + 1) * each)
-    own = queries[rows]
-    if len(own) < each:  # the last process repeats the last query; that is dropped at the end
-        own = torch.cat([own, queries[-1:].expand(each - len(own), -1)])
+    local_queries = queries[rows]
+    missing = each - len(local_queries)
+    if missing:  # the last process repeats the last query; that is dropped at the end
+        local_queries = torch.cat([local_queries, queries[-1:].expand(missing, -1)])
     classes = int(labels.max()) + 1
-    answer = []
-    for similarity, neighbours in nearest(bank, own, min(k, len(bank)), labels.device):
+    predictions = []
+    for similarity, neighbours in nearest(bank, local_queries, min(k, len(bank)), labels.device):
         votes = torch.zeros(len(similarity), classes, device=labels.device)
         # The nearest has weight 1: e^{1 / T} itself is infinite from T = 0.011 on down.
         weight = ((similarity - similarity[:, :1]) / temperature).exp()
-        answer.append(votes.scatter_add_(1, labels[neighbours], weight).argmax(1))
-    return distributed.gather(torch.cat(answer))[:m]
+        predictions.append(votes.scatter_add_(1, labels[neighbours], weight).argmax(1))
+    return distributed.gather(torch.cat(predictions))[:m]
 
 
 def nearest(bank, queries, k, device):
@@ -143,20 +168,39 @@ def voters(k, n):
     return min(k, max(1, n // 10))
 
 
-def percent(right):
+def accuracy_percent(right):
     """The share of True in a tensor of bool, in %."""
     return round(100 * right.float().mean().item(), 3)
 
 
+def mean_per_class_accuracy(predictions, labels):
+    """The accuracy of each class, averaged over the classes, in %.
+
+    The protocol of aircraft, caltech101, flowers and pets in the papers on transfer (Kornblith,
+    Shlens, Le; CVPR 2019; arXiv 1805.08974), whose test sets have classes of unlike sizes.
+
+    Args:
+        predictions: (m,) predicted classes.
+        labels: (m,) true classes. A class that none of them is of does not count.
+    """
+    images = labels.bincount()  # (classes,)
+    right = labels[predictions == labels].bincount(minlength=len(images))
+    there = images > 0
+    return round(100 * (right[there].double() / images[there]).mean().item(), 3)
+
+
+# ---------------------------------------------------------------------------- during training
+
+
 class KNN:
-    """Top-1 of weighted kNN on the test set, the training set as its bank, both without
-    augmentation.
+    """Top-1 of weighted kNN on the test set, its bank the training set, neither augmented.
 
     every: how many epochs apart in pre-training (and at the start and the end); 0 is never.
     k: how many neighbours vote; of fewer than 10 k training images a tenth do, at least 1.
     temperature: see `knn`.
     feature: `output`, the unit vectors, as moco's CIFAR notebook; or `backbone`, the pooled
         features.
+    limit: at most so many test images in pre-training, evenly spaced over the classes; null: all.
     """
 
     def __init__(
@@ -171,31 +215,65 @@ class KNN:
         k: int = 200,
         temperature: float = 0.1,
         feature: Literal["output", "backbone"] = "output",
+        limit: int | None = None,
     ):
         if every < 0 or k < 1 or temperature <= 0:
             raise ValueError(
                 f"knn: every {every} must be at least 0, k {k} at least 1, "
                 f"temperature {temperature} above 0"
             )
-        self.train, self.test, self.how = train, test, (image_size, device, workers)
+        if limit is not None and limit < 1:
+            raise ValueError(
+                f"knn: limit is {limit}; it must be above 0, or null for all test images"
+            )
+        self.train, self.test = train, test
+        self.image_size, self.device, self.workers = image_size, device, workers
         self.every, self.k, self.temperature, self.feature = every, k, temperature, feature
         self.voters = voters(k, len(train))
         self.obstacle = find_obstacle(train, test)
         self.possible = self.obstacle is None
+        self.keep_on = None  # where the features are kept, once that was asked
+        self.n_test = len(test) if self.possible else 0
+        if self.possible and limit is not None and limit < self.n_test:
+            self.test = test.select(evenly_spaced(test.labels, limit))
 
     def due(self, epoch, epochs):
         """After `epoch` epochs of `epochs`?"""
         return self.possible and self.every > 0 and (epoch % self.every == 0 or epoch == epochs)
 
     def __call__(self, encoder):
-        """-> percent."""
-        bank, queries = (
-            embeddings(encoder, part, *self.how, self.feature, "kNN")
-            for part in (self.train, self.test)
-        )
-        labels, truth = self.train.labels.to(bank.device), self.test.labels.to(bank.device)
+        """Ask the neighbours. -> top-1 in %. All processes call it."""
+        if self.keep_on is None:
+            self.keep_on = self.choose_memory(encoder)
+        how = self.image_size, self.device, self.workers, self.feature, "kNN", self.keep_on
+        bank = embeddings(encoder, self.train, *how)
+        queries = embeddings(encoder, self.test, *how)
+        labels, truth = self.train.labels.to(self.device), self.test.labels.to(self.device)
         right = knn(bank, labels, queries, self.voters, self.temperature) == truth
         return 100 * right.float().mean().item()
+
+    @torch.no_grad()
+    def choose_memory(self, encoder):
+        """The device that the features are kept on. All processes call it.
+
+        Raises:
+            SystemExit: before anything is extracted, where the features fit nowhere.
+        """
+        image = torch.zeros(1, 3, self.image_size, self.image_size, device=self.device)
+        with eval_mode(encoder):
+            width = encoder(image, self.feature).shape[1]
+        needed = 4 * width * (len(self.train) + len(self.test)) + KNN_BYTES
+        keep_on, lacking = where_features_fit(needed, self.device)
+        problem = None
+        if lacking is not None:
+            problem = (
+                f"kNN: the features of {len(self.train)} training and {len(self.test)} test "
+                f"images, {width} numbers an image, need {needed / 1e9:.3g} GB of memory, but "
+                f"{lacking}; take fewer training images with data.limit or test images with "
+                "knn.limit, train without kNN (knn.every=0), or allow more memory"
+            )
+        distributed.agree(problem)
+        return keep_on
 
     def neighbours(self):
         """How many vote, in words."""
@@ -207,7 +285,24 @@ class KNN:
         )
 
     def __str__(self):
-        return (
+        words = (
             f"weighted kNN, {self.neighbours()}, T {self.temperature}, on the {self.feature} "
             f"of {len(self.train)} training images"
         )
+        if self.possible and len(self.test) < self.n_test:
+            words += f", asked of {len(self.test)} of {self.n_test} test images (knn.limit)"
+        return words
+
+
+def evenly_spaced(labels, limit):
+    """Choose `limit` of n images, each class by its share of them, the same on every process.
+
+    Args:
+        labels: (n,) classes.
+        limit: at most n.
+
+    Returns:
+        (limit,) sorted rows.
+    """
+    by_class = labels.cpu().argsort(stable=True)  # a data set may list its classes in turn
+    return by_class[torch.arange(limit) * len(labels) // limit].sort().values

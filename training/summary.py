@@ -4,12 +4,11 @@ import math
 import os
 import shlex
 
+from engine import config, distributed
+from engine.distributed import say
+from engine.log import lines
+from engine.weights import preprocessing_of, save_backbone
 from losses.diagnostics import chance
-
-from . import config, distributed
-from .distributed import say
-from .log import lines
-from .weights import save_backbone
 
 # Two images have a cosine of 1 - spread^2 on average: 0.9975. A first epoch has about 0.99.
 COLLAPSED = 0.05
@@ -94,20 +93,22 @@ def warn_of_replaced_images(loader):
         say(f"WARNING: {problem}")
 
 
-def finish(run, cfg, encoder, knn_obstacle, file, overrides):
+def finish(run, cfg, encoder, dataset, knn_obstacle, args):
     """Write backbone.pt, and say what came out and how to go on. Only the first process does.
 
     Args:
+        dataset: that was trained on, whose normalisation the weights want.
         knn_obstacle: why the run's data allow no evaluation, or None.
-        file, overrides: of the command line.
+        args: of the command line.
     """
     if not distributed.is_main():
         return
     path = os.path.join(run.folder, "backbone.pt")
-    save_backbone(path, encoder.backbone, cfg)
+    preprocessing = preprocessing_of(dataset, cfg["data"]["image_size"])
+    save_backbone(path, encoder.backbone, cfg, preprocessing)
     say(knn_summary(lines(run.log.path)), end="")
     say(f"{path}: the encoder, torchvision's keys")
-    say(f"next: {probe_command(cfg, knn_obstacle, file, overrides)}")
+    say(f"next: {probe_command(cfg, knn_obstacle, args.cfg, args.overrides)}")
 
 
 def knn_summary(log):

@@ -1,14 +1,16 @@
-"""VOC2007's classification: its average precision, and the SVMs on features whose answer is known."""
+"""VOC2007's classification: its average precision, and SVMs on features of a known answer."""
 
 import numpy as np
 import pytest
 import torch
 
-from engine.svm import average_precision, svm
+from evaluation.svm import average_precision, svm
 
 
 def literal(scores, positive):
-    """For each right answer, walked through in order of score: the best precision at its recall or a higher one; their mean."""
+    """Walk through the right answers in order of score: the mean of the best precision at the
+    recall of each or a higher one.
+    """
     order = np.argsort(-scores, kind="stable")
     hits = positive[order]
     precision = [hits[: i + 1].sum() / (i + 1) for i in range(len(hits))]
@@ -24,7 +26,9 @@ def test_it_is_the_area_under_the_monotone_curve():
 
 
 def test_it_equals_scikit_learns_where_precision_only_falls():
-    """There the best precision at a recall or higher is the precision itself, and the two definitions agree; elsewhere ours is above."""
+    """There the best precision at a recall or higher is the precision itself, and both definitions
+    agree; elsewhere ours is above.
+    """
     metrics = pytest.importorskip("sklearn.metrics")
     rng, agreed = np.random.default_rng(1), 0
     for right_first in range(1, 12):

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from . import distributed
+from engine import distributed
 
 
 class DivergenceCheck:
