@@ -61,6 +61,14 @@ OWN = {  # what of the log belongs in one panel, by the words before a comma
     "pairs of one cluster, %": ("accepted %", "precision %", "recall %"),
     "Var(q k)": ("Var(q k)",),
 }
+# What --own does not draw, beside what is in OWN: what every run logs, and settings over time.
+# Whatever else a loss logs has a panel of its own.
+NOT_OWN = {
+    *("epoch", "loss", "chance", "spread", "K", "positive", "used %", "knn"),
+    *("lr", "seconds", "images/s", "data wait", "hardware"),
+    *("inner %", "outer %", "lambda", "oracle", "removed %", "attracted %"),
+    *("mixed share of partition %", "NMI"),
+}
 HOSTS = ("ir", "cmc", "moco", "simclr")  # the papers' order of rows
 
 
@@ -902,14 +910,18 @@ def draw(runs, path):
 
 
 def draw_own(runs, path):
-    """A panel for each method and family of OWN: mean over the seeds, and a band of one standard deviation."""
+    """A panel for each method and family of OWN, and for each other figure that a method logs.
+
+    Drawn are the mean over the seeds, and a band of one standard deviation.
+    """
     Figure, _ = matplotlib("--own")
+    known = NOT_OWN.union(*OWN.values())
     panels = []  # (title, family, {key: curve})
     for group in trained(run for run in runs if losses(run.cfg) != "nce"):
-        for family, names in OWN.items():
-            keys = dict.fromkeys(
-                key for line in group[0].log for key in line if key.split(",")[0] in names
-            )
+        logged = dict.fromkeys(key for line in group[0].log for key in line)
+        others = {name: (name,) for name in map(figure_name, logged) if name not in known}
+        for family, names in (OWN | others).items():
+            keys = [key for key in logged if figure_name(key) in names]
             curves = {key: found for key in keys if any((found := curve(group, key))[1])}
             if len(curves) > family.startswith(
                 "of the query's"
@@ -931,6 +943,11 @@ def draw_own(runs, path):
     for axis in axes[len(panels) :]:
         axis.axis("off")
     page.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def figure_name(key):
+    """The name of a loss's figure: "precision %" of "ifnd: precision %, k=30"."""
+    return key.split(": ")[-1].split(",")[0]
 
 
 def matplotlib(option):

@@ -13,10 +13,12 @@ Batch size and learning rate are global, for all processes together; nothing is 
 """
 
 import contextlib
+import functools
 import math
 import os
 import shlex
 import time
+import warnings
 
 from engine import config
 
@@ -51,6 +53,7 @@ from engine.log import Log, lines
 from engine.place import Place
 from engine.schedule import Schedule, sgd
 from engine.weights import save_backbone
+from losses import diagnostics
 from losses.together import Together
 from models.resnet import Encoder
 
@@ -68,8 +71,14 @@ def main():
         run(args, cfg, device, folder)
 
 
+def say_warning(message, *_):
+    """Show a warning as one sentence, on one process."""
+    say(message)
+
+
 def run(args, cfg, device, folder):
     """Training, in a folder that is this run's alone."""
+    warnings.showwarning = say_warning
     main_process = distributed.is_main()
     build = lambda target, section, **given: config.build(
         target, cfg[section], f"{args.cfg}: {section}", **given
@@ -113,6 +122,12 @@ def run(args, cfg, device, folder):
         if len(losses) == 1
         else config.build(Together, {}, f"{args.cfg}: loss", losses=losses)
     )
+    for one in losses:
+        if hasattr(one, "progress"):  # IFND's clusters take a while
+            one.progress = functools.partial(
+                tqdm, leave=False, disable=None if main_process else True
+            )
+    labels = None if pretrain.labels is None else pretrain.labels.to(device)
     host, loss_fn = host.to(device), loss_fn.to(device)
     model = distributed.wrap(encoder, device)
     if args.compile:
@@ -280,21 +295,14 @@ def run(args, cfg, device, folder):
                     else contextlib.nullcontext()
                 ):
                     contrasts = host(model, some, rows)  # who is contrasted with whom
-                    results = [loss_fn(contrast, now) for contrast in contrasts]  # how
-                    loss = sum(value for value, _ in results)
+                    outputs = [loss_fn(contrast, now) for contrast in contrasts]  # how
+                    loss = sum(output.loss for output in outputs)
                     scaler.scale(loss / parts).backward()
 
                 with torch.no_grad():  # figures stay on the device: nothing here waits for it
-                    q = contrasts[0].query  # spread: 1 when all over the sphere, 0 when collapsed
-                    figures = {
-                        "loss": loss.detach(),
-                        "spread": q.std(0).mean() * q.shape[1] ** 0.5,
-                        "contrasts": len(contrasts),
-                    }
-                    figures |= {
-                        name: sum(f[name] for _, f in results) / len(results)
-                        for name in results[0][1]
-                    }
+                    figures = diagnostics.step_diagnostics(
+                        loss_fn, contrasts, outputs, loss, labels, now
+                    )
                     for name, value in figures.items():
                         total[name] = total.get(name, 0) + value / (steps * parts)
             scaler.step(optimizer)
@@ -335,9 +343,12 @@ def run(args, cfg, device, folder):
         )
         summed = round(figures.pop("contrasts"))  # CMC: two losses
         scale = summed * getattr(loss_fn, "scale", 1.0)  # base_temperature
-        chance = ("" if scale == 1 else f"{scale:.3g} ") + "log(K+1)"
+        chance = summed * diagnostics.chance(loss_fn, figures["K"])
+        words = ("" if scale == 1 else f"{scale:.3g} ") + "log(K+1) = "
+        if hasattr(loss_fn, "chance"):
+            words = ""
         figures |= {
-            "chance": scale * math.log(figures["K"] + 1),
+            "chance": chance,
             "lr": schedule(epoch + (steps - 1) / steps),
             "seconds": seconds,
             "images/s": steps * loader.batch / seconds,
@@ -347,7 +358,7 @@ def run(args, cfg, device, folder):
             with say_what_is_kept(kept_and_how_on):
                 figures["knn"] = monitor(encoder)
         say(
-            f"epoch {epoch + 1:3d}/{epochs}  loss {figures['loss']:.3f} (chance: {chance} = {figures['chance']:.3f})  lr {figures['lr']:.4f}  "
+            f"epoch {epoch + 1:3d}/{epochs}  loss {figures['loss']:.3f} (chance: {words}{figures['chance']:.3f})  lr {figures['lr']:.4f}  "
             f"{seconds:.1f} s, {figures['images/s']:.0f} images/s"
             + (f"  kNN {figures['knn']:.1f} %" if "knn" in figures else "")
         )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .base import (
     NEG_INF,
     Contrast,
+    Figures,
     Negatives,
     Output,
     positive_similarity,
@@ -21,7 +22,7 @@ from .base import (
     valid_candidates,
 )
 
-# Figures are of so many queries of a batch: a pass over all of them would cost as much as the loss.
+# Figures are of so many queries of a batch: all of them would cost as much as the loss.
 QUERIES = 32
 
 
@@ -63,7 +64,7 @@ def step_diagnostics(
 
 def contrast_diagnostics(
     loss_fn: nn.Module, contrast: Contrast, output: Output, labels: Tensor | None, epoch: float
-) -> dict[str, Tensor | float]:
+) -> Figures:
     """Compute the figures that all losses have, and those of the loss's own `diagnostics`.
 
     Returns:
@@ -122,9 +123,10 @@ def candidate_diagnostics(
     return figures
 
 
-def percentage(part: Tensor, whole: Tensor) -> Tensor:
-    """Return how many are true in part, in percent of those in whole; 0 if there are none."""
-    return 100 * part.sum() / whole.sum().clamp(min=1)
+def percentage(part: Tensor, whole: Tensor | None = None) -> Tensor:
+    """Return how many are true in part, in percent of those in whole (None: of all)."""
+    n_whole = whole.sum().clamp(min=1) if whole is not None else max(1, part.numel())
+    return 100 * part.sum() / n_whole
 
 
 def chance(loss_fn: nn.Module, K: float) -> float:

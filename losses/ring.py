@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .base import (
     NEG_INF,
     Contrast,
+    Figures,
     Negatives,
     Output,
     info_nce,
@@ -96,7 +97,7 @@ class Ring(nn.Module):
 
     def diagnostics(
         self, contrast: Contrast, output: Output, labels: Tensor | None, epoch: float
-    ) -> dict[str, Tensor | float]:
+    ) -> Figures:
         """Return the bounds of the ring, in percent of the candidates and as similarities."""
         inner, outer = self.percentiles(epoch)
         s = output.chosen.similarity  # (..., N, r)

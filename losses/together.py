@@ -17,7 +17,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .base import NEG_INF, Contrast, Negatives, Output, info_nce, positive_similarity, similarity
+from .base import (
+    NEG_INF,
+    Contrast,
+    Figures,
+    Negatives,
+    Output,
+    info_nce,
+    positive_similarity,
+    similarity,
+)
 from .checks import check_list
 from .diagnostics import candidate_diagnostics
 
@@ -80,7 +89,7 @@ class Together(nn.Module):
 
     def diagnostics(
         self, contrast: Contrast, output: Output, labels: Tensor | None, epoch: float
-    ) -> dict[str, Tensor | float]:
+    ) -> Figures:
         """Return the figures of each method; of those that choose negatives by "name: figure".
 
         Their shares are of what those before them left.
@@ -100,7 +109,7 @@ class Together(nn.Module):
 
     def member_diagnostics(
         self, name: str, contrast: Contrast, output: Output, labels: Tensor | None, epoch: float
-    ) -> dict[str, Tensor | float]:
+    ) -> Figures:
         """Return the figures of a method that chooses negatives."""
         loss_fn = self.losses[name]
         figures = candidate_diagnostics(contrast, output.chosen, labels)
