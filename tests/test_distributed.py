@@ -29,7 +29,7 @@ def two(tmp_path_factory):
         from data.shapes import shapes
         from engine import distributed
         from engine.features import extract, knn
-        from engine.kmeans import kmeans
+        from losses.kmeans import kmeans
         device = distributed.start()
         r = distributed.rank()
         images, labels = map(torch.from_numpy, shapes(21))

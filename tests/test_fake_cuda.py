@@ -32,7 +32,7 @@ from data.datasets import ArraySet
 from data.loader import Loader
 from engine import checkpoint, distributed
 from engine.features import KNN, knn
-from engine.kmeans import kmeans
+from losses.kmeans import kmeans
 from losses.partition import LogPartition
 from models.cmc import CMC
 from models.ir import IR
