@@ -15,7 +15,8 @@ for epoch in range(6):
     for index in torch.randperm(256).split(64):
         views = [images[index] + 0.1 * torch.randn(64, 32) for _ in range(2)]
         q, k = F.normalize(encoder(views[0])), F.normalize(key_encoder(views[1]))  # (N, D) each
-        contrast = Contrast(q, k[:, None], k, index, index, self_index=torch.arange(64))
+        own = torch.arange(64)  # a query's own key is no negative of it
+        contrast = Contrast(q, k[:, None], k, index, index, self_index=own)
         loss = loss_fn(contrast, float(epoch)).loss
         optimizer.zero_grad()
         loss.backward()

@@ -73,14 +73,21 @@ def contrast_diagnostics(
     """
     contrast = first_queries(contrast)
     output = first_of_output(loss_fn, contrast, output, epoch)
-    figures = {
+    return {
         "K": negatives_per_query(output),
         "positive": positive_similarity(contrast).mean(),
         **candidate_diagnostics(contrast, output.chosen, labels),
+        **own_diagnostics(loss_fn, contrast, output, labels, epoch),
     }
-    if hasattr(loss_fn, "diagnostics"):
-        figures |= loss_fn.diagnostics(contrast, output, labels, epoch)
-    return figures
+
+
+def own_diagnostics(
+    loss_fn: nn.Module, contrast: Contrast, output: Output, labels: Tensor | None, epoch: float
+) -> Figures:
+    """Return what the loss's own `diagnostics` says, if it has one."""
+    if not hasattr(loss_fn, "diagnostics"):
+        return {}
+    return loss_fn.diagnostics(contrast, output, labels, epoch)
 
 
 def negatives_per_query(output: Output) -> Tensor:
