@@ -69,6 +69,14 @@ OWN_FIGURES = {
     "pairs of one cluster, %": ("accepted %", "precision %", "recall %"),
     "Var(q k)": ("Var(q k)",),
 }
+# What --own does not draw beside OWN_FIGURES: what every run logs, and settings over time.
+# Whatever else a loss logs has a panel of its own.
+NOT_OWN = {
+    *("epoch", "loss", "chance", "spread", "K", "positive", "used %", "knn", "knn voters"),
+    *("lr", "seconds", "images/s", "data wait", "hardware"),
+    *("inner %", "outer %", "lambda", "oracle", "removed %", "attracted %"),
+    *("mixed share of partition %", "NMI"),
+}
 # The papers' order of rows.
 HOSTS = ("ir", "cmc", "moco", "simclr")
 
@@ -1063,13 +1071,13 @@ def draw_own(path, runs):
     """
     Figure, _ = matplotlib("--own")
     panels = []  # (title, family, {key: curve})
+    known = NOT_OWN.union(*OWN_FIGURES.values())
     for group in by_seed([run for run in trained(runs) if losses(run.cfg) != "nce"]):
         title = f"{method(group[0].cfg)}, {group[0].done} epochs"
-        for family, names in OWN_FIGURES.items():
-            keys = dict.fromkeys(
-                key for line in group[0].log for key in line if key.split(",")[0] in names
-            )
-            curves = {key: curve(group, key) for key in keys}
+        logged = dict.fromkeys(key for line in group[0].log for key in line)
+        others = {name: (name,) for name in map(figure_name, logged) if name not in known}
+        for family, names in (OWN_FIGURES | others).items():
+            curves = {key: curve(group, key) for key in logged if figure_name(key) in names}
             curves = {key: points for key, points in curves.items() if any(points[1])}
             # A lone share of false negatives is the classes' own.
             at_least = 2 if family.startswith("of the query's") else 1
@@ -1092,6 +1100,11 @@ def draw_own(path, runs):
     for axis in axes[len(panels) :]:
         axis.axis("off")
     page.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def figure_name(key):
+    """The name of a loss's figure: "precision %" of "ifnd: precision %, k=30"."""
+    return key.split(": ")[-1].split(",")[0]
 
 
 def matplotlib(option):

@@ -71,7 +71,7 @@ def pretrain(run, build, args, cfg, device):
     torch.manual_seed(cfg["seed"])  # the same weights, bank and queue in every process
     data = build.datasets(device)
     say_if_dark(data.pretrain)
-    labels = data.pretrain.labels  # for the log, and for MoCHi's oracle
+    labels = data.labels(device)  # for the log alone
     encoder, host = build.host(data.pretrain, device)
     loss_fn = build.loss(data.pretrain, host, device)
     model = distributed.wrap(encoder, device)

@@ -3,14 +3,15 @@
     python benchmarks/kmeans.py              some minutes of one CPU core, or less on a GPU
     python benchmarks/kmeans.py --small      the same tables of small data, in seconds
 
-The start (engine/kmeans.py) stands beside random rows, beside greedy k-means++ on all rows, which
-it replaces and which is kept here, and beside faiss where that is installed. On a CPU the seconds
-are those that the process spent computing, so that a busy machine hardly changes them. All cases
-take turns; medians are printed. Growth in the number of rows and clusters is fitted to these
+The start (losses/kmeans/start.py) stands beside random rows, beside greedy k-means++ on all rows,
+which it replaces and which is kept here, and beside faiss where that is installed. On a CPU the
+seconds are those that the process spent computing, so that a busy machine hardly changes them. All
+cases take turns; medians are printed. Growth in the number of rows and clusters is fitted to these
 medians, and carries them to 1,281,167 rows.
 """
 
 import argparse
+import functools
 import itertools
 import math
 import os
@@ -24,7 +25,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from engine import kmeans
+from losses.kmeans import lloyd, start
+from losses.kmeans.rows import Points
 
 try:
     import faiss
@@ -74,7 +76,7 @@ def smooth(n, seed=0):
 
 
 def greedy_rows(points, k, generator):
-    """Greedy k-means++ on all rows, as scikit-learn's: k passes, one after the other. -> rows (k,)
+    """Return rows (k,) by greedy k-means++ on all rows, as scikit-learn's: k passes in turn.
 
     Each new centroid is, of a few rows drawn by squared distance, the one that helps most.
     """
@@ -104,7 +106,7 @@ def clock(device):
 
 
 def measure(work, device):
-    """-> what work() returns, and its seconds."""
+    """Return what work() returns, and its seconds."""
     began = clock(device)
     result = work()
     return result, clock(device) - began
@@ -116,47 +118,50 @@ def time_sizes(sizes, rounds, device):
     data = {n: grouped(n, 1000).to(device) for n, _ in sizes}
     for turn in tqdm(range(rounds + 1), "rounds", leave=False):
         for n, k in sizes:
-            points = kmeans.Points(data[n], k)
+            points = Points(data[n], k)
             generator = torch.Generator().manual_seed(turn)
-            rows, start = measure(lambda: kmeans.plus_plus_rows(points, k, generator), device)
-            centroids = points.take(rows)
-
-            def iterate():
-                _, distance, sums, counts, _ = kmeans.assign(points, centroids)
-                return kmeans.centre(points, distance, sums, counts)
-
-            _, iteration = measure(iterate, device)
+            choose = functools.partial(start.plus_plus_rows, points, k, generator)
+            rows, of_start = measure(choose, device)
+            iterate = functools.partial(iterate_once, points, points.take(rows))
+            _, of_iteration = measure(iterate, device)
             # The first round warms up.
             if turn:
-                seconds[n, k][0].append(start)
-                seconds[n, k][1].append(iteration)
+                seconds[n, k][0].append(of_start)
+                seconds[n, k][1].append(of_iteration)
     return {size: tuple(map(statistics.median, both)) for size, both in seconds.items()}
 
 
+def iterate_once(points, centroids):
+    """Return the centroids after one of Lloyd's iterations."""
+    _, distance, sums, counts, _ = lloyd.assign(points, centroids)
+    return lloyd.centre(points, distance, sums, counts)
+
+
 def fit(sizes, seconds):
-    """Least squares of log t = log a + p log rows + q log k. -> (a, p, q)"""
+    """Fit log t = log a + p log rows + q log k by least squares. -> a, p, q."""
     left = np.array([[1, math.log(rows), math.log(k)] for rows, k in sizes])
     log_a, p, q = np.linalg.lstsq(left, np.log(seconds), rcond=None)[0]
     return math.exp(log_a), p, q
 
 
 def print_sizes(table):
+    """Print the first table."""
     print(f"{'n':>10}{'k':>8}{'m':>10}{'start, s':>12}{'Lloyd, s':>12}{'start / Lloyd':>16}")
-    for (n, k), (start, iteration) in table.items():
+    for (n, k), (of_start, of_iteration) in table.items():
         print(
-            f"{n:10,}{k:8,}{kmeans.sample_size(n, k):10,}{start:12.4f}{iteration:12.4f}"
-            f"{start / iteration:16.2f}"
+            f"{n:10,}{k:8,}{start.sample_size(n, k):10,}{of_start:12.4f}{of_iteration:12.4f}"
+            f"{of_start / of_iteration:16.2f}"
         )
 
 
 def print_growth(table, is_small):
     """The exponents, and what they say of ImageNet, where they do not come from small sizes."""
     starts, iterations = zip(*table.values())
-    a, p, q = fit([(kmeans.sample_size(n, k), k) for n, k in table], starts)
+    a, p, q = fit([(start.sample_size(n, k), k) for n, k in table], starts)
     b, r, s = fit(list(table), iterations)
     print(
-        f"\na start grows as m^{p:.2f} k^{q:.2f}, of a sample of m = max({kmeans.SAMPLE_ROWS} k, "
-        f"n / {kmeans.SAMPLE_PART}, {kmeans.SAMPLE_LEAST}) rows\n"
+        f"\na start grows as m^{p:.2f} k^{q:.2f}, of a sample of m = max({start.SAMPLE_ROWS} k, "
+        f"n / {start.SAMPLE_PART}, {start.SAMPLE_LEAST}) rows\n"
         f"a Lloyd iteration grows as n^{r:.2f} k^{s:.2f}"
     )
     if is_small:
@@ -164,14 +169,17 @@ def print_growth(table, is_small):
         return
     carried = {}
     for k in LEVELS:
-        m = kmeans.sample_size(IMAGENET, k)
+        m = start.sample_size(IMAGENET, k)
         carried[k] = a * m**p * k**q, b * IMAGENET**r * k**s
-        start, iteration = carried[k]
+        of_start, of_iteration = carried[k]
         print(
-            f"carried to n = {IMAGENET:,}, k = {k:,} (m = {m:,}): start {start:.1f} s, Lloyd "
-            f"{iteration:.1f} s, ratio {start / iteration:.2f}"
+            f"carried to n = {IMAGENET:,}, k = {k:,} (m = {m:,}): start {of_start:.1f} s, Lloyd "
+            f"{of_iteration:.1f} s, ratio {of_start / of_iteration:.2f}"
         )
-    total = sum(RESTARTS * (start + (ITERATIONS + 1) * lloyd) for start, lloyd in carried.values())
+    total = sum(
+        RESTARTS * (of_start + (ITERATIONS + 1) * of_iteration)
+        for of_start, of_iteration in carried.values()
+    )
     print(
         f"all {len(LEVELS)} levels, {RESTARTS} restarts of {ITERATIONS} iterations, by this one "
         f"process: {total / 3600:.1f} h"
@@ -180,10 +188,9 @@ def print_growth(table, is_small):
 
 def run_ours(x, k, seed, rows_of):
     """-> centroids, clusters: one restart of our Lloyd iterations from the rows of a start."""
-    points = kmeans.Points(x, k)
+    points = Points(x, k)
     rows = rows_of(points, k, torch.Generator().manual_seed(seed))
-    bar = tqdm(total=ITERATIONS + 1, disable=True)
-    _, centroids, labels = kmeans.lloyd(points, points.take(rows), ITERATIONS, bar)
+    _, centroids, labels = lloyd.lloyd(points, points.take(rows), ITERATIONS)
     return centroids + points.mean, labels
 
 
@@ -204,14 +211,14 @@ def run_faiss(x, k, seed):
 def compare_starts(n, k, rounds, device):
     """Print objective and seconds of a run, of each start, on data with groups and without."""
     methods = {
-        "greedy k-means++, all rows": lambda x, seed: run_ours(x, k, seed, greedy_rows),
-        "k-means++ on a sample": lambda x, seed: run_ours(x, k, seed, kmeans.plus_plus_rows),
-        "random rows": lambda x, seed: run_ours(x, k, seed, kmeans.random_rows),
+        "greedy k-means++, all rows": functools.partial(run_ours, rows_of=greedy_rows),
+        "k-means++ on a sample": functools.partial(run_ours, rows_of=start.plus_plus_rows),
+        "random rows": functools.partial(run_ours, rows_of=start.random_rows),
     }
     if faiss is None:
         print("\nfaiss is not installed, so its row is left out: pip install faiss-cpu")
     else:
-        methods["faiss, random rows"] = lambda x, seed: run_faiss(x, k, seed)
+        methods["faiss, random rows"] = run_faiss
     sets = {f"{groups:,} groups": grouped(n, groups) for groups in (k // 5, k, 2 * k)}
     sets["no groups"] = smooth(n)
     print(
@@ -222,7 +229,7 @@ def compare_starts(n, k, rounds, device):
     for seed in range(rounds):
         for (name, run), (kind, x) in itertools.product(methods.items(), sets.items()):
             x = x.to(device)
-            (centroids, labels), seconds = measure(lambda: run(x, seed), device)
+            (centroids, labels), seconds = measure(functools.partial(run, x, k, seed), device)
             objective = (x - centroids[labels]).double().square().sum().item()
             found.setdefault((name, kind), []).append((objective, seconds))
     means = {case: np.mean(runs, 0) for case, runs in found.items()}
@@ -250,24 +257,25 @@ def print_gpus():
     )
     total = 0
     for k in LEVELS:
-        m = kmeans.sample_size(IMAGENET, k)
-        start = 6 * (2 * m * k * DIM / flops + 8 * m * k / memory)
+        m = start.sample_size(IMAGENET, k)
+        of_start = 6 * (2 * m * k * DIM / flops + 8 * m * k / memory)
         product = 2 * IMAGENET * k * DIM / flops + 8 * IMAGENET * k / memory
         iteration = product / GPUS
         products = RESTARTS * (ITERATIONS + 1) + 1
-        level = start + products * iteration
+        level = of_start + products * iteration
         total += level
         print(
             f"k = {k:6,}: start 6 x (2 x {m:,} x {k:,} x {DIM} FLOPs, 8 x {m:,} x {k:,} bytes) = "
-            f"{start:.2f} s\n            iteration (2 x {IMAGENET:,} x {k:,} x {DIM} FLOPs = "
+            f"{of_start:.2f} s\n            iteration (2 x {IMAGENET:,} x {k:,} x {DIM} FLOPs = "
             f"{2 * IMAGENET * k * DIM / 1e12:.2f} T, {8 * IMAGENET * k / 1e9:.0f} GB) / {GPUS} = "
-            f"{iteration:.4f} s\n            {start:.2f} + ({RESTARTS} x {ITERATIONS + 1} "
+            f"{iteration:.4f} s\n            {of_start:.2f} + ({RESTARTS} x {ITERATIONS + 1} "
             f"iterations + 1 for the confidence) x {iteration:.4f} = {level:.1f} s"
         )
     print(f"all levels: {total:.1f} s a re-clustering, without the extraction of the embeddings")
 
 
 def main():
+    """Print all tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,12 +1,17 @@
-"""Each loss, forward and backward, beside its literal form and InfoNCE as the official moco code computes it (clone, cat, cross-entropy): time
-and peak memory. Literal: the whole matrix of similarities, what the method makes of it, one logsumexp; the ring by sorting. Then IR's memory
-bank, from contrast to update, at the size of CIFAR-10 and of ImageNet, there with all its rows and with 50,000 candidates drawn anew.
+"""Each loss, forward and backward: time and peak memory beside its literal form and moco's code.
 
-    python benchmarks/losses.py                            256 queries, 128 dimensions, 65,536 negatives; all cases take turns, medians are printed
+    python benchmarks/losses.py      256 queries, 128 dimensions, 65,536 negatives
     python benchmarks/losses.py --queries 64 --negatives 16384 --rounds 5
+
+The literal form is the whole matrix of similarities, what the method makes of it, one logsumexp;
+the ring is found by sorting. The official moco code computes InfoNCE by clone, cat and
+cross-entropy. All cases take turns; medians are printed. Then come IR's memory bank, from contrast
+to update, at the size of CIFAR-10 and of ImageNet, there with all its rows and with 50,000
+candidates drawn anew.
 """
 
 import argparse
+import functools
 import os
 import statistics
 import sys
@@ -17,7 +22,7 @@ from torch.nn import functional as F
 from tqdm import trange
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from losses import Contrast, similarity
+from losses import Contrast, info_nce, positive_similarity, similarity
 from losses.ifnd import IFND
 from losses.jcl import JCL
 from losses.mochi import MoCHi
@@ -25,31 +30,31 @@ from losses.nce import NCE
 from losses.ring import Ring
 from models.memory import MemoryBank
 
-T, MOCO = 0.2, "moco's own code"
+T = 0.2
+EPOCH = 5.0
+N_DATA = 50000
+MOCO = "moco's own code"
 
 
 def fast(loss_fn, contrast):
-    return loss_fn(contrast, 5.0)[0]
+    """The loss as it is trained on."""
+    return loss_fn(contrast, EPOCH).loss
 
 
 def literal(loss_fn, contrast):
+    """The same as it is written."""
     if isinstance(loss_fn, Ring):  # with a mask, it sorts
-        contrast = contrast._replace(
-            mask=torch.ones(
-                len(contrast.query),
-                len(contrast.negative),
-                dtype=torch.bool,
-                device=contrast.query.device,
-            )
-        )
+        shape = len(contrast.query), len(contrast.negative)
+        mask = torch.ones(shape, dtype=torch.bool, device=contrast.query.device)
+        contrast = contrast._replace(mask=mask)
     s = similarity(contrast)
-    if hasattr(loss_fn, "negatives"):
-        s = loss_fn.negatives(contrast, s, 5.0)[0]
+    if hasattr(loss_fn, "select"):
+        s = loss_fn.select(contrast, s, EPOCH).similarity
+    if hasattr(loss_fn, "synthesize"):
+        s = torch.cat([s, loss_fn.synthesize(contrast, s, EPOCH).similarity], -1)
     if hasattr(loss_fn, "objective"):
-        return loss_fn.objective(contrast, s, 5.0)[0]
-    return F.softplus(
-        torch.logsumexp(s / T, -1) - (contrast.query * contrast.positive.mean(1)).sum(1) / T
-    ).mean()
+        return loss_fn.objective(contrast, s, EPOCH)
+    return info_nce(positive_similarity(contrast), torch.logsumexp(s / T, -1), T)
 
 
 def official(q, k, queue):
@@ -61,14 +66,13 @@ def official(q, k, queue):
 
 
 class Peak:
-    """The most memory in use inside the block beyond what was before it, in MiB: of the process on a CPU (Linux), of the allocator on a GPU."""
+    """The most memory in use inside the block beyond what was before it, in MiB.
+
+    It is the process's on a CPU (Linux), the allocator's on a GPU.
+    """
 
     def __init__(self, device):
         self.cuda = device.type == "cuda"
-
-    def now(self, name):
-        with open("/proc/self/status") as f:
-            return next(int(line.split()[1]) / 1024 for line in f if line.startswith(name))
 
     def __enter__(self):
         if self.cuda:
@@ -77,70 +81,44 @@ class Peak:
         else:
             with open("/proc/self/clear_refs", "w") as f:
                 f.write("5")  # the peak begins anew
-            self.before = self.now("VmRSS")
+            self.before = resident("VmRSS")
         return self
 
     def __exit__(self, *_):
-        self.mib = (
-            torch.cuda.max_memory_allocated() / 2**20 if self.cuda else self.now("VmHWM")
-        ) - self.before
+        peak = torch.cuda.max_memory_allocated() / 2**20 if self.cuda else resident("VmHWM")
+        self.mib = peak - self.before
 
 
-def banks(device, rounds):
-    """(rows, candidates, loss) -> one step of 32 queries on IR's memory bank."""
-    runs, losses = (
-        {},
-        {
-            "nce, 4095 draws": NCE(n_negatives=4095),
-            "ring, 4095 draws": Ring(1, anneal_epochs=0, n_negatives=4095),
-        },
-    )
-    index = torch.arange(0, 50000, 1563, device=device)[:32]
-    for rows, candidates in ((50000, None), (1281167, None), (1281167, 50000)):
-        bank = MemoryBank(rows, 128, 0.5, candidates=candidates).to(device)
-        for name, loss_fn in losses.items():
-
-            def step(bank=bank, loss_fn=loss_fn):
-                q = F.normalize(torch.randn(32, 1, 128, device=device), dim=2).requires_grad_()
-                loss_fn(bank.contrast(q, q.detach(), index), 1.0)[0].backward()
-                bank.update(q.detach()[:, 0], index)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-
-            runs[name, rows, candidates] = step, [], []
-    for turn in trange(rounds + 1, desc="rounds", leave=False):
-        for step, seconds, mib in runs.values():
-            began = time.perf_counter()
-            with Peak(device) as peak:
-                step()
-            seconds.append(time.perf_counter() - began), mib.append(peak.mib)
-    print(
-        f"\nIR's memory bank, 32 queries x 128\n\n{'':18}{'rows':>10}{'candidates':>12}{'ms':>8}{'ratio':>8}{'MiB':>8}"
-    )
-    for (name, rows, candidates), (_, seconds, mib) in runs.items():
-        ms = lambda key: 1000 * statistics.median(runs[key][1][1:])
-        print(
-            f"{name:18}{rows:10}{candidates or 'all':>12}{ms((name, rows, candidates)):8.1f}{ms((name, rows, candidates)) / ms((name, 50000, None)):8.2f}{max(mib[1:]):8.0f}"
-        )
+def resident(name):
+    """A figure of this process's memory, in MiB."""
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) / 1024 for line in f if line.startswith(name))
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name, default in (("queries", 256), ("dim", 128), ("negatives", 65536), ("rounds", 9)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    N, K, n_data = args.queries, args.negatives, 50000
-    torch.manual_seed(0)
-    unit = lambda *shape: F.normalize(torch.randn(*shape, device=device), dim=-1)
-    q, k, n = unit(N, args.dim), unit(N, 5, args.dim), unit(K, args.dim)
-    queue = n.T.contiguous()
-    index, negative_index = (torch.randint(n_data, (m,), device=device) for m in (N, K))
-    ifnd = IFND(10, n_data, temperature=T, acceptance=[1.0, 1.0]).to(device)
-    ifnd.pseudo = torch.stack([torch.randint(c, (n_data,), device=device) for c in ifnd.clusters])
-    cases = {
+def measure(step, device):
+    """-> seconds and peak MiB of step()."""
+    began = time.perf_counter()
+    with Peak(device) as peak:
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return time.perf_counter() - began, peak.mib
+
+
+def unit(*shape, device):
+    """Random vectors of length 1."""
+    return F.normalize(torch.randn(*shape, device=device), dim=-1)
+
+
+# ------------------------------------------------------------------------------------- the losses
+
+
+def make_cases(device):
+    """{name: loss}, of which moco's code is none."""
+    ifnd = IFND(30, N_DATA, temperature=T, acceptance=[1.0, 1.0]).to(device)
+    levels = [torch.randint(k, (N_DATA,), device=device) for k in ifnd.clusters]
+    ifnd.pseudo = torch.stack(levels)
+    return {
         MOCO: None,
         "nce": NCE(temperature=T),
         "ring, 1 to 10 %": Ring(1, temperature=T, anneal_epochs=0),
@@ -149,50 +127,104 @@ def main():
         "ifnd, 3 levels": ifnd,
     }
 
-    def step(loss_fn, by):
-        query = q.clone().requires_grad_()
-        keys = k if isinstance(loss_fn, JCL) else k[:, :1]
-        (
-            by(loss_fn, Contrast(query, keys, n, index, negative_index))
-            if loss_fn
-            else official(query, k[:, 0], queue)
-        ).backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
 
-    runs = {
-        (name, by): ([], [])
+def loss_step(loss_fn, form, contrast, queue):
+    """Forward and backward. form: `fast` or `literal`."""
+    query = contrast.query.clone().requires_grad_()
+    if loss_fn is None:
+        official(query, contrast.positive[:, 0], queue).backward()
+        return
+    keys = contrast.positive if isinstance(loss_fn, JCL) else contrast.positive[:, :1]
+    form(loss_fn, contrast._replace(query=query, positive=keys)).backward()
+
+
+def compare_losses(args, device):
+    """Print the first table."""
+    N, K, D = args.queries, args.negatives, args.dim
+    index, negative_index = (torch.randint(N_DATA, (m,), device=device) for m in (N, K))
+    q, k, n = (unit(*shape, D, device=device) for shape in ((N,), (N, 5), (K,)))
+    contrast = Contrast(q, k, n, index, negative_index)
+    queue = n.T.contiguous()
+    cases = make_cases(device)
+    steps = {
+        (name, form): functools.partial(loss_step, loss_fn, form, contrast, queue)
         for name, loss_fn in cases.items()
-        for by in ((fast, literal) if loss_fn else (fast,))
-    }  # seconds, MiB
-    for turn in trange(
-        args.rounds + 1, desc="rounds", leave=False
-    ):  # the first warms up, and is looked at for its memory
-        for (name, by), (seconds, mib) in runs.items():
-            if turn == 0:
-                step(cases[name], by)
-                with Peak(device) as peak:
-                    step(cases[name], by)
-                mib.append(peak.mib)
-                continue
-            began = time.perf_counter()
-            step(cases[name], by)
-            seconds.append(time.perf_counter() - began)
-    unit = statistics.median(runs[MOCO, fast][0])
+        for form in ((fast,) if loss_fn is None else (fast, literal))
+    }
+    seconds, mib = measure_in_turn(steps, args.rounds, device)
+    moco = seconds[MOCO, fast]
     print(
-        f"{N} x {args.dim} against {K}, forward + backward, {device}, {torch.get_num_threads()} threads; time as a ratio to moco's {1000 * unit:.0f} ms, peak MiB\n\n"
+        f"{N} x {D} against {K}, forward + backward, {device}, {torch.get_num_threads()} threads; "
+        f"time as a ratio to moco's {1000 * moco:.0f} ms, peak MiB\n\n"
         f"{'':26}{'ours':>8}{'MiB':>8}{'literal':>10}{'MiB':>8}"
     )
     for name in cases:
+        cells = ""
+        for form, width in ((fast, 8), (literal, 10)):
+            if (name, form) in steps:
+                cells += f"{seconds[name, form] / moco:{width}.2f}{mib[name, form]:8.0f}"
+        print(f"{name:26}{cells}")
+
+
+def measure_in_turn(steps, rounds, device):
+    """{case: median seconds}, {case: peak MiB}. The first round warms up."""
+    measured = {case: [] for case in steps}
+    for _ in trange(rounds + 1, desc="rounds", leave=False):
+        for case, step in steps.items():
+            measured[case].append(measure(step, device))
+    seconds = {case: statistics.median(s for s, _ in runs[1:]) for case, runs in measured.items()}
+    return seconds, {case: max(mib for _, mib in runs[1:]) for case, runs in measured.items()}
+
+
+# --------------------------------------------------------------------------------- the memory bank
+
+
+def bank_step(bank, loss_fn, index, device):
+    """One step of 32 queries on a memory bank."""
+    q = unit(32, 1, 128, device=device).requires_grad_()
+    loss_fn(bank.contrast(q, q.detach(), index), 1.0).loss.backward()
+    bank.update(q.detach()[:, 0], index)
+
+
+def compare_banks(rounds, device):
+    """Print the second table."""
+    losses = {
+        "nce, 4095 draws": NCE(n_negatives=4095),
+        "ring, 4095 draws": Ring(1, anneal_epochs=0, n_negatives=4095),
+    }
+    index = torch.arange(0, 50000, 1563, device=device)[:32]
+    steps = {}
+    for rows, candidates in ((50000, None), (1281167, None), (1281167, 50000)):
+        bank = MemoryBank(rows, 128, 0.5, candidates=candidates).to(device)
+        for name, loss_fn in losses.items():
+            step = functools.partial(bank_step, bank, loss_fn, index, device)
+            steps[name, rows, candidates] = step
+    seconds, mib = measure_in_turn(steps, rounds, device)
+    print(
+        f"\nIR's memory bank, 32 queries x 128\n\n{'':18}{'rows':>10}{'candidates':>12}"
+        f"{'ms':>8}{'ratio':>8}{'MiB':>8}"
+    )
+    for name, rows, candidates in steps:
+        case = name, rows, candidates
+        ratio = seconds[case] / seconds[name, 50000, None]
         print(
-            f"{name:26}"
-            + "".join(
-                f"{statistics.median(runs[name, by][0]) / unit:{width}.2f}{runs[name, by][1][0]:8.0f}"
-                for by, width in ((fast, 8), (literal, 10))
-                if (name, by) in runs
-            )
+            f"{name:18}{rows:10}{candidates or 'all':>12}{1000 * seconds[case]:8.1f}{ratio:8.2f}"
+            f"{mib[case]:8.0f}"
         )
-    banks(device, args.rounds)
+
+
+def main():
+    """Print both tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (("queries", 256), ("dim", 128), ("negatives", 65536), ("rounds", 9)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    compare_losses(args, device)
+    compare_banks(args.rounds, device)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from engine import distributed
 from engine.distributed import say
 from engine.schedule import Schedule, sgd
 from losses import Contrast
+from losses.diagnostics import step_diagnostics
 from losses.nce import NCE
 from models.memory import Queue
 from models.moco import MoCo
@@ -41,7 +42,7 @@ from models.resnet import LAYERS, Encoder, fastest
 DIM, T, RECIPE, OURS, ALONE = 128, 0.2, "moco_v2", "ours, whole step", "networks alone"
 
 
-def ours(loader, encoder, model, host, loss_fn, device):
+def ours(loader, encoder, model, host, loss_fn, labels, device):
     """train_pretrain.py's loop. Each `next` is one step, its views included."""
     schedule = Schedule(epochs=200, batch_size=loader.batch, lr=0.03)
     optimizer = sgd(encoder.parameters(), schedule.lr)
@@ -53,20 +54,12 @@ def ours(loader, encoder, model, host, loss_fn, device):
             for group in optimizer.param_groups:
                 group["lr"] = schedule(now)
             contrasts = host(model, views, index)
-            results = [loss_fn(contrast, now) for contrast in contrasts]
-            loss = sum(value for value, _ in results)
+            outputs = [loss_fn(contrast, now) for contrast in contrasts]
+            loss = sum(output.loss for output in outputs)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             with torch.no_grad():
-                q = contrasts[0].query
-                figures = {
-                    "loss": loss.detach(),
-                    "spread": q.std(0).mean() * q.shape[1] ** 0.5,
-                    "contrasts": len(contrasts),
-                }
-                figures |= {
-                    name: sum(f[name] for _, f in results) / len(results) for name in results[0][1]
-                }
+                figures = step_diagnostics(loss_fn, contrasts, outputs, labels, now)
                 for name, value in figures.items():
                     total[name] = total.get(name, 0) + value / steps
             scaler.step(optimizer)
@@ -87,9 +80,9 @@ def networks(encoder, host, x, y):
 
 
 def loss_and_queue(loss_fn, queue, q, k, index):
-    loss_fn(Contrast(q.clone().requires_grad_(), k, queue.keys, index, queue.index), 0.0)[
-        0
-    ].backward()
+    loss_fn(
+        Contrast(q.clone().requires_grad_(), k, queue.keys, index, queue.index), 0.0
+    ).loss.backward()
     queue.enqueue(distributed.gather(k.mean(1)), distributed.gather(index))
 
 
@@ -193,7 +186,8 @@ def main():
     loader = Loader(
         dataset.to(device), args.batch, 2, 0, device, augment=RECIPE, image_size=args.size
     )
-    loss_fn = NCE(dataset.labels, temperature=T).to(device)
+    loss_fn = NCE(temperature=T).to(device)
+    labels = dataset.labels.to(device)
     x, y = torch.randn(2, loader.local, 3, args.size, args.size, device=device)
     q, k = F.normalize(torch.randn(2, loader.local, DIM, device=device), dim=2)
 
@@ -208,7 +202,8 @@ def main():
         host = MoCo(encoder, queue_size=args.queue).to(device)
         cases[precision, ALONE] = partial(networks, encoder, host, x, y)
         cases[precision, OURS] = partial(
-            next, ours(loader, encoder, distributed.wrap(encoder, device), host, loss_fn, device)
+            next,
+            ours(loader, encoder, distributed.wrap(encoder, device), host, loss_fn, labels, device),
         )
     why = "they are for one process" if world > 1 else None
     try:

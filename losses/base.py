@@ -10,6 +10,9 @@ from torch.nn import functional as F
 # query that is left without negatives has loss 0 and gradient 0, not NaN.
 NEG_INF = -1e30
 
+# What a loss says of itself for the log, by name.
+Figures = dict[str, Tensor | float]
+
 
 class Contrast(NamedTuple):
     """N queries, their keys and the candidates for their negatives.

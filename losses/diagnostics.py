@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .base import (
     NEG_INF,
     Contrast,
+    Figures,
     Negatives,
     Output,
     positive_similarity,
@@ -21,7 +22,7 @@ from .base import (
     valid_candidates,
 )
 
-# Figures are of so many queries of a batch: a pass over all of them would cost as much as the loss.
+# Figures are of so many queries of a batch: all of them would cost as much as the loss.
 QUERIES = 32
 
 
@@ -61,7 +62,7 @@ def step_diagnostics(
 
 def contrast_diagnostics(
     loss_fn: nn.Module, contrast: Contrast, output: Output, labels: Tensor | None, epoch: float
-) -> dict[str, Tensor | float]:
+) -> Figures:
     """Compute the figures that all losses have, and those of the loss's own `diagnostics`.
 
     Returns:
@@ -70,14 +71,21 @@ def contrast_diagnostics(
     """
     contrast = first_queries(contrast)
     output = first_of_output(loss_fn, contrast, output, epoch)
-    figures = {
+    return {
         "K": negatives_per_query(output),
         "positive": positive_similarity(contrast).mean(),
         **candidate_diagnostics(contrast, output.chosen, labels),
+        **own_diagnostics(loss_fn, contrast, output, labels, epoch),
     }
-    if hasattr(loss_fn, "diagnostics"):
-        figures |= loss_fn.diagnostics(contrast, output, labels, epoch)
-    return figures
+
+
+def own_diagnostics(
+    loss_fn: nn.Module, contrast: Contrast, output: Output, labels: Tensor | None, epoch: float
+) -> Figures:
+    """Return what the loss's own `diagnostics` says, if it has one."""
+    if not hasattr(loss_fn, "diagnostics"):
+        return {}
+    return loss_fn.diagnostics(contrast, output, labels, epoch)
 
 
 def negatives_per_query(output: Output) -> Tensor:
@@ -120,9 +128,10 @@ def candidate_diagnostics(
     return figures
 
 
-def percentage(part: Tensor, whole: Tensor) -> Tensor:
-    """Return how many are true in part, in percent of those in whole; 0 if there are none."""
-    return 100 * part.sum() / whole.sum().clamp(min=1)
+def percentage(part: Tensor, whole: Tensor | None = None) -> Tensor:
+    """Return how many are true in part, in percent of those in whole (None: of all)."""
+    n_whole = whole.sum().clamp(min=1) if whole is not None else max(1, part.numel())
+    return 100 * part.sum() / n_whole
 
 
 def chance(loss_fn: nn.Module, K: float) -> float:

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from .base import (
     NEG_INF,
     Contrast,
+    Figures,
     Negatives,
     Output,
     info_nce,
@@ -183,7 +184,7 @@ class IFND(nn.Module):
 
     def diagnostics(
         self, contrast: Contrast, output: Output, labels: Tensor | None, epoch: float
-    ) -> dict[str, Tensor | float]:
+    ) -> Figures:
         """Say how many labels are accepted, what they are worth, and how many candidates go."""
         if self.validity is None:
             self.validity = self.label_validity(labels, epoch)

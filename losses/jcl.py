@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import Contrast, Output, info_nce
+from .base import Contrast, Figures, Output, info_nce
 from .checks import check_jcl
 from .partition import log_partition
 
@@ -82,7 +82,7 @@ class JCL(nn.Module):
 
     def diagnostics(
         self, contrast: Contrast, output: Output, labels: Tensor | None, epoch: float
-    ) -> dict[str, Tensor | float]:
+    ) -> Figures:
         """Return the variance of the keys along their query, and lambda."""
         q, k = contrast.query, contrast.positive
         variance = key_variance(q, k, k.mean(1))  # (N,)

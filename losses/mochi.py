@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from .base import (
     NEG_INF,
     Contrast,
+    Figures,
     Negatives,
     Output,
     info_nce,
@@ -45,16 +46,6 @@ from .partition import log_partition
 
 # The least squared length of a mixed point, which is divided by its length.
 EPS = 1e-12
-
-
-class Draws(NamedTuple):
-    """Which members of Q are mixed, by rank, and with which weights."""
-
-    i: Tensor  # (..., N, mixed)
-    j: Tensor  # (..., N, mixed)
-    a: Tensor  # (..., N, mixed)        the weight of n_i
-    j_query: Tensor  # (..., N, query_mixed)
-    b: Tensor  # (..., N, query_mixed)  the weight of q
 
 
 class Mixed(NamedTuple):
@@ -105,7 +96,8 @@ class MoCHi(nn.Module):
         if warmup_epochs is None:
             warmup_epochs = default_warmup(epochs)
         check_mochi(temperature, hardest, mixed, query_mixed, warmup_epochs, epochs)
-        check_oracle(oracle, labels)
+        if oracle:
+            check_oracle(labels)
         self.t = temperature
         self.hardest = hardest
         self.mixed = mixed
@@ -149,36 +141,43 @@ class MoCHi(nn.Module):
     def mix(self, contrast: Contrast, s: Tensor) -> Mixed:
         """Mix points of the candidates with the largest s (..., N, K)."""
         q, n = contrast.query, contrast.negative.detach()  # (N, D), (K, D)
-        if contrast.negative.requires_grad:  # SimCLR: as negatives they have one, in h they do not
+        if contrast.negative.requires_grad:
+            # SimCLR's candidates have a gradient as negatives, and none as parts of points.
             s = torch.where(s > NEG_INF, q @ n.T, NEG_INF)
         nearest, candidate = s.topk(min(self.hardest, s.shape[-1]))  # (..., N, hardest)
         n_valid = (nearest > NEG_INF).sum(-1, keepdim=True)  # (..., N, 1)
-        i, j, a, j_query, b = self.draw_points(n_valid.clamp(min=1))
+        i, j, j_query, a, b = self.draw_points(n_valid.clamp(min=1))
 
         q_i, q_j, q_j_query = (nearest.gather(-1, rank) for rank in (i, j, j_query))
         i, j, j_query = (candidate.gather(-1, rank) for rank in (i, j, j_query))
-        q_q = (q * q.detach()).sum(1)[:, None]  # (N, 1)  one q of h' is held constant
-        h = (a * q_i + (1 - a) * q_j) / mixed_length(n, i, j, a)
-        h_query = (b * q_q + (1 - b) * q_j_query) / query_mixed_length(
-            n, j_query, b, q_q, q_j_query
-        )
+        q_q = (q * q.detach()).sum(1)[:, None]  # (N, 1)  the q of h' is constant
+        n_n = (n * n).sum(1)  # (K,)  1, unless n is a mean of keys
+        h_length = mixed_length(a, n_n[i], n_n[j], dot_products(n, i, j))
+        h_query_length = mixed_length(b, q_q, n_n[j_query], q_j_query.clamp(min=-1))
+        h = (a * q_i + (1 - a) * q_j) / h_length  # (..., N, mixed)
+        h_query = (b * q_q + (1 - b) * q_j_query) / h_query_length  # (..., N, query_mixed)
 
         is_empty = nearest[..., :1] <= NEG_INF  # (..., N, 1)  no candidates: nothing to mix
         h, h_query = h.masked_fill(is_empty, NEG_INF), h_query.masked_fill(is_empty, NEG_INF)
         return Mixed(h, h_query, i, j, j_query)
 
-    def draw_points(self, size: Tensor) -> Draws:
-        """Draw what is mixed, of the `size` (..., N, 1) members that each query's Q has."""
+    def draw_points(self, size: Tensor) -> tuple[Tensor, ...]:
+        """Draw what is mixed, of the `size` (..., N, 1) members that each query's Q has.
+
+        Returns:
+            i and j of h (..., N, mixed) and j of h' (..., N, query_mixed), as ranks within Q, and
+            the weights a and b.
+        """
         i = draw_below(size, self.mixed)
         j_query = draw_below(size, self.query_mixed)
         j = (i + 1 + draw_below(size - 1, self.mixed)) % size  # any but i
         a = torch.rand(i.shape, device=i.device)
         b = torch.rand(j_query.shape, device=i.device) / 2
-        return Draws(i, j, a, j_query, b)
+        return i, j, j_query, a, b
 
     def diagnostics(
         self, contrast: Contrast, output: Output, labels: Tensor | None, epoch: float
-    ) -> dict[str, Tensor | float]:
+    ) -> Figures:
         """Answer the paper's questions: how hard are the mixed points, and how many are false?
 
         A point is false if it is made of candidates of the query's class alone (and the query).
@@ -200,14 +199,10 @@ class MoCHi(nn.Module):
         }
         if labels is not None:
             is_false = same_class(contrast, labels).expand_as(s)  # (..., N, K)
-            is_h_false = is_false.gather(-1, mixed.i) & is_false.gather(-1, mixed.j)
-            is_h_query_false = is_false.gather(-1, mixed.j_query)
-            figures |= {
-                "false mixed %": percentage(is_h_false, torch.ones_like(is_h_false)),
-                "false query mixed %": percentage(
-                    is_h_query_false, torch.ones_like(is_h_query_false)
-                ),
-            }
+            h_is_false = is_false.gather(-1, mixed.i) & is_false.gather(-1, mixed.j)
+            h_query_is_false = is_false.gather(-1, mixed.j_query)
+            figures["false mixed %"] = percentage(h_is_false)
+            figures["false query mixed %"] = percentage(h_query_is_false)
         return figures
 
 
@@ -225,36 +220,10 @@ def draw_below(size: Tensor, n: int) -> Tensor:
 
 
 @torch.no_grad()
-def mixed_length(n: Tensor, i: Tensor, j: Tensor, a: Tensor) -> Tensor:
-    """Return |a n_i + (1 - a) n_j| without building these points.
-
-    Args:
-        n: (K, D).
-        i: (..., N, m) rows of n.
-        j: the same.
-        a: (..., N, m) weights.
-    """
-    square = (n * n).sum(1)  # (K,)  |n|^2: 1, unless n is a mean of keys
-    cross = 2 * a * (1 - a) * dot_products(n, i, j)
-    length = a**2 * square[i] + (1 - a) ** 2 * square[j] + cross
-    return length.clamp(min=EPS).sqrt()
-
-
-@torch.no_grad()
-def query_mixed_length(n: Tensor, j: Tensor, b: Tensor, q_q: Tensor, q_j: Tensor) -> Tensor:
-    """Return |b q + (1 - b) n_j| without building these points.
-
-    Args:
-        n: (K, D).
-        j: (..., N, m) rows of n.
-        b: (..., N, m) weights.
-        q_q: (N, 1) q q.
-        q_j: (..., N, m) q n_j.
-    """
-    square = (n * n).sum(1)  # (K,)
-    cross = 2 * b * (1 - b) * q_j.clamp(min=-1)
-    length = b**2 * q_q + (1 - b) ** 2 * square[j] + cross
-    return length.clamp(min=EPS).sqrt()
+def mixed_length(a: Tensor, u_u: Tensor, v_v: Tensor, u_v: Tensor) -> Tensor:
+    """Return |a u + (1 - a) v| by the dot products of u and v, without building the point."""
+    square = a**2 * u_u + (1 - a) ** 2 * v_v + 2 * a * (1 - a) * u_v
+    return square.clamp(min=EPS).sqrt()
 
 
 @torch.no_grad()

@@ -49,6 +49,7 @@ class NCE(nn.Module):
         """Return the loss, and the draws if there are any."""
         positive = positive_similarity(contrast)  # (N,)
         if self.n_negatives is None:
+            # log sum_j e^{q n_j / t}, without forming the similarities (N, K)
             log_z = log_partition(contrast, self.t)  # (N,)
             return Output(self.scale * info_nce(positive, log_z, self.t))
         negatives = self.select(contrast, similarity(contrast), epoch)

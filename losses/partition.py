@@ -12,8 +12,6 @@ Vectors of unit length (or less) have q n / t <= 1 / t, so that e^{(q n - 1) / t
 nor, for t >= 1 / 40, vanishes.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -21,12 +19,11 @@ from .base import NEG_INF, Contrast, similarity
 
 SMALLEST_TEMPERATURE = 1 / 40
 
+Labels = Tensor | None
+
 
 def literal_log_partition(
-    contrast: Contrast,
-    t: float,
-    query_label: Tensor | None = None,
-    candidate_label: Tensor | None = None,
+    contrast: Contrast, t: float, query_label: Labels = None, candidate_label: Labels = None
 ) -> Tensor:
     """Return what log_partition does, as it is written."""
     s = similarity(contrast)  # (N, K)
@@ -37,10 +34,7 @@ def literal_log_partition(
 
 
 def log_partition(
-    contrast: Contrast,
-    t: float,
-    query_label: Tensor | None = None,
-    candidate_label: Tensor | None = None,
+    contrast: Contrast, t: float, query_label: Labels = None, candidate_label: Labels = None
 ) -> Tensor:
     """Return log Z of each query, block by block.
 
@@ -75,20 +69,10 @@ def log_partition(
 
 
 class LogPartition(torch.autograd.Function):
-    """The sums over blocks of candidates. See `log_partition` for the arguments."""
+    """Log Z and its gradient, block by block. The labels are (L, N, 1) and (L, 1, K)."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        n: Tensor,
-        t: float,
-        mask: Tensor | None,
-        self_index: Tensor | None,
-        query_label: Tensor | None,
-        candidate_label: Tensor | None,
-    ) -> Tensor:
-        """Sum e^{q n / t} and its gradient. Labels: (L, N, 1) and (L, 1, K)."""
+    def forward(ctx, q, n, t, mask, self_index, query_label, candidate_label):  # noqa: D102
         N, D = q.shape
         L = 1 if query_label is None else len(query_label)
         block_size = max(1, (2**26 if q.is_cuda else 2**20) // N)
@@ -116,8 +100,7 @@ class LogPartition(torch.autograd.Function):
         return log_z[0] if query_label is None else log_z
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Weight the gradient of forward. grad_output: (N,) or (L, N)."""
+    def backward(ctx, grad_output):  # noqa: D102
         (gradient,) = ctx.saved_tensors  # (L, N, D)
         grad_query = (grad_output.view(gradient.shape[:2])[..., None] * gradient).sum(0)  # (N, D)
         return grad_query, *[None] * 6

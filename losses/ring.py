@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .base import (
     NEG_INF,
     Contrast,
+    Figures,
     Negatives,
     Output,
     info_nce,
@@ -84,7 +85,14 @@ class Ring(nn.Module):
 
     def draw(self, ring: Negatives) -> Negatives:
         """Return n_negatives uniform draws from the ring, or all of it."""
-        return ring if self.n_negatives is None else draw(ring, self.n_negatives)
+        if self.n_negatives is None:
+            return ring
+        is_valid = ring.similarity > NEG_INF  # (..., N, r)  these stand side by side
+        first = is_valid.int().argmax(-1, keepdim=True)  # (..., N, 1)
+        size = is_valid.sum(-1, keepdim=True).clamp(min=1)  # (..., N, 1)
+        u = torch.rand(*size.shape[:-1], self.n_negatives, device=size.device)
+        column = first + (u * size).long()  # (..., N, n_negatives)
+        return Negatives(ring.similarity.gather(-1, column), ring.candidate.gather(-1, column))
 
     def forward(self, contrast: Contrast, epoch: float) -> Output:
         """Return the loss, the negatives in it, and the ring they were drawn from."""
@@ -96,7 +104,7 @@ class Ring(nn.Module):
 
     def diagnostics(
         self, contrast: Contrast, output: Output, labels: Tensor | None, epoch: float
-    ) -> dict[str, Tensor | float]:
+    ) -> Figures:
         """Return the bounds of the ring, in percent of the candidates and as similarities."""
         inner, outer = self.percentiles(epoch)
         s = output.chosen.similarity  # (..., N, r)
@@ -139,13 +147,3 @@ def ring_of_each(s: Tensor, first: Tensor, last: Tensor, outer: float) -> Negati
     rank = torch.arange(farthest_rank, device=s.device)  # (r,)
     is_outside = (rank < first) | (rank >= last)  # (..., N, r)
     return Negatives(ranked.masked_fill(is_outside, NEG_INF), candidate)
-
-
-def draw(ring: Negatives, n: int) -> Negatives:
-    """Return n uniform draws, with replacement, from rings whose valid entries stand together."""
-    is_valid = ring.similarity > NEG_INF  # (..., N, r)
-    first = is_valid.int().argmax(-1, keepdim=True)  # (..., N, 1)
-    size = is_valid.sum(-1, keepdim=True).clamp(min=1)  # (..., N, 1)
-    u = torch.rand(*is_valid.shape[:-1], n, device=size.device)  # (..., N, n)
-    column = first + (u * size).long()
-    return Negatives(ring.similarity.gather(-1, column), ring.candidate.gather(-1, column))

@@ -17,9 +17,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .base import NEG_INF, Contrast, Negatives, Output, info_nce, positive_similarity, similarity
+from .base import (
+    NEG_INF,
+    Contrast,
+    Figures,
+    Negatives,
+    Output,
+    info_nce,
+    positive_similarity,
+    similarity,
+)
 from .checks import check_list
-from .diagnostics import candidate_diagnostics
+from .diagnostics import candidate_diagnostics, own_diagnostics
 
 
 class Together(nn.Module):
@@ -68,10 +77,10 @@ class Together(nn.Module):
         if synthetic is not None:
             s = torch.cat([s, synthetic.similarity], -1)  # (..., N, K + points)
 
-        loss = self.scale * self.objective(contrast, s, epoch)
+        loss = self.scale * self.formula(contrast, s, epoch)
         return Output(loss, negatives, chosen, synthetic)
 
-    def objective(self, contrast: Contrast, s: Tensor, epoch: float) -> Tensor:
+    def formula(self, contrast: Contrast, s: Tensor, epoch: float) -> Tensor:
         """Return the formula of the method that treats positives, or InfoNCE. s: (..., N, k)."""
         if self.of_positives is not None:
             return self.losses[self.of_positives].objective(contrast, s, epoch)
@@ -80,7 +89,7 @@ class Together(nn.Module):
 
     def diagnostics(
         self, contrast: Contrast, output: Output, labels: Tensor | None, epoch: float
-    ) -> dict[str, Tensor | float]:
+    ) -> Figures:
         """Return the figures of each method; of those that choose negatives by "name: figure".
 
         Their shares are of what those before them left.
@@ -90,22 +99,20 @@ class Together(nn.Module):
         for name in self.earlier:
             chosen = self.losses[name].select(left, s, epoch)  # (..., N, k)
             of_name = Output(output.loss, chosen, chosen)
-            figures |= self.member_diagnostics(name, left, of_name, labels, epoch)
+            figures |= self.choosing_diagnostics(name, left, of_name, labels, epoch)
             left, s = narrow(left, chosen)
-        figures |= self.member_diagnostics(self.last, left, output, labels, epoch)
+        figures |= self.choosing_diagnostics(self.last, left, output, labels, epoch)
         if self.of_positives is not None:
             loss_fn = self.losses[self.of_positives]
-            figures |= loss_fn.diagnostics(contrast, output, labels, epoch)
+            figures |= own_diagnostics(loss_fn, contrast, output, labels, epoch)
         return figures
 
-    def member_diagnostics(
+    def choosing_diagnostics(
         self, name: str, contrast: Contrast, output: Output, labels: Tensor | None, epoch: float
-    ) -> dict[str, Tensor | float]:
+    ) -> Figures:
         """Return the figures of a method that chooses negatives."""
-        loss_fn = self.losses[name]
         figures = candidate_diagnostics(contrast, output.chosen, labels)
-        if hasattr(loss_fn, "diagnostics"):
-            figures |= loss_fn.diagnostics(contrast, output, labels, epoch)
+        figures |= own_diagnostics(self.losses[name], contrast, output, labels, epoch)
         return {f"{name}: {key}": value for key, value in figures.items()}
 
 

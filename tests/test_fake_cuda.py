@@ -33,7 +33,16 @@ from data.datasets import ArraySet
 from data.loader import Loader
 from engine import checkpoint, distributed
 from evaluation.features import KNN, knn
+from losses import Contrast
+from losses.diagnostics import step_diagnostics
+from losses.ifnd import IFND as ClusteringLoss
+from losses.jcl import JCL
+from losses.kmeans import kmeans
+from losses.mochi import MoCHi
+from losses.nce import NCE
 from losses.partition import LogPartition
+from losses.ring import Ring
+from losses.together import Together
 from models.cmc import CMC
 from models.ir import IR
 from models.moco import MoCo
@@ -462,6 +471,28 @@ def test_log_partition_forward_and_backward(which):
         assert Z.shape == ((2, 5) if levels else (5,)) and gradient.shape == q.shape
         assert Z.dtype == gradient.dtype == torch.float32 and gradient.device == GPU
         assert none == [None] * 6 and not gpu.waits
+
+
+@pytest.mark.parametrize("name", ["nce", "ring", "jcl", "mochi", "ifnd", "attract", "list"])
+def test_figures_of_a_loss_wait_for_nothing(name):
+    """But IFND, which compares the labels of all images once an epoch."""
+    given = {"temperature": 0.2}
+    ifnd = ClusteringLoss(9, 30, clusters=[2, 3], reassign_every=2, **given)
+    attract = ClusteringLoss(9, 30, clusters=[2], reassign_every=2, mode="attract", **given)
+    mochi = MoCHi(mixed=3, query_mixed=2, warmup_epochs=0, **given)
+    losses = {"nce": NCE(**given), "ring": Ring(9, **given), "jcl": JCL(9, **given)}
+    losses |= {"mochi": mochi, "ifnd": ifnd, "attract": attract}
+    losses["list"] = Together([losses[part] for part in ("ifnd", "ring", "mochi", "jcl")])
+    with fake_gpu() as gpu:
+        loss_fn = move(losses[name], GPU)
+        q, k, n = (torch.zeros(*shape, 4, device=GPU) for shape in ((40,), (40, 2), (9,)))
+        index = torch.zeros(40, dtype=torch.long, device=GPU)
+        contrast = Contrast(q, k, n, index, index[:9])
+        gpu.waits.clear()  # moving the loss
+        output = loss_fn(contrast, 3.0)
+        labels = None if name in ("ifnd", "attract", "list") else index[:30]
+        figures = step_diagnostics(loss_fn, [contrast], [output], labels, 3.0)
+        assert {value.device for value in figures.values()} == {GPU} and not gpu.waits
 
 
 def test_gather_forward_and_backward(monkeypatch):

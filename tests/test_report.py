@@ -853,6 +853,20 @@ def test_what_methods_log_of_themselves(out, capsys):
         assert image.size == (1200, 320) and len(image.convert("RGB").getcolors(10**6)) > 50
 
 
+def test_figures_of_a_strangers_loss_have_panels_of_their_own(out):
+    """Those that all losses log, and settings over time, have none; those of a list have a prefix."""
+    pytest.importorskip("matplotlib")
+    own_file()
+    train("own", "a", "loss.name=ring", done=0)
+    figures = {"K": 9.0, "used %": 10.0, "lambda": 1.0, "mochi: inner threshold": 0.1}
+    lines = [{"epoch": e, "loss": 1.0, **figures} for e in range(1, 5)]
+    for names, height in (((), 320), (("margin", "ifnd: NMI, k=3"), 320), (tuple("abcd"), 640)):
+        write("a", "log", *(line | {name: 0.5 for name in names} for line in lines))
+        out("--own", "own.png")
+        with Image.open("own.png") as image:
+            assert image.size == (1200, height)
+
+
 def test_markdown(out):
     row_file("ir", "ir", "IR | bank", "CIFAR-10", reported=80.5, source="somebody")
     train("ir", "a", linear=50.0)

@@ -27,6 +27,7 @@ from engine import config
 from engine.schedule import Schedule, sgd
 from evaluation.features import KNN, knn
 from losses import Contrast
+from losses.diagnostics import step_diagnostics
 from losses.ifnd import IFND
 from losses.mochi import MoCHi
 from losses.nce import NCE
@@ -495,7 +496,7 @@ def build(cfg, file, touched):
         and all(
             getattr(one, size, 0) is None or getattr(one, size, 0) < 10000
             for one in losses
-            for size in ("n_negatives", "s", "s_q")
+            for size in ("n_negatives", "mixed", "query_mixed")
         )
     ):
         for epoch in (0, schedule.epochs - 1):  # in the first, MoCo's queue is still of no image
@@ -505,15 +506,16 @@ def build(cfg, file, touched):
                         epoch // part.reassign_every * part.reassign_every,
                         lambda: F.normalize(torch.randn(len(DATA), encoder.dim), dim=1),
                     )
-            results = [
-                loss_fn(contrast, epoch + 0.5)
-                for contrast in host(
-                    encoder, list(torch.rand(host.n_views, 8, 3, 16, 16)), torch.arange(8)
-                )
-            ]
-            sum(loss for loss, _ in results).backward()
+            contrasts = host(encoder, list(torch.rand(host.n_views, 8, 3, 16, 16)), torch.arange(8))
+            outputs = [loss_fn(contrast, epoch + 0.5) for contrast in contrasts]
+            loss = sum(output.loss for output in outputs)
+            loss.backward()
             host.after_step()
-            assert all(figures["K"] > 0 for _, figures in results) or any(
+            figures = [
+                step_diagnostics(loss_fn, [contrast], [output], DATA.labels, epoch + 0.5)
+                for contrast, output in zip(contrasts, outputs)
+            ]
+            assert all(one["K"] > 0 for one in figures) or any(
                 1 in getattr(part, "clusters", []) for part in losses
             ), "a query has no negatives"
     return True
@@ -989,13 +991,14 @@ def test_what_no_run_can_bear_is_refused(make, message):
         "detect",
     ],
 )
-def test_what_does_less_than_it_says_is_said(make, said, capsys):
+def test_what_does_less_than_it_says_is_said(make, said, capsys, recwarn):
     """Not refused: a run cut short for a look, optim.epochs=10 on a paper's file, is one of these."""
     make()
-    assert re.search(said, capsys.readouterr().out)
+    warned = [str(warning.message) for warning in recwarn]
+    assert re.search(said, "\n".join([capsys.readouterr().out, *warned]))
 
 
-def test_nothing_is_said_of_settings_that_suit(capsys):
+def test_nothing_is_said_of_settings_that_suit(capsys, recwarn):
     (
         schedule(schedule="step", milestones=[3, 4]),
         MoCo(Tiny(8, 1), 24, queue_size=24),
@@ -1007,7 +1010,7 @@ def test_nothing_is_said_of_settings_that_suit(capsys):
         MoCHi(),
         Detect(),
     )
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "" and not recwarn.list
 
 
 def contrast(K=5):
@@ -1027,7 +1030,10 @@ def contrast(K=5):
 )
 def test_more_than_there_are_candidates_is_taken_as_it_is_meant(loss, K):
     """n_negatives: draws with replacement, an estimate of the same mean, however many; a ring is never empty; hardest: all that there are."""
-    value, figures = loss(contrast(), 0.0)
+    c = contrast()
+    output = loss(c, 0.0)
+    figures = step_diagnostics(loss, [c], [output], None, 0.0)
+    value = output.loss
     value.backward()
     assert value.isfinite() and value > 0 and figures["K"] == K
 

@@ -13,6 +13,7 @@ from data.datasets import load
 from data.loader import Loader
 from engine import config
 from engine.schedule import Schedule, sgd
+from losses.diagnostics import step_diagnostics
 from losses.together import Together
 from models.resnet import Encoder
 from train_detect import Detect
@@ -197,12 +198,14 @@ def test_it_takes_a_step(path):
         sgd, cfg["optim"], path, parameters=encoder.parameters(), lr=schedule(now)
     )
     views, index = next(iter(loader.epoch(0)))
-    results = [loss_fn(contrast, now) for contrast in host(encoder, views, index)]
-    loss = sum(value for value, _ in results)
+    contrasts = host(encoder, views, index)
+    outputs = [loss_fn(contrast, now) for contrast in contrasts]
+    loss = sum(output.loss for output in outputs)
+    figures = step_diagnostics(loss_fn, contrasts, outputs, data.labels, now)
     loss.backward()
     optimizer.step()
     host.after_step()
-    assert loss.isfinite() and results[0][1]["K"] > 0
+    assert loss.isfinite() and figures["K"] > 0
     assert any(not torch.equal(p, b) for p, b in zip(encoder.parameters(), before)) and all(
         p.isfinite().all() for p in encoder.parameters()
     )

@@ -1,12 +1,14 @@
 """From a run's settings to its parts. What cannot work together is refused here, before training."""
 
+import functools
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from data.datasets import load
 from data.loader import Loader
-from engine import config
+from engine import config, distributed
 from engine.schedule import Schedule, sgd
 from evaluation.features import KNN
 from losses.together import Together
@@ -19,6 +21,11 @@ class Datasets(NamedTuple):
     pretrain: object
     train: object
     test: object  # None where there is no test part
+
+    def labels(self, device):
+        """The labels (n_data,) of what is trained on, on a device; None where there are none."""
+        labels = self.pretrain.labels
+        return None if labels is None else labels.to(device)
 
 
 class Builder:
@@ -78,6 +85,10 @@ class Builder:
             config.build(config.chosen(settings, "loss"), settings, file, **given)
             for settings in config.several(self.settings["loss"])
         ]
+        for loss in losses:
+            if hasattr(loss, "progress"):  # IFND's clusters take a while
+                hidden = None if distributed.is_main() else True
+                loss.progress = functools.partial(tqdm, leave=False, disable=hidden)
         loss_fn = losses[0] if len(losses) == 1 else config.build(Together, {}, file, losses=losses)
         return loss_fn.to(device)
 

@@ -8,7 +8,8 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from losses import serves
+from losses.base import valid_candidates
+from losses.diagnostics import step_diagnostics
 from losses.ring import Ring
 from models.cmc import CMC, XYZ, LabEncoder, lab
 from models.ir import IR
@@ -162,9 +163,12 @@ def test_ir(exclude_self):
         and torch.equal(c.negative_index, torch.arange(10))
     )
     if exclude_self:
-        assert serves(c).sum() == 27 and not serves(c)[torch.arange(3), index].any()
+        assert (
+            valid_candidates(c).sum() == 27
+            and not valid_candidates(c)[torch.arange(3), index].any()
+        )
     else:
-        assert serves(c).all()
+        assert valid_candidates(c).all()
     assert c.query.requires_grad and not c.positive.requires_grad and not c.negative.requires_grad
     assert torch.equal(host.bank.rows, before)  # the loss sees the bank as it was
     host.after_step()
@@ -186,12 +190,12 @@ def test_a_part_of_the_bank_is_fresh_distinct_uniform_and_without_the_querys_own
         assert (
             c.negative.shape == (m, 4)
             and c.negative_index.unique().numel() == m
-            and c.own.min() >= 0
-            and c.own.max() < m
+            and c.self_index.min() >= 0
+            and c.self_index.max() < m
         )
         there = index[:, None] == c.negative_index  # (N, m)
         assert not there.scatter(
-            1, c.own[:, None], False
+            1, c.self_index[:, None], False
         ).any()  # the own row, where it was drawn, is the one left out
         times[c.negative_index] += 1
     assert torch.equal(c.negative, bank.rows[c.negative_index]) and torch.equal(
@@ -201,7 +205,10 @@ def test_a_part_of_the_bank_is_fresh_distinct_uniform_and_without_the_querys_own
     assert (times.sum() == draws * m) and (
         (times - expected).abs() < 6 * expected**0.5 * (1 - m / n) ** 0.5 + 1e-6
     ).all()
-    assert MemoryBank(n, 4, 0.5, exclude_self=False, candidates=m).contrast(z, z, index).own is None
+    assert (
+        MemoryBank(n, 4, 0.5, exclude_self=False, candidates=m).contrast(z, z, index).self_index
+        is None
+    )
     for wrong in (1, n + 1):
         with pytest.raises(ValueError, match="candidates"):
             MemoryBank(n, 4, 0.5, candidates=wrong)
@@ -220,10 +227,14 @@ def test_the_bias_of_a_part_of_the_bank_is_small_beside_the_ring_it_measures():
     loss_fn = Ring(1, anneal_epochs=0, n_negatives=4095)
 
     def measure(times):
-        runs = [loss_fn(bank.contrast(z, z, index), 1.0) for _ in range(times)]
-        return torch.tensor(
-            [[loss, f["inner threshold"], f["outer threshold"]] for loss, f in runs]
-        ).mean(0)
+        names = "loss", "inner threshold", "outer threshold"
+        runs = []
+        for _ in range(times):
+            contrast = bank.contrast(z, z, index)
+            output = loss_fn(contrast, 1.0)
+            figures = step_diagnostics(loss_fn, [contrast], [output], None, 1.0)
+            runs.append([figures[name] for name in names])
+        return torch.tensor(runs).mean(0)
 
     whole = measure(10)
     bank.candidates = 10001
@@ -324,7 +335,7 @@ def test_ir_with_several_views_has_the_row_and_the_other_views_as_keys(V):
             assert (
                 len({tuple(g.tolist()) for g in got}) == V
                 and c.index[i * V + v] == index[i]
-                and serves(c)[i * V + v].sum() == 9
+                and valid_candidates(c)[i * V + v].sum() == 9
             )
     host.after_step()
     assert torch.allclose(
@@ -339,7 +350,7 @@ def test_simclr_every_view_meets_every_other():
     net, index = small(), torch.tensor([4, 0, 9, 2])
     x = [torch.randn(4, 3, 32, 32) for _ in range(2)]
     (c,) = SimCLR(net)(net, x, index)
-    loss, _ = NCE(temperature=0.5)(c, 0.0)
+    loss = NCE(temperature=0.5)(c, 0.0).loss
     z = net(torch.stack(x, 1).flatten(0, 1))  # (8, D), 2i and 2i + 1 are of image i
     total = 0
     for a in range(8):
@@ -354,7 +365,7 @@ def test_simclr_every_view_meets_every_other():
         and c.positive.requires_grad
     )
     (c,) = SimCLR(net, n_views=3)(net, [*x, torch.randn(4, 3, 32, 32)], index)
-    assert c.positive.shape == (12, 2, 16) and serves(c).sum(1).tolist() == [9] * 12
+    assert c.positive.shape == (12, 2, 16) and valid_candidates(c).sum(1).tolist() == [9] * 12
     with pytest.raises(ValueError, match="n_views"):
         SimCLR(net, n_views=1)
 
@@ -445,7 +456,7 @@ def test_cmc_each_stream_meets_the_others_bank(V):
     assert (
         of_L.positive.shape == (3 * V, V, 16)
         and not of_L.positive.requires_grad
-        and serves(of_L).sum() == 27 * V
+        and valid_candidates(of_L).sum() == 27 * V
     )
     if V == 2:  # the other view's embedding by the other stream
         assert torch.allclose(of_L.positive[0, 1], ab[0, 1], atol=1e-5) and torch.allclose(

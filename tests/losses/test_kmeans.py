@@ -5,16 +5,18 @@ import os
 import subprocess
 import sys
 import textwrap
+from unittest.mock import Mock
 
 import pytest
 import torch
-from engine.kmeans import confidence, kmeans, validity
 from processes import ROOT, run
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from benchmarks.kmeans import greedy_rows, grouped, smooth
-from engine import kmeans as module
+from losses.kmeans import kmeans, lloyd
+from losses.kmeans import rows as kmeans_rows
+from losses.kmeans.quality import confidence, validity
+from losses.kmeans.start import random_rows
 
 BOTH_STARTS = pytest.mark.parametrize("start", ["kmeans++", "random"])
 
@@ -47,7 +49,7 @@ def test_the_objective_is_within_1_percent_of_greedy_kmeans_plus_plus(make, monk
     """At equal iterations and restarts: with as many groups as clusters, with more, with none."""
     x = make(4000)
     ours = objective(x, *kmeans(x, 40, iterations=10, restarts=3))
-    monkeypatch.setitem(module.STARTS, "greedy", greedy_rows)
+    monkeypatch.setitem(lloyd.STARTS, "greedy", greedy_rows)
     greedy = objective(x, *kmeans(x, 40, iterations=10, restarts=3, start="greedy"))
     assert ours < 1.01 * greedy
 
@@ -63,7 +65,7 @@ def test_memory_beyond_the_data_is_under_200_MB():
     """Peak resident memory of a process of its own, before and after."""
     job = textwrap.dedent("""
         import resource, torch
-        from engine.kmeans import kmeans
+        from losses.kmeans import kmeans
         def peak():
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         x = torch.randn(50000, 128)
@@ -99,14 +101,14 @@ def test_the_same_seed_gives_the_same_and_leaves_the_global_generator_alone(star
     a, b, c = (kmeans(x, 20, seed=(3, last), start=start) for last in (1, 1, 2))
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and not torch.equal(a[0], c[0])
     assert torch.equal(before, torch.get_rng_state())
-    monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 35)
+    monkeypatch.setitem(kmeans_rows.CHUNK_ROWS, "cpu", 35)
     assert torch.equal(kmeans(x, 20, seed=(3, 1), start=start)[1], a[1])
 
 
 def test_a_random_start_is_different_rows_by_lot():
-    points = module.Points(embeddings(500), 40)
-    first = module.random_rows(points, 40, torch.Generator().manual_seed(0))
-    second = module.random_rows(points, 40, torch.Generator().manual_seed(1))
+    points = kmeans_rows.Points(embeddings(500), 40)
+    first = random_rows(points, 40, torch.Generator().manual_seed(0))
+    second = random_rows(points, 40, torch.Generator().manual_seed(1))
     assert len(first.unique()) == 40 and not torch.equal(first, second)
 
 
@@ -124,10 +126,9 @@ def test_more_restarts_are_no_worse():
 
 
 def run_lloyd(x, centroids, iterations=0):
-    points = module.Points(x, len(centroids))
-    bar = tqdm(disable=True)
-    found, moved, labels = module.lloyd(points, centroids - points.mean, iterations, bar)
-    return found, moved + points.mean, labels
+    points = kmeans_rows.Points(x, len(centroids))
+    objective, moved, labels = lloyd.lloyd(points, centroids - points.mean, iterations)
+    return objective, moved + points.mean, labels
 
 
 def test_lloyds_iterations_are_the_literal_ones():
@@ -139,29 +140,27 @@ def test_lloyds_iterations_are_the_literal_ones():
     found, moved, mine = run_lloyd(x, x[:12], 4)
     assert torch.allclose(moved, centroids, atol=1e-6)
     assert torch.equal(mine, torch.cdist(x, centroids).argmin(1))
-    points = module.Points(x, 12)
+    points = kmeans_rows.Points(x, 12)
     assert found / points.distance_scale == pytest.approx(objective(x, centroids, mine), rel=1e-5)
 
 
 def test_lloyd_stops_where_centroids_stand_still():
     x = torch.cat([torch.zeros(5, 2), torch.ones(5, 2)])
-    points = module.Points(x, 2)
-    bar = tqdm(disable=True)
-    calls = []
-    bar.update = lambda: calls.append(1)
-    module.lloyd(points, points.take(torch.tensor([0, 5])), 20, bar)
-    assert len(calls) == 1
+    points = kmeans_rows.Points(x, 2)
+    bar = Mock()
+    lloyd.lloyd(points, points.take(torch.tensor([0, 5])), 20, bar)
+    assert bar.update.call_count == 1
 
 
 def test_empty_clusters_take_the_farthest_rows_and_of_equal_ones_the_first():
     x = torch.cat([torch.zeros(5, 2), torch.ones(5, 2), torch.tensor([[9.0, 9], [7, 7], [9, 9]])])
-    points = module.Points(x, 4)
+    points = kmeans_rows.Points(x, 4)
     centroids = torch.tensor([[0.0, 0], [1, 1], [-50, -50], [-60, -60]]) - points.mean
-    labels, distance, sums, counts, _ = module.assign(points, centroids)
+    labels, distance, sums, counts, _ = lloyd.assign(points, centroids)
     assert labels.tolist() == [0] * 5 + [1] * 8 and counts.tolist() == [5, 8, 0, 0]
     assert distance[-3:].tolist() == pytest.approx([128, 72, 128])
-    assert module.farthest(points, distance, 3).tolist() == [10, 12, 11]
-    moved = module.centre(points, distance, sums, counts) + points.mean
+    assert lloyd.farthest(points, distance, 3).tolist() == [10, 12, 11]
+    moved = lloyd.centre(points, distance, sums, counts) + points.mean
     assert torch.allclose(moved[2:], torch.tensor([[9.0, 9], [9, 9]]))
 
 
@@ -213,25 +212,27 @@ def test_rows_that_are_not_finite_are_refused():
 JOB = """
     import torch
     from benchmarks.kmeans import grouped
-    from engine import distributed, kmeans
-    from engine.kmeans import CHUNK_ROWS, Points, confidence
+    from engine import distributed
+    from losses.kmeans import kmeans, lloyd
+    from losses.kmeans.quality import confidence
+    from losses.kmeans.rows import CHUNK_ROWS, Points
     distributed.start()
     x = grouped(500, 20)
     found = {}
     for rows in (64, 30, 7):                     # 8, 17 and 72 chunks, shared out unevenly
         CHUNK_ROWS["cpu"] = rows
-        for start in kmeans.STARTS:
-            found[rows, start] = kmeans.kmeans(x, 20, seed=(2, 1), start=start)
+        for start in lloyd.STARTS:
+            found[rows, start] = kmeans(x, 20, seed=(2, 1), start=start)
         found[rows, "confidence"] = confidence(x, *found[rows, "random"], 0.2, "softmax")
     # Few kinds of rows, twice each, and fewer than clusters: some clusters are always empty.
     few = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).repeat(5, 1)
-    for start in kmeans.STARTS:
-        found["few", start] = kmeans.kmeans(few, 12, start=start)
+    for start in lloyd.STARTS:
+        found["few", start] = kmeans(few, 12, start=start)
     # All begin far away, so that 19 of 20 are empty.
     far = 50 + torch.zeros(20, 128)
-    found["empty"] = kmeans.lloyd(Points(x, 20), far, 6, kmeans.tqdm(disable=True))[:2]
+    found["empty"] = lloyd.lloyd(Points(x, 20), far, 6)[:2]
     CHUNK_ROWS["cpu"] = 2048                     # one chunk: one process has all rows
-    found["one chunk"] = kmeans.kmeans(x, 20)
+    found["one chunk"] = kmeans(x, 20)
     torch.save(found, f"found{distributed.world_size()}{distributed.rank()}.pt")
     distributed.stop()
 """
@@ -288,7 +289,9 @@ def test_the_benchmark_prints_its_tables():
 def test_confidence_is_the_softmax_over_centroids():
     z, c = F.normalize(torch.randn(7, 4), dim=1), F.normalize(torch.randn(3, 4), dim=1)
     labels = torch.randint(3, (7,))
-    softmax, similarity = (confidence(z, c, labels, 0.3, how) for how in ("softmax", "similarity"))
+    softmax, similarity = (
+        confidence(z, c, labels, 0.3, kind) for kind in ("softmax", "similarity")
+    )
     for i in range(7):
         e = [math.exp(z[i] @ c[j] / 0.3) for j in range(3)]
         # Its logarithm ranks alike.
