@@ -143,7 +143,7 @@ def run(args, cfg, device, folder):
             f"{args.cfg}: optim.batch_size {loader.batch} gives each process {loader.local} images, which optim.accumulate {parts} times "
             f"model.bn_splits {encoder.bn_splits} does not divide"
         )
-    if parts > 1 and not hasattr(host, "news"):
+    if parts > 1 and not hasattr(host, "pending"):
         raise SystemExit(
             f"{args.cfg}: optim.accumulate is {parts}, but the negatives of {cfg['model']['host']} are the batch itself, which cannot be taken in parts; "
             "take a smaller batch_size, more processes, or a host with a memory"
@@ -299,7 +299,7 @@ def run(args, cfg, device, folder):
                         total[name] = total.get(name, 0) + value / (steps * parts)
             scaler.step(optimizer)
             scaler.update()
-            host.after_step()
+            host.update_memory()
             fine += total["loss"].isfinite()
             if (
                 step % 20 == 0

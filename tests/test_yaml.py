@@ -201,7 +201,7 @@ def test_it_takes_a_step(path):
     loss = sum(value for value, _ in results)
     loss.backward()
     optimizer.step()
-    host.after_step()
+    host.update_memory()
     assert loss.isfinite() and results[0][1]["K"] > 0
     assert any(not torch.equal(p, b) for p, b in zip(encoder.parameters(), before)) and all(
         p.isfinite().all() for p in encoder.parameters()
