@@ -116,17 +116,17 @@ def check_batch(
     """
     local = batch_size // processes
     n_groups = accumulate * bn_splits
-    parts = f"model.bn_splits {bn_splits}"
+    divisor = f"model.bn_splits {bn_splits}"
     if section == "optim":
-        parts = f"optim.accumulate {accumulate} times {parts}"
+        divisor = f"optim.accumulate {accumulate} times {divisor}"
     if local % n_groups:
         raise ValueError(
-            f"{section}.batch_size {batch_size} gives each process {local} images, which {parts} "
-            f"does not divide; set another batch_size, or model.bn_splits=1"
+            f"{section}.batch_size {batch_size} gives each process {local} images, which {divisor} "
+            "does not divide; set another batch_size, or model.bn_splits=1"
         )
     if local // n_groups < 2:
         raise ValueError(
             f"{section}.batch_size {batch_size} leaves BatchNorm one image at a time, with "
-            f"{processes} process{'es' * (processes > 1)} and {parts}; it needs two, so raise "
+            f"{processes} process{'es' * (processes > 1)} and {divisor}; it needs two, so raise "
             "batch_size"
         )

@@ -203,10 +203,10 @@ class CMC(nn.Module):
         z_L, z_ab = z.chunk(2, 2)  # (N, V, D), (N, V, D)
         L, ab = z_L.detach(), z_ab.detach()
 
-        # the rows move when the step is done: to the mean of the views, of all processes
+        # the rows move towards the mean of the views when the step is done, of all processes
         self.pending.append(distributed.gather(L.mean(1), ab.mean(1), index))
 
-        # each against the other's bank
+        # contrast each with the other's bank
         return [self.ab.contrast(z_L, ab, index), self.L.contrast(z_ab, L, index)]
 
     def update_memory(self) -> None:

@@ -64,11 +64,11 @@ class IR(nn.Module):
         # embed the images
         f = encode_views(encoder, views)  # (N, V, D)
 
-        # v_i moves when the step is done: to the mean of the views, of all processes
+        # v_i moves towards the mean of the views when the step is done, of all processes
         f_mean = f.detach().mean(1)  # (N, D)
         self.pending.append(distributed.gather(f_mean, index))
 
-        # f against v_i and all other rows
+        # positive pairs: f with v_i; negative pairs: f with all other rows
         return [self.bank.contrast(f, f.detach(), index)]
 
     def update_memory(self) -> None:

@@ -54,20 +54,20 @@ class MoCo(nn.Module):
             One Contrast, of N queries.
         """
         # queries
-        x_q, *x_k = views
+        x_q = views[0]  # (N, 3, S, S)
         q = encoder(x_q)  # (N, D)
 
         # keys, without gradient
         if not self.pending:  # once a step, in however many parts this is taken
             self.key_encoder.update(encoder)
-        x_k = torch.stack(x_k, 1).flatten(0, 1)  # (N M, 3, S, S)
-        k = self.key_encoder.forward_shuffled(x_k)  # (N M, D)
+        x_k = torch.stack(views[1:], 1)  # (N, M, 3, S, S)
+        k = self.key_encoder.forward_shuffled(x_k.flatten(0, 1))  # (N M, D)
         k = k.unflatten(0, (-1, self.n_keys))  # (N, M, D)
 
         # one key an image enters the queue, of all processes, when the step is done
         self.pending.append(distributed.gather(k.mean(1), index))
 
-        # positives q k, negatives q queue
+        # positive pairs: q with k; negative pairs: q with the queue
         return [Contrast(q, k, self.queue.keys, index, self.queue.index)]
 
     def update_memory(self) -> None:
