@@ -96,7 +96,7 @@ def warn_if_shuffling_is_idle(encoder: nn.Module) -> None:
 
 
 def check_batch(
-    section: str, batch_size: int, processes: int, bn_splits: int, accumulate: int = 1
+    key: str, batch_size: int, processes: int, bn_splits: int, accumulate: int | None = None
 ) -> None:
     """Check that each group of images which BatchNorm takes together has two images or more.
 
@@ -105,28 +105,30 @@ def check_batch(
     batch of one image SimCLR has no negatives, and the log's figures of a batch are not numbers.
 
     Args:
-        section: of the YAML, whose batch_size this is: optim or finetune.
+        key: what the batch size is called in the YAML: optim.batch_size or finetune.batch_size.
         batch_size: images a step, of all processes.
         processes: how many share the batch.
         bn_splits: into how many groups each network's BatchNorm divides its images.
-        accumulate: in how many parts, one after the other, a process takes its images.
+        accumulate: in how many parts, one after the other, a process takes its images; None: it
+            takes them at once, and there is no such key.
 
     Raises:
         ValueError: the groups are not equally large, or have fewer than two images.
     """
     local = batch_size // processes
-    n_groups = accumulate * bn_splits
+    n_groups = bn_splits
     divisor = f"model.bn_splits {bn_splits}"
-    if section == "optim":
+    if accumulate is not None:
+        n_groups *= accumulate
         divisor = f"optim.accumulate {accumulate} times {divisor}"
     if local % n_groups:
         raise ValueError(
-            f"{section}.batch_size {batch_size} gives each process {local} images, which {divisor} "
+            f"{key} {batch_size} gives each process {local} images, which {divisor} "
             "does not divide; set another batch_size, or model.bn_splits=1"
         )
     if local // n_groups < 2:
         raise ValueError(
-            f"{section}.batch_size {batch_size} leaves BatchNorm one image at a time, with "
+            f"{key} {batch_size} leaves BatchNorm one image at a time, with "
             f"{processes} process{'es' * (processes > 1)} and {divisor}; it needs two, so raise "
             "batch_size"
         )

@@ -18,6 +18,7 @@ from models.moco import MoCo
 from models.resnet import ResNet
 from models.simclr import SimCLR
 
+OPTIM, FINETUNE = "optim.batch_size", "finetune.batch_size"
 IDLE = "MoCo's shuffled BatchNorm does nothing with one process and model.bn_splits 1"
 
 
@@ -70,36 +71,36 @@ def test_a_queue_longer_than_the_data_set_is_said():
 def test_groups_of_two_images_and_more_suit_batch_norm(
     batch_size, processes, bn_splits, accumulate
 ):
-    check_batch("optim", batch_size, processes, bn_splits, accumulate)
+    check_batch(OPTIM, batch_size, processes, bn_splits, accumulate)
 
 
 @pytest.mark.parametrize(
     "settings,message",
     [
         (
-            ("optim", 1, 1, 1, 1),
+            (OPTIM, 1, 1, 1, 1),
             "optim.batch_size 1 leaves BatchNorm one image at a time, with 1 process and "
             "optim.accumulate 1 times model.bn_splits 1; it needs two, so raise batch_size",
         ),
-        (("optim", 8, 8, 1, 1), "optim.batch_size 8 .* with 8 processes and"),
-        (("optim", 8, 1, 8, 1), "optim.batch_size 8 .* optim.accumulate 1 times model.bn_splits 8"),
-        (("optim", 8, 1, 1, 8), "optim.batch_size 8 .* optim.accumulate 8 times model.bn_splits 1"),
+        ((OPTIM, 8, 8, 1, 1), "optim.batch_size 8 .* with 8 processes and"),
+        ((OPTIM, 8, 1, 8, 1), "optim.batch_size 8 .* optim.accumulate 1 times model.bn_splits 8"),
+        ((OPTIM, 8, 1, 1, 8), "optim.batch_size 8 .* optim.accumulate 8 times model.bn_splits 1"),
         (
-            ("finetune", 8, 2, 4),
+            (FINETUNE, 8, 2, 4),
             "finetune.batch_size 8 leaves BatchNorm one image at a time, with 2 processes and "
             "model.bn_splits 4; it needs two",
         ),
         (
-            ("optim", 32, 1, 7, 1),
+            (OPTIM, 32, 1, 7, 1),
             "optim.batch_size 32 gives each process 32 images, which optim.accumulate 1 times "
             "model.bn_splits 7 does not divide",
         ),
         (
-            ("finetune", 32, 1, 7),
+            (FINETUNE, 32, 1, 7),
             "finetune.batch_size 32 gives each process 32 images, which model.bn_splits 7 does "
             "not divide; set another batch_size, or model.bn_splits=1",
         ),
-        (("optim", 4, 1, 8, 1), "optim.batch_size 4 gives each process 4 images"),
+        ((OPTIM, 4, 1, 8, 1), "optim.batch_size 4 gives each process 4 images"),
     ],
 )
 def test_a_batch_that_leaves_batch_norm_one_image_is_refused(settings, message):
@@ -114,9 +115,9 @@ def test_one_image_a_group_is_what_batch_norm_cannot_bear(bn_splits):
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         encoder(images(bn_splits)[..., :8, :8])
     with pytest.raises(ValueError, match="one image at a time"):
-        check_batch("optim", bn_splits, 1, bn_splits)
+        check_batch(OPTIM, bn_splits, 1, bn_splits)
     encoder(images(2 * bn_splits)[..., :8, :8])
-    check_batch("optim", 2 * bn_splits, 1, bn_splits)
+    check_batch(OPTIM, 2 * bn_splits, 1, bn_splits)
 
 
 def test_the_smallest_image_size_leaves_every_resnet_a_pixel():
