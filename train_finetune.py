@@ -54,6 +54,7 @@ from engine.log import lines
 from engine.schedule import Schedule, sensible, sgd
 from engine.weights import load_backbone, of_run
 from evaluation.features import accuracy_percent, extract
+from models.checks import check_batch
 from training.build import Builder, loss_scaler
 from training.epoch import EpochProgress
 from training.run import Run, append_line
@@ -369,18 +370,15 @@ def make_loader(build, protocol, subset, encoder, device):
         seed=build.settings["seed"],
         device=device,
     )
-    if loader.local % encoder.bn_splits:
-        raise SystemExit(
-            f"{section}.batch_size {loader.batch} gives each process {loader.local} images, which "
-            f"model.bn_splits {encoder.bn_splits} does not divide; set another "
-            "finetune.batch_size, or model.bn_splits=1"
-        )
-    if loader.local // encoder.bn_splits < 2:
-        raise SystemExit(
-            f"{section}.batch_size {loader.batch} leaves BatchNorm one image at a time, with "
-            f"{distributed.world_size()} processes and model.bn_splits {encoder.bn_splits}; it "
-            "needs two, so raise finetune.batch_size"
-        )
+    config.build(
+        check_batch,
+        {},
+        build.file,
+        key="finetune.batch_size",
+        batch_size=loader.batch,
+        processes=distributed.world_size(),
+        bn_splits=encoder.bn_splits,
+    )
     return loader
 
 

@@ -133,7 +133,7 @@ def pretrain(run, build, args, cfg, device):
                 # update the encoder, then the memory: the gradient was that of the old keys
                 scaler.step(optimizer)
                 scaler.update()
-                host.after_step()
+                host.update_memory()
 
                 # log, check and save; only at sync steps the device is waited for
                 if run.is_sync_step(step):

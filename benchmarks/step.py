@@ -37,7 +37,7 @@ from losses.diagnostics import step_diagnostics
 from losses.nce import NCE
 from models.memory import Queue
 from models.moco import MoCo
-from models.resnet import LAYERS, Encoder, fastest
+from models.resnet import LAYERS, Encoder, choose_precision
 
 DIM, T, RECIPE, OURS, ALONE = 128, 0.2, "moco_v2", "ours, whole step", "networks alone"
 
@@ -64,7 +64,7 @@ def ours(loader, encoder, model, host, loss_fn, labels, device):
                     total[name] = total.get(name, 0) + value / steps
             scaler.step(optimizer)
             scaler.update()
-            host.after_step()
+            host.update_memory()
             fine += total["loss"].isfinite()
             if step % 20 == 0 or step == steps - 1:
                 weights = torch.stack(torch._foreach_norm(list(encoder.parameters()), math.inf))
@@ -193,7 +193,7 @@ def main():
 
     cases, precisions = (
         {},
-        list(dict.fromkeys(["fp32", fastest(device)])),
+        list(dict.fromkeys(["fp32", choose_precision(device)])),
     )  # (precision, name) -> one step
     for precision in precisions:
         encoder = Encoder(

@@ -219,8 +219,8 @@ def modules(package):
     folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), package)
     return sorted(
         {f[:-3] for f in os.listdir(folder) if f.endswith(".py")}
-        - {"__init__", "resnet", "memory", "momentum"}
-        - {"base", "checks", "diagnostics", "partition", "together"}
+        - {"__init__", "base", "checks", "diagnostics", "partition", "together"}
+        - {"resnet", "memory", "momentum", "views"}
     )
 
 

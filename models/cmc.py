@@ -1,17 +1,21 @@
-"""CMC: contrastive multiview coding (Tian, Krishnan, Isola; 2019), with two memory banks.
+"""CMC: contrastive multiview coding (Tian, Krishnan, Isola; 2019; arXiv 1906.05849).
 
 The lightness of an image meets its colour: L meets ab of CIE Lab, or Y meets CbCr.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine import distributed
+from losses import Contrast
 
+from .checks import check_bank_views, check_even_width
 from .memory import MemoryBank
-from .resnet import Encoder, ResNet, projection
+from .resnet import CPU, Encoder, ResNet, make_head
+from .views import encode_views
 
 # sRGB (D65) to XYZ, over the white point's XYZ: each row sums to 1
 XYZ = (
@@ -20,112 +24,155 @@ XYZ = (
     (0.019334 / 1.088754, 0.119193 / 1.088754, 0.950227 / 1.088754),
 )
 
-
-def lab(x):
-    """(n, 3, S, S) sRGB in [0, 1] -> L, a, b of CIE Lab: L in [0, 100], a about [-86, 98], b about [-108, 94]."""
-    x = torch.where(x > 0.04045, ((x.clamp(min=0) + 0.055) / 1.055) ** 2.4, x / 12.92)
-    X, Y, Z = (
-        sum(w * channel for w, channel in zip(row, x.unbind(1))) for row in XYZ
-    )  # 3 of (n, S, S)
-    f = lambda v: torch.where(v > 0.008856, v.clamp(min=1e-6) ** (1 / 3), 7.787 * v + 16 / 116)
-    return torch.stack([116 * f(Y) - 16, 500 * (f(X) - f(Y)), 200 * (f(Y) - f(Z))], 1)
-
-
-# R, G, B to Y, Cb, Cr of ITU-R BT.601, for images in [0, 1]: Y in [16, 235], Cb and Cr in [16, 240]
-YCBCR = ((65.481, 128.553, 24.966), (-37.797, -74.203, 112.0), (112.0, -93.786, -18.214))
+# R, G, B to Y, Cb, Cr of ITU-R BT.601
+YCBCR = (
+    (65.481, 128.553, 24.966),
+    (-37.797, -74.203, 112.0),
+    (112.0, -93.786, -18.214),
+)
 YCBCR_OFFSET = (16.0, 128.0, 128.0)
 
 
-def ycbcr(x):
-    """(n, 3, S, S) RGB in [0, 1] -> Y, Cb, Cr."""
-    red, green, blue = x.unbind(1)
+def rgb_to_lab(x: Tensor) -> Tensor:
+    """Convert sRGB in [0, 1] (n, 3, S, S) to L, a, b of CIE Lab (n, 3, S, S).
+
+    L lies in [0, 100], a about in [-86, 98], b about in [-108, 94].
+    """
+    linear = torch.where(x > 0.04045, ((x.clamp(min=0) + 0.055) / 1.055) ** 2.4, x / 12.92)
+    X, Y, Z = (weigh_channels(linear, row) for row in XYZ)  # (n, S, S) each
+    f_X, f_Y, f_Z = compress(X), compress(Y), compress(Z)
+    return torch.stack([116 * f_Y - 16, 500 * (f_X - f_Y), 200 * (f_Y - f_Z)], 1)
+
+
+def weigh_channels(x: Tensor, weights: Sequence[float]) -> Tensor:
+    """Sum the channels of (n, 3, S, S), each times its weight: (n, S, S)."""
+    return sum(weight * channel for weight, channel in zip(weights, x.unbind(1)))
+
+
+def compress(v: Tensor) -> Tensor:
+    """CIE Lab's f: the cube root, and near 0 a line."""
+    return torch.where(v > 0.008856, v.clamp(min=1e-6) ** (1 / 3), 7.787 * v + 16 / 116)
+
+
+def rgb_to_ycbcr(x: Tensor) -> Tensor:
+    """Convert RGB in [0, 1] (n, 3, S, S) to Y, Cb, Cr of ITU-R BT.601 (n, 3, S, S).
+
+    Y lies in [16, 235], Cb and Cr in [16, 240].
+    """
+    red, green, blue = x.unbind(1)  # (n, S, S) each
     channels = [
         r * red + g * green + b * blue + offset for (r, g, b), offset in zip(YCBCR, YCBCR_OFFSET)
     ]
     return torch.stack(channels, 1)
 
 
-# colour space -> the conversion, and the mean and std a channel of CMC's train_CMC.py
+# colour space -> the conversion, and the mean and std of each channel of CMC's train_CMC.py
 COLOUR_SPACES = {
-    "lab": (lab, (50.0, 6.025, -6.6895), (50.0, 92.208, 101.1675)),
-    "ycbcr": (ycbcr, (116.151, 121.080, 132.342), (109.500, 111.855, 111.964)),
+    "lab": (rgb_to_lab, (50.0, 6.025, -6.6895), (50.0, 92.208, 101.1675)),
+    "ycbcr": (rgb_to_ycbcr, (116.151, 121.080, 132.342), (109.500, 111.855, 111.964)),
 }
 
 
 class LabEncoder(Encoder):
-    """Two ResNets of half the width, in one module, so that one DDP call has both: one sees the
-    lightness (L, or Y), one the colour (ab, or CbCr).
+    """Two ResNets of half the width: one sees the lightness (L, or Y), one the colour.
 
-    As in CMC's code the stages are halved and the stem is not (5,686,336 parameters with ResNet-18
-    and linear heads). mean, std: the normalisation of the images that come in. colour_space: `lab`,
-    or `ycbcr`, which CMC's README finds 0.5 to 1 better. The unit vectors of both lie side by side:
-    (n, 2 dim). The pooled features, which are probed, are those of both, (n, F) as of one ResNet of
-    full width.
+    They are one module, so that one call of DistributedDataParallel has both. As in CMC's code the
+    stages are halved and the stem is not (5,686,336 parameters with ResNet-18 and linear heads).
+    The unit vectors of both lie side by side: (n, 2 dim). The pooled features, which are probed,
+    are those of both: (n, F), as of one ResNet of full width.
+
+    Args:
+        mean: of each channel of the images' normalisation, which is undone here.
+        std: the same.
+        device: see Encoder.
+        colour_space: `lab`, or `ycbcr`, which CMC's README finds 0.5 to 1 better.
+        **settings: see Encoder.
     """
 
     def __init__(
         self,
-        mean,
-        std,
-        device=torch.device("cpu"),
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device = CPU,
         *,
         colour_space: Literal["lab", "ycbcr"] = "lab",
         **settings,
     ):
         super().__init__(device, **settings)
         self.colour_space = colour_space
-        self.convert, *statistics = COLOUR_SPACES[colour_space]
-        names = "mean", "std", "colour_mean", "colour_std"
-        for name, values in zip(names, (mean, std, *statistics)):
-            constant = torch.tensor(values, device=device).view(1, 3, 1, 1)
-            self.register_buffer(name, constant, persistent=False)
-
-    def parts(self, backbone, stem, width, head, dim):
-        if width % 2:
-            raise ValueError(f"width is {width}; cmc halves it, so it must be even")
-        # CMC's code has 64 channels in the stem whatever the stages have: 32 (its v1), 64, or 128
-        nets = {
-            name: ResNet(backbone, stem, width // 2, channels, stem_width=min(width, 64))
-            for name, channels in (("L", 1), ("ab", 2))
+        self.convert, colour_mean, colour_std = COLOUR_SPACES[colour_space]
+        constants = {
+            "mean": mean,
+            "std": std,
+            "colour_mean": colour_mean,
+            "colour_std": colour_std,
         }
-        return TwoStreams(**nets), TwoStreams(
-            **{name: projection(head, net.features, dim) for name, net in nets.items()}
-        )
+        for name, values in constants.items():
+            value = torch.tensor(values, device=device).view(1, 3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
 
-    def forward(self, x, feature="output"):
-        x = self.convert(x.float() * self.std + self.mean)
-        return super().forward((x - self.colour_mean) / self.colour_std, feature)
+    def make_networks(
+        self, backbone: str, stem: str, width: int, head: str, dim: int
+    ) -> tuple[nn.Module, nn.Module]:
+        """Return the two backbones as one module, and the two heads as one."""
+        check_even_width(width)
+        # CMC's code has 64 channels in the stem whatever the stages have: 32 (its v1), 64, or 128.
+        stem_width = min(width, 64)
+        L = ResNet(backbone, stem, width // 2, 1, stem_width)
+        ab = ResNet(backbone, stem, width // 2, 2, stem_width)
+        L_head = make_head(head, L.features, dim)
+        ab_head = make_head(head, ab.features, dim)
+        return TwoStreams(L, ab), TwoStreams(L_head, ab_head)
+
+    def forward(self, x: Tensor, feature: str = "output") -> Tensor:
+        """Convert the colours of images (n, 3, S, S), and embed them: see Encoder.forward."""
+        rgb = x.float() * self.std + self.mean  # (n, 3, S, S), in [0, 1]
+        colours = self.convert(rgb)  # (n, 3, S, S)
+        return super().forward((colours - self.colour_mean) / self.colour_std, feature)
 
 
 class TwoStreams(nn.Module):
-    """L and ab: two modules side by side, each on its part of the channels."""
+    """Two modules side by side, each on its part of the channels."""
 
-    def __init__(self, L, ab):
+    def __init__(self, L: nn.Module, ab: nn.Module):
         super().__init__()
-        self.L, self.ab = L, ab
+        self.L = L
+        self.ab = ab
 
-    def forward(self, x):
-        first = (
-            1 if x.dim() == 4 else x.shape[1] // 2
-        )  # of an image, the channel L; of features, the half
-        return torch.cat([self.L(x[:, :first]), self.ab(x[:, first:])], 1)
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (n, 3, S, S), channel L first, or features (n, F), the half of L first."""
+        is_image = x.dim() == 4
+        n_L = 1 if is_image else x.shape[1] // 2
+        return torch.cat([self.L(x[:, :n_L]), self.ab(x[:, n_L:])], 1)
 
 
 class CMC(nn.Module):
-    """The query L meets the ab bank, the query ab the L bank: two contrasts, whose losses are summed.
-    (With colour_space `ycbcr`, a key of the encoder, read Y and CbCr.)
+    """A query in one view meets the other view's memory bank, which has a row an image.
 
-    momentum: of the banks. exclude_self: the image's own row is no negative. candidates: see models/ir.py. n_views: views an image; with
-    V > 1 each is a query, and its keys are the bank's row and the other stream's embeddings of the other views (no paper's way; JCL wants
-    several keys).
+        L = L_contrast(V1, V2) + L_contrast(V2, V1)
+
+    V1 is the lightness of the image, V2 its colour: L and ab, or with colour_space `ycbcr`, a key
+    of the encoder, Y and CbCr. z_L = f_1(V1) meets the bank of z_ab, and z_ab = f_2(V2) that of
+    z_L: two contrasts, whose losses are summed.
+
+    Args:
+        encoder: a LabEncoder, f_1 and f_2.
+        n_data: the number of images.
+        momentum: of the banks, see MemoryBank.
+        exclude_self: the image's own row is no negative of its query.
+        candidates: so many rows, drawn anew at every step, stand for the whole bank, see
+            MemoryBank.sample_rows; None: all of it.
+        n_views: V, augmentations of an image, 1 in the paper. Of several each is a query, whose
+            keys are the bank's row and the other stream's embeddings of the other augmentations.
+            JCL wants several keys; this is no paper's way to get them.
     """
 
     Encoder = LabEncoder
 
     def __init__(
         self,
-        encoder,
-        n_data,
+        encoder: nn.Module,
+        n_data: int,
         *,
         momentum: float = 0.5,
         exclude_self: bool = True,
@@ -133,23 +180,38 @@ class CMC(nn.Module):
         n_views: int = 1,
     ):
         super().__init__()
-        if n_views < 1:
-            raise ValueError(f"n_views is {n_views}; it must be above 0")
-        self.n_views, self.n_keys, self.news = n_views, n_views, []
-        self.L, self.ab = (
-            MemoryBank(n_data, encoder.dim, momentum, exclude_self, candidates) for _ in range(2)
-        )
+        check_bank_views(n_views)
+        self.n_views = n_views
+        self.n_keys = n_views  # the row and the other views
+        self.L = MemoryBank(n_data, encoder.dim, momentum, exclude_self, candidates)
+        self.ab = MemoryBank(n_data, encoder.dim, momentum, exclude_self, candidates)
+        self.pending = []  # this step's embeddings, which are not in the banks yet
 
-    def forward(self, encoder, views, index):
-        """views: V of (N, 3, S, S); index: (N,)."""
-        z = encoder(torch.stack(views, 1).flatten(0, 1)).unflatten(
-            0, (-1, len(views))
-        )  # (N, V, 2 D)
-        L, ab = z.chunk(2, 2)  # (N, V, D), (N, V, D)
-        self.news.append(distributed.gather(L.detach().mean(1), ab.detach().mean(1), index))
-        return [self.ab.contrast(L, ab.detach(), index), self.L.contrast(ab, L.detach(), index)]
+    def forward(self, encoder: nn.Module, views: list[Tensor], index: Tensor) -> list[Contrast]:
+        """Contrast each stream with the other stream's bank.
 
-    def after_step(self):
-        for L, ab, index in self.news:  # only now: the backward pass needed the old rows
-            self.L.update(L, index), self.ab.update(ab, index)
-        self.news.clear()
+        Args:
+            encoder: f_1 and f_2.
+            views: V of (N, 3, S, S), of the same N images.
+            index: (N,), which images.
+
+        Returns:
+            Two Contrasts, of N V queries each.
+        """
+        # embed lightness and colour
+        z = encode_views(encoder, views)  # (N, V, 2 D)
+        z_L, z_ab = z.chunk(2, 2)  # (N, V, D), (N, V, D)
+        L, ab = z_L.detach(), z_ab.detach()
+
+        # the rows move towards the mean of the views when the step is done, of all processes
+        self.pending.append(distributed.gather(L.mean(1), ab.mean(1), index))
+
+        # contrast each with the other's bank
+        return [self.ab.contrast(z_L, ab, index), self.L.contrast(z_ab, L, index)]
+
+    def update_memory(self) -> None:
+        """Move the rows of the step's images: the backward pass needed the old ones."""
+        for L, ab, index in self.pending:
+            self.L.update(L, index)
+            self.ab.update(ab, index)
+        self.pending.clear()

@@ -1,97 +1,155 @@
-"""Where old embeddings wait to be negatives: a bank with a row an image (IR, CMC), a first-in first-out queue (MoCo). All state is buffers."""
+"""Where old embeddings wait to be negatives; all state is buffers.
+
+IR and CMC have a bank with a row an image, MoCo has a first-in first-out queue.
+"""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from losses import Contrast
 
+from .checks import check_bank
+from .views import other_views
+
 
 class MemoryBank(nn.Module):
-    """rows: (n_data, D) unit vectors, row i for image i; random at first.
+    """A unit vector v_i for each image, random at first (Wu et al., CVPR 2018).
 
-    momentum m: row i := m row i + (1 - m) z_i, normalised. 0: the newest embedding (the Ring code); 0.5: InstDisc, CMC.
-    exclude_self: an image's own row is no candidate for its query's negatives. candidates: see `some`; None: every row is one.
+        v_i := m v_i + (1 - m) z_i, normalised
+
+    Args:
+        n_data: the number of images.
+        dim: D.
+        momentum: m. With 0 the row is the newest embedding, as in the Ring code; 0.5 is that of
+            instance discrimination's and CMC's code.
+        exclude_self: an image's own row is no candidate for the negatives of its query.
+        candidates: how many rows are candidates, see sample_rows; None: all of them.
+
+    Attributes:
+        rows: (n_data, D), v_i.
+        index: (n_data,), the image of each row.
     """
 
-    def __init__(self, n_data, dim, momentum, exclude_self=True, candidates=None):
+    def __init__(
+        self,
+        n_data: int,
+        dim: int,
+        momentum: float,
+        exclude_self: bool = True,
+        candidates: int | None = None,
+    ):
         super().__init__()
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum {momentum} of the memory bank must lie in [0, 1)")
-        if exclude_self and n_data < 2:
-            raise ValueError(
-                f"a data set of {n_data} image has no negatives once exclude_self takes the image's own row out; take more images"
-            )
-        if candidates is not None and not 2 <= candidates <= n_data:
-            raise ValueError(
-                f"candidates is {candidates}; it must lie between 2 and the {n_data} rows of the bank, or be null for all of them"
-            )
-        self.momentum, self.exclude_self, self.candidates = momentum, exclude_self, candidates
+        check_bank(n_data, momentum, exclude_self, candidates)
+        self.momentum = momentum
+        self.exclude_self = exclude_self
+        self.candidates = candidates
         self.register_buffer("rows", F.normalize(torch.randn(n_data, dim), dim=1))
-        self.register_buffer(
-            "index", torch.arange(n_data), persistent=False
-        )  # (n_data,) the image of each row
+        self.register_buffer("index", torch.arange(n_data), persistent=False)
 
-    def contrast(self, q, z, index):
-        """Queries q (N, V, D), V views of the images `index` (N,), meet this bank. Keys: the image's row and z of its other views; z:
-        (N, V, D), constants, the embeddings of the views in the stream that the bank remembers. -> a Contrast of N V queries, M = V.
+    def contrast(self, q: Tensor, z: Tensor, index: Tensor) -> Contrast:
+        """Let queries meet this bank.
+
+        Args:
+            q: (N, V, D), the queries: V views of N images.
+            z: (N, V, D), without gradient: the embeddings of these views in the stream that the
+                bank remembers. (In CMC that is the other stream, else the query's own.)
+            index: (N,), which images.
+
+        Returns:
+            A Contrast of N V queries with V keys: the image's row, and z of its other views.
         """
-        N, V, D = q.shape
-        row = self.rows[index, None].expand(N, V, D)  # (N, V, D)
-        k = torch.stack([row, *(z.roll(-w, 1) for w in range(1, V))], 2).flatten(
-            0, 1
-        )  # (N V, V, D)
+        V = q.shape[1]
+
+        # keys
+        row = self.rows[index, None].expand_as(q)  # (N, V, D)
+        k = torch.stack([row, *other_views(z)], 2)  # (N, V, V, D)
+
+        # candidates
         index = index.repeat_interleave(V)  # (N V,)
-        rows, negative_index, own = (
-            (self.rows, self.index, index) if self.candidates is None else self.some(index)
-        )
-        return Contrast(
-            q.flatten(0, 1),
-            k,
-            rows,
-            index,
-            negative_index,
-            self_index=own if self.exclude_self else None,
-        )
+        rows, row_index, self_index = self.rows, self.index, index
+        if self.candidates is not None:
+            rows, row_index, self_index = self.sample_rows(index)
+        if not self.exclude_self:
+            self_index = None
 
-    def some(self, index):
-        """A fresh random part of the bank, for a step whose cost does not grow with the data set: one row of each of `candidates` equal
-        stretches of it, which begin anywhere, so that every row is as likely and none comes twice. -> these rows (m, D), their images (m,),
-        and for each image of `index` the place of its own stretch (N,): whatever row stands there, all others are a random part of the others.
+        query, positive = q.flatten(0, 1), k.flatten(0, 1)  # (N V, D), (N V, V, D)
+        return Contrast(query, positive, rows, index, row_index, self_index=self_index)
 
-        The ring's percentiles are exact on the part. Beside the whole of 100,001 rows in 50 groups, Ring with 4,095 draws (t 0.07, loss 1.63):
-        loss off by -0.005, -0.003, -0.001 with 5,001, 10,001, 20,001 candidates, inner threshold by -0.0017, -0.0009, -0.0004. A loss on all
-        candidates (n_negatives: null) has fewer of them, and is lower by about log(n / m).
+    def sample_rows(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw rows to stand for the whole bank, so that a step's cost is not that of all images.
+
+        The bank is cut into m = `candidates` equal stretches, which begin anywhere, and one row of
+        each is drawn. So every row is as likely, and none comes twice.
+
+        The ring's percentiles are exact on the part. Beside the whole of 100,001 rows in 50 groups,
+        Ring with 4,095 draws (t 0.07, loss 1.63): its loss is off by -0.005, -0.003, -0.001 with
+        5,001, 10,001, 20,001 candidates, its inner threshold by -0.0017, -0.0009, -0.0004. A loss
+        on all candidates (n_negatives: null) has fewer of them, and is lower by about log(n / m).
+
+        Args:
+            index: (N,), the images of the queries.
+
+        Returns:
+            The rows (m, D); their images (m,); and for each query which of the rows is of its own
+            image's stretch (N,). Whatever row that is, all others are a random part of the others.
         """
         n, m, device = len(self.rows), self.candidates, index.device
+        exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+
+        # one row of each stretch
         edge = torch.arange(m + 1, device=device) * n // m  # (m + 1,)
         start = torch.randint(n, (), device=device)
-        exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        within = (torch.rand(m, device=device, dtype=exact) * edge.diff()).long()  # (m,)
-        which = (start + edge[:-1] + within) % n  # (m,)
-        return self.rows[which], which, (((index - start) % n + 1) * m - 1) // n
+        u = torch.rand(m, device=device, dtype=exact)  # (m,)
+        offset = (u * edge.diff()).long()  # (m,)
+        drawn = (start + edge[:-1] + offset) % n  # (m,)
+
+        # the stretch in which each query's own row lies
+        position = (index - start) % n  # (N,)
+        stretch = ((position + 1) * m - 1) // n  # (N,)
+        return self.rows[drawn], drawn, stretch
 
     @torch.no_grad()
-    def update(self, z, index):
-        """z: (n, D) new embeddings of the images `index` (n,), no image twice."""
-        self.rows[index] = F.normalize(torch.lerp(z, self.rows[index], self.momentum), dim=1)
+    def update(self, z: Tensor, index: Tensor) -> None:
+        """Move the rows of some images, by the equation above.
+
+        Args:
+            z: (n, D), their new embeddings.
+            index: (n,), which images; none may come twice.
+        """
+        v = torch.lerp(z, self.rows[index], self.momentum)  # (n, D)
+        self.rows[index] = F.normalize(v, dim=1)
 
 
 class Queue(nn.Module):
-    """keys: (K, D), the newest K keys, random unit vectors at first; index: (K,) the image of each, -1 where none yet."""
+    """The newest K keys, random unit vectors at first.
 
-    def __init__(self, size, dim):
+    Args:
+        size: K.
+        dim: D.
+
+    Attributes:
+        keys: (K, D).
+        index: (K,), the image of each key, -1 where there is none yet.
+        pointer: (), where the next key goes.
+    """
+
+    def __init__(self, size: int, dim: int):
         super().__init__()
         self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("index", torch.full((size,), -1))
-        self.register_buffer(
-            "pointer", torch.zeros((), dtype=torch.long)
-        )  # where the next key goes
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
-    def enqueue(self, k, index):
-        """k: (n, D), index: (n,); any n: the oldest keys go, past the end it begins again, of more than K keys the last K stay."""
-        K = len(self.keys)
-        place = (self.pointer + torch.arange(len(k), device=k.device)) % K  # (n,)
-        self.keys[place[-K:]], self.index[place[-K:]] = k[-K:], index[-K:]
-        self.pointer.copy_((self.pointer + len(k)) % K)
+    def enqueue(self, k: Tensor, index: Tensor) -> None:
+        """Put keys in the place of the oldest ones; of more than K keys the last K stay.
+
+        Args:
+            k: (n, D), for any n.
+            index: (n,), their images.
+        """
+        K, n = self.keys.shape[0], k.shape[0]
+        slot = (self.pointer + torch.arange(n, device=k.device)) % K  # (n,)
+        self.keys[slot[-K:]] = k[-K:]
+        self.index[slot[-K:]] = index[-K:]
+        self.pointer.copy_((self.pointer + n) % K)

@@ -1,47 +1,85 @@
-"""The momentum encoder f_k of MoCo: an exponential moving average of f_q."""
+"""The momentum encoder f_k of MoCo, and its shuffled BatchNorm (He et al., CVPR 2020)."""
 
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine import distributed
 
+from .checks import check_key_momentum
+
 
 class MomentumEncoder(nn.Module):
-    """theta_k := m theta_k + (1 - m) theta_q. Its BatchNorm statistics are its own."""
+    """An exponential moving average of f_q, without gradient; its BatchNorm statistics are its own.
 
-    def __init__(self, encoder, m):
+        theta_k := m theta_k + (1 - m) theta_q
+
+    Args:
+        encoder: f_q, an Encoder, which is copied.
+        m: the momentum.
+    """
+
+    def __init__(self, encoder: nn.Module, m: float):
         super().__init__()
-        if not 0 <= m <= 1:
-            raise ValueError(f"momentum {m} of the key encoder must lie in [0, 1]")
-        self.net, self.m = copy.deepcopy(encoder).requires_grad_(False), m
+        check_key_momentum(m)
+        self.net = copy.deepcopy(encoder).requires_grad_(False)
+        self.m = m
 
     @torch.no_grad()
-    def update(self, encoder):
-        torch._foreach_lerp_(list(self.net.parameters()), list(encoder.parameters()), 1 - self.m)
+    def update(self, encoder: nn.Module) -> None:
+        """Move f_k towards f_q, by the equation above."""
+        theta_k = list(self.net.parameters())
+        theta_q = list(encoder.parameters())
+        torch._foreach_lerp_(theta_k, theta_q, 1 - self.m)
 
     @torch.no_grad()
-    def forward(self, x, feature="output"):
+    def forward(self, x: Tensor, feature: str = "output") -> Tensor:
+        """Return what Encoder.forward returns, without gradient."""
         return self.net(x, feature)
 
     @torch.no_grad()
-    def shuffled(self, x):
-        """f_k on images dealt out anew, (n, 3, S, S) -> (n, D) in the order that came in.
+    def forward_shuffled(self, x: Tensor) -> Tensor:
+        """Embed images in other company than that of their queries: "shuffled BN".
 
-        "Shuffled BN": a key must not share its BatchNorm statistics with its own query, or these give the answer away. So the images are
-        dealt across the parts that have statistics of their own: the processes, and within each the parts of split BN (model.bn_splits); with
-        one alone it would do nothing. They are dealt in turn, as cards are (moco's code: by lot), for the batch's order is by lot already, and
-        the same whatever share of the parts are processes. They travel in the precision in which the first convolution reads them.
+        A key must not share its BatchNorm statistics with its own query, or these give the answer
+        away. So the images are dealt out anew across the parts that have statistics of their own:
+        the processes, and within each the parts of split BN (model.bn_splits). Where there is one
+        part alone this would do nothing.
+
+        Args:
+            x: (n, 3, S, S), the images of this process.
+
+        Returns:
+            (n, D), in the order of x.
         """
-        world, splits, n = distributed.world_size(), self.net.bn_splits, len(x)
+        world, splits = distributed.world_size(), self.net.bn_splits
         if world * splits == 1:
             return self.net(x)
-        i = torch.arange(world * n)
-        order = ((i // (n // splits) + i % (n // splits)) % (world * splits)).argsort(
-            stable=True
-        )  # (world n,)  row j of part p goes to part p + j
-        k = self.net(
-            distributed.exchange(x.to(self.net.dtype) if world > 1 else x, order)
-        )  # (n, D)
+        order = deal_rows(world, splits, len(x))  # (world n,)
+        if world > 1:  # images travel in the precision in which the first convolution reads them
+            x = x.to(self.net.dtype)
+        k = self.net(distributed.exchange(x, order))  # (n, D)
         return distributed.exchange(k, order.argsort())
+
+
+def deal_rows(world: int, splits: int, n: int) -> Tensor:
+    """Deal rows across parts in turn, as cards are dealt: row j of part p goes to part p + j.
+
+    moco's code deals by lot. Here the order of the batch is by lot already, and the same, whatever
+    share of the parts are processes.
+
+    Args:
+        world: the number of processes.
+        splits: parts of each.
+        n: rows of each, a multiple of splits.
+
+    Returns:
+        (world n,), on the CPU: which row stands at each place, counted over all processes.
+    """
+    n_parts = world * splits
+    part_size = n // splits
+    i = torch.arange(world * n)  # (world n,)
+    p = i // part_size  # (world n,)
+    j = i % part_size  # (world n,)
+    return ((p + j) % n_parts).argsort(stable=True)

@@ -27,7 +27,7 @@ from losses.ifnd import IFND
 from losses.nce import NCE
 from losses.ring import Ring
 from losses.together import Together
-from models.cmc import LabEncoder, lab, ycbcr
+from models.cmc import LabEncoder, rgb_to_lab, rgb_to_ycbcr
 from models.resnet import Encoder
 from models.simclr import SimCLR
 
@@ -757,7 +757,7 @@ def test_cmcs_streams_see_the_released_colours(colour_space, mean, std):
     rgb = torch.rand(2, 3, 8, 8)
     net.eval()((rgb - net.mean) / net.std)
     if colour_space == "lab":
-        converted = lab(rgb)
+        converted = rgb_to_lab(rgb)
     else:
         r, g, b = rgb.double().unbind(1)
         converted = torch.stack(
@@ -781,7 +781,7 @@ def test_ycbcr_of_white_black_and_red():
         (1, 0, 0): (81.481, 90.203, 240),
     }
     for rgb, expected in known.items():
-        found = ycbcr(torch.tensor(rgb).float().view(1, 3, 1, 1)).flatten().tolist()
+        found = rgb_to_ycbcr(torch.tensor(rgb).float().view(1, 3, 1, 1)).flatten().tolist()
         assert found == pytest.approx(expected, abs=1e-3)
 
 

@@ -204,7 +204,7 @@ def test_it_takes_a_step(path):
     figures = step_diagnostics(loss_fn, contrasts, outputs, data.labels, now)
     loss.backward()
     optimizer.step()
-    host.after_step()
+    host.update_memory()
     assert loss.isfinite() and figures["K"] > 0
     assert any(not torch.equal(p, b) for p, b in zip(encoder.parameters(), before)) and all(
         p.isfinite().all() for p in encoder.parameters()

@@ -12,6 +12,7 @@ from engine import config, distributed
 from engine.schedule import Schedule, sgd
 from evaluation.features import KNN
 from losses.together import Together
+from models.checks import check_batch
 from models.resnet import Encoder
 
 
@@ -110,13 +111,17 @@ class Builder:
         file = f"{self.file}: optim"
         loader = config.build(Loader, self.settings["data"], file, **given)
         parts = self.settings["optim"]["accumulate"]
-        if loader.local % (parts * encoder.bn_splits):
-            raise SystemExit(
-                f"{file}.batch_size {loader.batch} gives each process {loader.local} images, which "
-                f"optim.accumulate {parts} times model.bn_splits {encoder.bn_splits} does not "
-                "divide"
-            )
-        if parts > 1 and not hasattr(host, "news"):
+        config.build(
+            check_batch,
+            {},
+            self.file,
+            key="optim.batch_size",
+            batch_size=loader.batch,
+            processes=distributed.world_size(),
+            bn_splits=encoder.bn_splits,
+            accumulate=parts,
+        )
+        if parts > 1 and not hasattr(host, "pending"):
             raise SystemExit(
                 f"{file}.accumulate is {parts}, but the negatives of "
                 f"{self.settings['model']['host']} are the batch itself, which cannot be taken in "

@@ -11,7 +11,7 @@ from data.datasets import ArraySet
 from data.loader import ahead
 from engine import device as devices
 from engine import distributed
-from models.resnet import fastest
+from models.resnet import choose_precision
 
 BUILD_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # torch 2.14 for CUDA 13.0
 TOO_OLD = (
@@ -278,7 +278,7 @@ def test_a_machine_without_a_gpu_is_silent(driver, monkeypatch, capsys):
 
 
 def test_what_was_never_measured_is_trained_in_fp32():
-    assert fastest(torch.device("mps")) == fastest(torch.device("xpu")) == "fp32"
+    assert choose_precision(torch.device("mps")) == choose_precision(torch.device("xpu")) == "fp32"
 
 
 def test_images_stay_where_they_are_unless_half_of_the_free_memory_is_enough(monkeypatch):

@@ -24,12 +24,13 @@ STEPS = """
 
     for name, width in {cases}:
         torch.manual_seed(0)
-        Host = config.chosen(dict(host=name), "model")
+        host_class = config.chosen(dict(host=name), "model")
         more = dict(mean=(0.5,) * 3, std=(0.2,) * 3) if name == "cmc" else dict()
-        encoder = getattr(Host, "Encoder", Encoder)(
+        encoder = getattr(host_class, "Encoder", Encoder)(
             **more, backbone="resnet10", stem="cifar", width=width, dim=8, precision="fp32")
-        host = Host(encoder) if name == "simclr" else Host(encoder, 50, **(
-            dict(queue_size=32) if name == "moco" else dict()))
+        n_data = dict() if name == "simclr" else dict(n_data=50)
+        settings = dict(queue_size=32) if name == "moco" else dict()
+        host = host_class(encoder, **n_data, **settings)
         optimizer = torch.optim.SGD(encoder.parameters(), 0.1)
         for step in range(4):
             views = [torch.randn(16, 3, 16, 16) for _ in range(host.n_views)]
@@ -38,7 +39,7 @@ STEPS = """
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            host.after_step()
+            host.update_memory()
         assert loss.isfinite()
         print(name, width, flush=True)
 """
