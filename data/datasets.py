@@ -23,7 +23,7 @@ from engine import distributed
 from . import shapes
 from .cache import cached
 from .folders import folder_of_part, list_images
-from .image_files import FolderSet, check, printable
+from .image_files import FolderSet, check_all_files, printable
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # mean and std a channel, of the training images in [0, 1]
@@ -129,7 +129,7 @@ def load(
         return None
     in_files = isinstance(dataset, FolderSet)
     if in_files and check_files:
-        check(dataset.files)
+        check_all_files(dataset.files)
     if in_files and cache is not None:  # the whole part: every limit shares it
         cache_name = f"{name}-{'test' if part == 'test' else 'train'}"
         dataset = cached(dataset, cache_name, cache, on_error == "skip")

@@ -138,7 +138,8 @@ def label(path, name, counts, only, empty):
         )
     if loose or len(classes) < 2:
         return None, None
-    unfilled = [top for top, count in counts.items() if not count]
+    # A cache that an earlier version made of one class folder lies beside that folder.
+    unfilled = [top for top, count in counts.items() if not count and not is_cache(top, counts)]
     if unfilled and empty == "refuse":
         raise SystemExit(
             f"{name}: {printable(os.path.join(path, unfilled[0]))} holds no images "
@@ -147,6 +148,12 @@ def label(path, name, counts, only, empty):
         )
     sizes = torch.tensor([counts[top] for top in classes])
     return torch.arange(len(classes)).repeat_interleave(sizes), classes
+
+
+def is_cache(folder, others):
+    """Whether a folder's name is that of a data.cache of one of the others."""
+    owner, _, size = folder.rpartition(".cache")
+    return owner in others and size.isdecimal()
 
 
 def walk(path, name, only):

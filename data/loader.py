@@ -56,7 +56,7 @@ class Loader:
     workers: processes that decode JPEGs (and run PIL); null: the cores there are, 8 at most.
         Fewer are started where memory has no room for their batches.
     broken: row -> what is wrong with its image, which another replaced in this epoch; see
-        FolderSet.instead.
+        FolderSet.decode_or_replace.
     """
 
     def __init__(
@@ -370,7 +370,7 @@ class Reader:
         """Image `row` as PIL's, or the one in its place."""
         try:
             if getattr(self.dataset, "skip", False):
-                return self.dataset.instead(row, broken)
+                return self.dataset.decode_or_replace(row, broken)
             return self.dataset.decode(row)
         except (
             ValueError

@@ -188,10 +188,10 @@ def test_a_cached_index_that_is_a_pickle_is_written_anew(capsys):
             np.save(f, content, allow_pickle=True) if content is not None else pickle.dump(
                 Malicious(), f
             )
-        assert cache.read(index.removesuffix(".npy")) is None
+        assert cache.read_index(index.removesuffix(".npy")) is None
         capsys.readouterr()
         again = load()
-        assert np.array_equal(again.places, good.places) and "anew" in capsys.readouterr().out
+        assert np.array_equal(again.index, good.index) and "anew" in capsys.readouterr().out
 
 
 def test_torchvisions_own_files(monkeypatch):

@@ -1,15 +1,20 @@
 """The cache of decoded images: what it holds, when it is built, and that nobody but the clock can tell it from the folder."""
 
+import errno
 import glob
 import hashlib
+import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
 import threading
+import time
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -21,6 +26,7 @@ from data.cache import CachedSet
 from data.datasets import load
 from data.loader import Loader
 from engine import checkpoint, config
+from processes import run
 
 CPU = torch.device("cpu")
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -363,9 +369,9 @@ def test_two_processes_build_once_and_read_the_same(jpegs, tmp_path):
         from data.datasets import load
         from engine import distributed
         distributed.start()
-        rank, did, write, state = distributed.rank(), [], cache.write, cache.state
+        rank, did, write, state = distributed.rank(), [], cache.write, cache.hash_files
         cache.write = lambda *a: did.append("write") or write(*a)
-        cache.state = lambda *a: did.append("state") or state(*a)
+        cache.hash_files = lambda *a: did.append("state") or state(*a)
 
         def seen(root):
             did.clear()
@@ -420,6 +426,250 @@ def test_two_processes_build_once_and_read_the_same(jpegs, tmp_path):
             assert all(np.array_equal(x, plain.decode(i)) for i, x in enumerate(images))
         assert all(np.array_equal(x, test.decode(i)) for i, x in enumerate(few))
     assert (np.asarray(plain.decode(8)).mean((0, 1)) - [200, 0, 0]).max() < 3
+
+
+# ------------------------------------------------------------------------------- a build that ends early
+
+
+def read(root, part="train", **settings):
+    return load(part, 0, name="folder", root=root, cache=24, **settings)
+
+
+@pytest.fixture
+def stops(monkeypatch):
+    """stops(count, error): the build fails after `count` jobs of 8 images, each of them recorded.
+
+    stops(None) lets it go on, and -> the rows that were decoded since the last call.
+    """
+    decoded, limit = [], {"count": None}
+    monkeypatch.setattr(cache, "default_workers", lambda: 0)
+    monkeypatch.setattr(cache, "RECORD_SECONDS", 0)
+    plain = cache.Shrunk.__call__
+
+    def call(self, rows):
+        if limit["count"] is not None and len(decoded) == limit["count"]:
+            limit["error"]()
+        decoded.append(rows)
+        return plain(self, rows)
+
+    def stop_after(count, error=None):
+        before = sum(decoded, [])
+        decoded.clear()
+        limit.update(count=count, error=error)
+        return before
+
+    monkeypatch.setattr(cache.Shrunk, "__call__", call)
+    return stop_after
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def contents(root, part="train"):
+    """{name: bytes} of the files of a part's caches."""
+    folder = f"{root}/{part}.cache24"
+    names = [name for name in os.listdir(folder) if not name.endswith(".lock")]
+    return {name: open(os.path.join(folder, name), "rb").read() for name in sorted(names)}
+
+
+def kill_self():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("end", [interrupt, kill_self])
+def test_a_build_goes_on_where_it_was_and_makes_the_same_bytes(jpegs, stops, capsys, end):
+    read(jpegs)
+    uninterrupted = contents(jpegs)
+    shutil.rmtree(f"{jpegs}/train.cache24")
+    stops(1, end)
+    child = multiprocessing.get_context("fork").Process(target=read, args=(jpegs,))
+    child.start()
+    child.join()
+    assert child.exitcode == (-signal.SIGKILL if end is kill_self else 1)
+    assert files(jpegs) == [".part", ".u8"]
+    with open(glob.glob(f"{jpegs}/train.cache24/*.u8")[0], "ab") as f:
+        f.write(b"pixels that no row of the index knows")
+    capsys.readouterr()
+    stops(None)
+    read(jpegs)
+    assert stops(None) == list(range(8, 15)) and contents(jpegs) == uninterrupted
+    assert "caching 15 images, going on after 8\n" in capsys.readouterr().out
+
+
+def test_what_is_left_of_a_build_is_taken_only_where_it_fits(jpegs, stops):
+    read(jpegs)
+    uninterrupted = contents(jpegs)
+    base = glob.glob(f"{jpegs}/train.cache24/*.u8")[0][:-3]
+
+    def leave_half():
+        shutil.rmtree(f"{jpegs}/train.cache24")
+        stops(1, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            read(jpegs)
+
+    for damage in (
+        lambda: os.truncate(base + ".part", 200),
+        lambda: os.truncate(base + ".u8", 1000),
+        lambda: os.remove(base + ".u8"),
+        lambda: np.save(open(base + ".part", "wb"), np.zeros((3, 3), np.int64)),
+    ):
+        leave_half()
+        damage()
+        stops(None)
+        read(jpegs)
+        assert stops(None) == list(range(15)) and contents(jpegs) == uninterrupted
+    leave_half()
+    os.utime(f"{jpegs}/train/c/1.jpg", ns=(1, 1))
+    stops(None)
+    read(jpegs)
+    assert stops(None) == list(range(15)) and files(jpegs) == [".npy", ".u8"]
+
+
+def test_what_skip_left_out_stops_a_build_that_goes_on_without(jpegs, stops):
+    broken = f"{jpegs}/train/a/3.jpg"
+    with open(broken, "wb") as f:
+        f.write(b"not a picture")
+    stops(1, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        read(jpegs, on_error="skip")
+    stops(None)
+    with pytest.raises(SystemExit, match="a/3.jpg cannot be read as an image .cannot identify"):
+        read(jpegs)
+    assert stops(None) == list(range(3, 11))
+
+
+def test_the_old_cache_stays_until_the_new_one_is_whole(jpegs, stops):
+    old = read(jpegs)
+    before = contents(jpegs)
+    os.utime(f"{jpegs}/train/c/1.jpg", ns=(1, 1))
+    stops(1, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        read(jpegs)
+    assert before.items() < contents(jpegs).items() and len(contents(jpegs)) == 4
+    stops(None)
+    assert same(read(jpegs), old) and len(contents(jpegs)) == 2
+    assert not set(contents(jpegs)) & set(before)
+
+
+@pytest.mark.parametrize("full_at", [1, 3, 4, 6])
+def test_a_disk_that_becomes_full_keeps_nothing_half_made(jpegs, stops, monkeypatch, full_at):
+    """At the first sync the index is made; the last ones are those of the last rows."""
+    old = read(jpegs)
+    os.utime(f"{jpegs}/train/c/1.jpg", ns=(1, 1))
+    calls, plain = [], cache.sync
+
+    def sync(file):
+        calls.append(file)
+        if len(calls) == full_at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(file)
+
+    monkeypatch.setattr(cache, "sync", sync)
+    with pytest.raises(SystemExit) as refusal:
+        read(jpegs)
+    if full_at > 2:
+        done = {3: 8, 4: 8, 6: 15}[full_at]
+        assert f"full after {done} of 15 images, and what was made" in refusal.value.code
+        assert "is removed; make room, lower data.cache or leave it out; or remove " in str(
+            refusal.value
+        )
+        assert old.path in refusal.value.code
+    else:
+        assert "cannot be written (No space left on device)" in refusal.value.code
+    assert files(jpegs) == [".npy", ".u8"] and old.decode(3).size
+
+
+def test_a_disk_too_small_for_old_and_new_names_the_old(jpegs, stops, monkeypatch):
+    old = read(jpegs)
+    os.utime(f"{jpegs}/train/c/1.jpg", ns=(1, 1))
+    stops(None)
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage(20000))
+    with pytest.raises(SystemExit, match="2e-05 GB are free there; make room, .*; or remove .*u8,"):
+        read(jpegs)
+    assert stops(None) == [] and os.path.exists(old.path) and len(contents(jpegs)) == 2
+
+
+def test_a_truncated_image_ends_two_processes_with_one_sentence(jpegs, tmp_path):
+    broken = f"{jpegs}/train/b/3.jpg"
+    os.truncate(broken, os.path.getsize(broken) // 2)
+    (tmp_path / "job.py").write_text(
+        textwrap.dedent(f"""
+        from data.datasets import load
+        from engine import distributed
+        distributed.start()
+        load("pretrain", 0, name="folder", root={jpegs!r}, cache=24)
+    """)
+    )
+    began = time.monotonic()
+    done = run(tmp_path, tmp_path / "job.py", processes=2, check=False)
+    assert done.returncode == 1 and time.monotonic() - began < 20
+    said = done.stderr + (tmp_path / "said1.err").read_text()
+    assert said.count("\n") == 1 and said.startswith(f"{broken} cannot be read as an image (")
+
+
+# ------------------------------------------------------------------------------- where it lies
+
+
+def test_the_cache_of_a_single_class_lies_beside_its_part(jpegs, builds):
+    for name in "bc":
+        os.rename(f"{jpegs}/train/{name}", f"{jpegs}/{name}")
+    assert read(jpegs).labels is None and os.listdir(f"{jpegs}/train") == ["a"]
+    # Earlier versions had it beside the class folder.
+    os.rename(f"{jpegs}/train.cache24", f"{jpegs}/train/a.cache24")
+    assert read(jpegs).path.startswith(f"{jpegs}/train/a.cache24/") and len(builds) == 1
+    os.rename(f"{jpegs}/b", f"{jpegs}/train/b")
+    data = read(jpegs)
+    assert data.classes == ["a", "b"] and data.path.startswith(f"{jpegs}/train.cache24/")
+    os.mkdir(f"{jpegs}/train/d.cache24")  # there is no class d
+    with pytest.raises(SystemExit, match="d.cache24 holds no images"):
+        read(jpegs)
+
+
+# ------------------------------------------------------------------------------- large photographs
+
+
+def photograph(width, height, seed=0):
+    """Noise of all sizes, as photographs have it."""
+    rng = np.random.default_rng(seed)
+    pixels = np.full((height, width, 3), 128.0)
+    for side in (8, 32, 128):
+        noise = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        pixels += (np.asarray(noise.resize((width, height), 3), float) - 128) / 3
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def test_large_photographs_are_reduced_by_the_jpeg_decoder(tmp_path, monkeypatch):
+    folder = tmp_path / "photos"
+    os.makedirs(folder / "small")
+    for i, (width, height) in enumerate([(403, 301), (97, 211), (193, 131)]):
+        photograph(width, height, i).save(folder / f"{i}.jpg", quality=95)
+    photograph(403, 301).save(folder / "3.png")
+    photograph(403, 301).convert("L").save(folder / "4.jpg", quality=95)
+    photograph(90, 80).save(folder / "small" / "0.jpg")
+    plain = load("pretrain", 0, name="folder", root=str(folder))
+    reduced = load("pretrain", 0, name="folder", root=str(folder), cache=24)
+    state = cache.hash_files(plain.files, skip=False)
+    assert state not in reduced.path
+    differences = []
+    for i in range(len(plain)):
+        image = plain.decode(i)
+        size = (24 * image.width // min(image.size), 24 * image.height // min(image.size))
+        wanted = np.asarray(image.resize(size, Image.Resampling.BILINEAR), float)
+        assert reduced.decode(i).size == size
+        differences.append(np.abs(np.asarray(reduced.decode(i)) - wanted).mean())
+    # 0, 1 and 2 and the grey one are JPEGs of four times 24 pixels and more.
+    assert all(0 < difference < 1.5 for difference in np.array(differences)[[0, 1, 2, 4]])
+    assert differences[3] == differences[5] == 0
+    # Without a photograph, and where an earlier version's cache is found, the state is the old one.
+    small = load("pretrain", 0, name="folder", root=str(folder / "small"), cache=24)
+    assert cache.hash_files(small.files, skip=False) in small.path
+    base = os.path.join(os.path.dirname(reduced.path), f"folder-train-{state}")
+    for ending in (".u8", ".npy"):
+        os.rename(os.path.splitext(reduced.path)[0] + ending, base + ending)
+    monkeypatch.setattr(cache, "build", None)
+    assert load("pretrain", 0, name="folder", root=str(folder), cache=24).path == base + ".u8"
 
 
 # ---------------------------------------------------------------------------------------------------- the key

@@ -490,7 +490,7 @@ def test_data_check_files_looks_once_at_each_file_and_opens_none(tmp_path, monke
     os.remove(files[700])
     put(files[1100], b"")
     with pytest.raises(SystemExit, match="0700.jpg cannot be read as an image .it is not there"):
-        image_files.check(files)
+        image_files.check_all_files(files)
     with pytest.raises(SystemExit, match="1100.jpg cannot be read as an image .it is empty"):
         load("pretrain", 0, name="folder", root=str(tmp_path), check_files=True)
 
