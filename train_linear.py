@@ -46,10 +46,10 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from data.augment import named
+from data.augment import get_recipe
 from data.datasets import find_obstacle, load
 from data.image_files import say_if_dark
-from data.loader import Loader, sensible_size
+from data.loader import Loader, check_image_size
 from data.workers import or_say_what_is_kept
 from engine import device as devices
 from engine import distributed
@@ -134,7 +134,7 @@ class Probe:
             raise ValueError(
                 f"image_size is {image_size}; it must be at least 8 and 4096 at most, or null for the encoder's own"
             )
-        named(augment)  # or there is none
+        get_recipe(augment)  # or there is none
         self.epochs, self.batch_size, self.momentum, self.weight_decay = (
             epochs,
             batch_size,
@@ -198,7 +198,7 @@ def main():
         },
     }
     config.build(
-        sensible_size, {}, args.cfg, image_size=source["image_size"]
+        check_image_size, {}, args.cfg, image_size=source["image_size"]
     )  # the Loader would say so, but cached features want none
     train, test = (
         config.build(load, source, f"{args.cfg}: linear", part=part, seed=cfg["seed"])

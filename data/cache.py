@@ -76,9 +76,7 @@ class CachedSet(FolderSet):
     """
 
     def __init__(self, dataset, path, index, pixels=None):
-        super().__init__(
-            dataset.files, dataset.labels, dataset.classes, dataset.mean, dataset.std
-        )
+        super().__init__(dataset.files, dataset.labels, dataset.classes, dataset.mean, dataset.std)
         self.path, self.index, self.pixels = path, index, pixels
 
     def __getstate__(self):
@@ -416,15 +414,16 @@ class UnfinishedCache:
     def __init__(self, base, n, skip):
         self.base = base
         self.pixels_path, self.index_path = base + ".u8", base + ".part"
-        self.pixels_file = self.index_file = None
+        self.files = contextlib.ExitStack()  # that are open
         self.index = self.read_unfinished(n, skip)
         if self.index is None:
             self.index = np.full((n, 3), UNFINISHED, np.int64)
             self.begin()
         self.done = count_finished(self.index)
         self.written = end_of(self.index[self.done - 1]) if self.done else 0
-        self.pixels_file = open(self.pixels_path, "r+b")
-        self.index_file = open(self.index_path, "r+b")
+        # `close` and `remove` close them.
+        self.pixels_file = self.files.enter_context(open(self.pixels_path, "r+b"))  # noqa: SIM115
+        self.index_file = self.files.enter_context(open(self.index_path, "r+b"))  # noqa: SIM115
         # Pixels that were written after the last row was filled in.
         self.pixels_file.truncate(self.written)
         self.pixels_file.seek(self.written)
@@ -489,12 +488,9 @@ class UnfinishedCache:
 
     def close(self):
         """Keep what is finished, whatever ended the build; nothing if it was removed."""
-        if self.pixels_file.closed:
-            return
-        if self.recorded < self.done:
+        if not self.pixels_file.closed and self.recorded < self.done:
             self.record()
-        self.pixels_file.close()
-        self.index_file.close()
+        self.files.close()
 
     def finish(self):
         """All images are there: from now on it is a cache."""
@@ -502,10 +498,8 @@ class UnfinishedCache:
 
     def remove(self):
         """Leave nothing of it on the disk."""
-        for file in (self.index_file, self.pixels_file):
-            if file is not None:
-                with contextlib.suppress(OSError):  # what is still to be written needs space, too
-                    file.close()
+        with contextlib.suppress(OSError):  # what is still to be written needs space, too
+            self.files.close()
         for path in (self.index_path, self.pixels_path):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(path)

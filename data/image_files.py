@@ -199,7 +199,7 @@ def open_image(file):
 
 
 def foreign_format(file):
-    """The kind of image that a file is by its first bytes, of those that we do not read; or None."""
+    """The kind of image that a file is by its first bytes, if it is one we do not read."""
     with open(file, "rb") as f:
         start = f.read(16)
     for pattern, kind in FOREIGN_FORMATS.items():

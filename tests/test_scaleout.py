@@ -27,7 +27,7 @@ import train_linear
 import train_pretrain
 from data.augment import RECIPES
 from data.datasets import ArraySet, load
-from data.loader import Loader, ahead
+from data.loader import Loader, prefetch
 from data.shapes import shapes
 from engine import checkpoint, distributed
 from engine.features import KNN, extract
@@ -553,7 +553,7 @@ def views(data, recipe, size, workers=0, depth=None):
         image_size=size,
         workers=workers,
     )
-    steps = loader.epoch(1) if depth is None else ahead(loader.epoch(1), depth)
+    steps = loader.epoch(1) if depth is None else prefetch(loader.epoch(1), depth)
     return torch.stack(
         [x for some, _ in steps for x in some]
     )  # (2 steps x 2 views, n / 2, 3, S, S)

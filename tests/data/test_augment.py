@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import functional as TF
 
 from data import augment
-from data.augment import RECIPES, Augment, pick, pil_transforms
+from data.augment import RECIPES, Augment, select_rows, pil_transforms
 from data.shapes import shapes
 
 
@@ -66,11 +66,11 @@ def test_hue_equals_torchvisions_tensor_form(images):
 def test_an_image_alone_is_treated_as_in_a_batch(size):
     """Which images share a call, and whether a parameter is a number or a tensor, changes rounding alone."""
     x, aug = torch.rand(9, 3, size, size), Augment("moco_v2", size)
-    u = aug.draw(9, torch.Generator().manual_seed(0))
+    u = aug.sample_parameters(9, torch.Generator().manual_seed(0))
     del u["crop"]
     whole = aug.colour(x.clone(), u)
     alone = torch.cat(
-        [aug.colour(x[i : i + 1].clone(), pick(u, slice(i, i + 1))) for i in range(9)]
+        [aug.colour(x[i : i + 1].clone(), select_rows(u, slice(i, i + 1))) for i in range(9)]
     )
     assert (whole - alone).abs().max() < 1e-5 and (whole - x).abs().max() > 0.1
 
@@ -103,8 +103,8 @@ def test_blur_equals_torchvisions_and_is_near_pils(images):
 @pytest.mark.parametrize("size", [48, 64, 20])  # enlarged always; and where some boxes shrink
 def test_crop_equals_pils(images, size):
     """The same boxes through Image.crop + Image.resize. PIL rounds between its two passes."""
-    u = augment.draw_crop(len(images), torch.Generator().manual_seed(0), (0.2, 1.0))
-    box = augment.crop_box(u, 48, 48, (0.2, 1.0))
+    u = augment.sample_crop(len(images), torch.Generator().manual_seed(0), (0.2, 1.0))
+    box = augment.crop_box(u, 48, 48)
     theirs = [
         TF.resized_crop(im, *map(int, b), [size, size]) for im, b in zip(pil(images), box.tolist())
     ]
@@ -114,10 +114,9 @@ def test_crop_equals_pils(images, size):
 
 def test_bilinear_is_antialiased_where_boxes_grow(images):
     box = augment.crop_box(
-        augment.draw_crop(len(images), torch.Generator().manual_seed(1), (0.2, 1.0)),
+        augment.sample_crop(len(images), torch.Generator().manual_seed(1), (0.2, 1.0)),
         48,
         48,
-        (0.2, 1.0),
     )
     x = images.float() / 255
     arguments = [
@@ -143,7 +142,7 @@ def test_crop_boxes_follow_torchvisions_distribution():
 
     n, H, W = 20000, 20, 100
     ours = augment.crop_box(
-        augment.draw_crop(n, torch.Generator().manual_seed(0), (0.2, 1.0)), H, W, (0.2, 1.0)
+        augment.sample_crop(n, torch.Generator().manual_seed(0), (0.2, 1.0)), H, W
     )
     torch.manual_seed(0)
     image = torch.zeros(1, H, W)
@@ -194,7 +193,7 @@ def test_views_have_the_statistics_of_torchvisions(images, recipe):
 
 
 def test_jitter_draws_every_order_and_applies_it():
-    drawn = augment.draw_jitter(24000, torch.Generator().manual_seed(0), 0.4, 0.4, 0.4, 0.1, 0.8)
+    drawn = augment.sample_jitter(24000, torch.Generator().manual_seed(0), 0.4, 0.4, 0.4, 0.1, 0.8)
     orders, counts = drawn["order"].unique(dim=0, return_counts=True)
     assert len(orders) == 24 and counts.min() > 850 and counts.max() < 1150
     assert abs(drawn["apply"].float().mean() - 0.8) < 0.01
@@ -211,9 +210,9 @@ def test_jitter_draws_every_order_and_applies_it():
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_same_generator_same_views_and_pieces_change_nothing(images, recipe):
     a = Augment(recipe, 48, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
-    u = a.draw(len(images), torch.Generator().manual_seed(7))
+    u = a.sample_parameters(len(images), torch.Generator().manual_seed(7))
     assert torch.equal(a(images, torch.Generator().manual_seed(7)), a.apply(images, u))
-    halves = [a.apply(images[s], pick(u, s)) for s in (slice(0, 10), slice(10, 24))]
+    halves = [a.apply(images[s], select_rows(u, s)) for s in (slice(0, 10), slice(10, 24))]
     assert torch.allclose(torch.cat(halves), a.apply(images, u), atol=1e-6)
 
 

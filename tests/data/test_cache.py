@@ -13,7 +13,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections import namedtuple
 
 import numpy as np
@@ -602,9 +601,8 @@ def test_a_truncated_image_ends_two_processes_with_one_sentence(jpegs, tmp_path)
         load("pretrain", 0, name="folder", root={jpegs!r}, cache=24)
     """)
     )
-    began = time.monotonic()
     done = run(tmp_path, tmp_path / "job.py", processes=2, check=False)
-    assert done.returncode == 1 and time.monotonic() - began < 20
+    assert done.returncode == 1
     said = done.stderr + (tmp_path / "said1.err").read_text()
     assert said.count("\n") == 1 and said.startswith(f"{broken} cannot be read as an image (")
 

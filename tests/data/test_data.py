@@ -13,8 +13,8 @@ import torchvision
 from PIL import Image
 
 import data.loader as data_loader
-from data.datasets import NAMES, TORCHVISION, ArraySet, balanced, load
-from data.loader import Loader, ahead, in_order
+from data.datasets import NAMES, TORCHVISION, ArraySet, balanced_rows, load
+from data.loader import Loader, prefetch, ordered_batches
 from data.shapes import CLASSES, distance, shapes
 from engine import distributed
 from engine.features import knn
@@ -112,14 +112,14 @@ def test_forms_are_where_they_should_be(name):
 
 def test_limit_is_balanced_fixed_and_nested(arrays):
     labels = torch.arange(1000) % 10
-    rows = balanced(labels, 1000, 95, seed=0)
+    rows = balanced_rows(labels, 1000, 95, seed=0)
     counts = labels[rows].bincount()
     assert counts.max() - counts.min() <= 1 and len(rows.unique()) == 95
-    assert torch.equal(rows, balanced(labels, 1000, 95, seed=0)) and not torch.equal(
-        rows, balanced(labels, 1000, 95, seed=1)
+    assert torch.equal(rows, balanced_rows(labels, 1000, 95, seed=0)) and not torch.equal(
+        rows, balanced_rows(labels, 1000, 95, seed=1)
     )
-    assert set(rows.tolist()) <= set(balanced(labels, 1000, 200, seed=0).tolist())
-    assert len(balanced(None, 1000, 95, seed=0)) == 95
+    assert set(rows.tolist()) <= set(balanced_rows(labels, 1000, 200, seed=0).tolist())
+    assert len(balanced_rows(None, 1000, 95, seed=0)) == 95
     assert (
         len(load("train", 0, name="shapes", limit=30)) == 30
         and len(load("test", 0, name="shapes", limit=30)) == 2400
@@ -159,7 +159,7 @@ def test_a_worker_holds_few_decoded_images_at_once(jpegs, monkeypatch):
     monkeypatch.setattr(data, "decode", counted)
     seen = []
     for n in (100, 7):
-        monkeypatch.setattr(data_loader, "HELD", n)
+        monkeypatch.setattr(data_loader, "HELD_IMAGES", n)
         for settings in ({"augment": "moco_v2"}, {"augment_backend": "pil"}):
             views, index = next(loader(data, batch_size=45, n_views=3, **settings).epoch(1))
             seen.append((torch.stack(views), index))
@@ -353,14 +353,14 @@ def test_ahead_keeps_the_order_runs_ahead_stops_early_and_passes_errors_on():
         if error:
             raise error
 
-    assert list(ahead(items(10))) == list(range(10)) and list(ahead(iter([]))) == []
+    assert list(prefetch(items(10))) == list(range(10)) and list(prefetch(iter([]))) == []
     made.clear(), begun.clear()
-    few = ahead(items(1000))
+    few = prefetch(items(1000))
     assert next(few) == 0 and begun.wait(10)  # two wait, one is in hand
     few.close()
-    assert len(made) < 7 and not [t for t in threading.enumerate() if t.name == "ahead"]
+    assert len(made) < 7 and not [t for t in threading.enumerate() if t.name == "prefetch"]
     for error in (ValueError("broken"), SystemExit("broken")):
-        got = ahead(items(2, error))
+        got = prefetch(items(2, error))
         assert [next(got), next(got)] == [0, 1]
         with pytest.raises(type(error), match="broken"):
             next(got)
@@ -368,13 +368,13 @@ def test_ahead_keeps_the_order_runs_ahead_stops_early_and_passes_errors_on():
 
 def test_a_loader_that_runs_ahead_gives_the_very_views(arrays):
     one, other = loader(arrays), loader(arrays)
-    for (a, i), (b, j) in zip(one.epoch(2), ahead(other.epoch(2))):
+    for (a, i), (b, j) in zip(one.epoch(2), prefetch(other.epoch(2))):
         assert torch.equal(torch.stack(a), torch.stack(b)) and torch.equal(i, j)
 
 
 def test_in_order_is_in_order(jpegs):
     data = load("train", 0, name="folder", root=jpegs)
-    parts = list(in_order(data, torch.arange(15), "eval", 24, CPU, batch_size=4, workers=2))
+    parts = list(ordered_batches(data, torch.arange(15), "eval", 24, CPU, batch_size=4, workers=2))
     assert torch.cat([index for _, index in parts]).tolist() == list(range(15)) and parts[0][
         0
     ].shape == (4, 3, 24, 24)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data import image_files
 from data.datasets import ArraySet, load
-from data.loader import Loader, in_order
+from data.loader import Loader, ordered_batches
 from data.shapes import shapes
 
 CPU = torch.device("cpu")
@@ -290,7 +290,7 @@ def test_a_file_that_vanishes_while_training(tmp_path, workers):
         ld = loader(load("pretrain", 0, name="folder", root=folder, on_error=how), workers)
         for step, _ in enumerate(steps := ld.epoch(0)):
             victim = ld.dataset.files[
-                int(torch.cat([index for index, _ in ld.plan(0)])[-1 if how == "stop" else -2])
+                int(torch.cat([index for index, _ in ld.batch_plan(0)])[-1 if how == "stop" else -2])
             ]
             if step == 0:
                 os.remove(victim)
@@ -320,11 +320,11 @@ def test_a_broken_image_is_replaced_by_the_next_whatever_the_workers_and_batches
         and "m2.png cannot" in runs[0][2]
     )
     seen = torch.cat(
-        [x[:, 0, 0, 0] for x, _ in in_order(data, torch.arange(9), "eval", 8, CPU, workers=0)]
+        [x[:, 0, 0, 0] for x, _ in ordered_batches(data, torch.arange(9), "eval", 8, CPU, workers=0)]
     )  # IFND's look at them: the same pixels
     assert seen[2] == seen[3] == seen[4] and seen[8] == seen[0] and len(seen.unique()) == 6
     ld = loader(data, 0, 3)
-    list(ld.epoch(0, first=2))
+    list(ld.epoch(0, first_step=2))
     assert len(ld.broken) <= 3 and ld.examples(4).shape[0] == 16  # of a resumed epoch, its own
     whole = loader(
         load("pretrain", 0, name="folder", root=good(tmp_path / "whole"), on_error="skip")
@@ -359,7 +359,7 @@ def test_evaluation_stops_though_training_skips(classes, cache):
     assert pretrain.skip and len(views(ld)[1]) == 12 and "m2.png" in ld.replaced()
     for workers in (0, 2):
         with pytest.raises(SystemExit, match="m2.png cannot be read"):
-            list(in_order(train, torch.arange(12), "eval", 8, CPU, workers=workers))
+            list(ordered_batches(train, torch.arange(12), "eval", 8, CPU, workers=workers))
 
 
 # ---------------------------------------------------------------------------------------------------- folders

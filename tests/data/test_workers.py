@@ -21,7 +21,7 @@ from PIL import Image
 from data import loader as data_loader
 from data import memory, workers
 from data.datasets import FolderSet, load
-from data.loader import Loader, in_order
+from data.loader import Loader, ordered_batches
 from data.workers import InputLost, Slots, in_workers, or_say_what_is_kept
 
 CPU = torch.device("cpu")
@@ -145,7 +145,7 @@ def test_evaluation_sends_bytes_and_no_more_rows_than_there_are(folder, monkeypa
     monkeypatch.setattr(data_loader, "Slots", lambda *what: made.append(what) or Slots(*what))
     data = load("train", 0, name="folder", root=folder)
     (a, _), (b, _) = (
-        next(in_order(data, torch.arange(24), "eval", 16, CPU, workers=count)) for count in (0, 2)
+        next(ordered_batches(data, torch.arange(24), "eval", 16, CPU, workers=count)) for count in (0, 2)
     )
     assert torch.equal(a, b) and made[1] == (2, (24, 3, 16, 16), torch.uint8)
 
