@@ -10,12 +10,12 @@ import unicodedata
 import numpy as np
 import pytest
 from PIL import Image, features
+from processes import run
 
 import train_linear
 import train_pretrain
 from data.datasets import find_obstacle, load
 from data.image_files import foreign_format
-from processes import run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 QUICK = os.path.join(ROOT, "yaml", "quickstart.yaml")
@@ -173,10 +173,10 @@ def test_a_probe_on_data_in_the_home_folder(start, tmp_path, monkeypatch):
 
 
 FOREIGN = {
-    "AVIF": b"\0\0\0\x1cftypavif\0\0\0\0avifmif1",
-    "HEIC": b"\0\0\0\x24ftypheic\0\0\0\0mif1heic",
-    "JPEG 2000": b"\0\0\0\x0cjP  \r\n\x87\n\0\0\0\x14ftypjp2 ",
-    "JPEG XL": b"\xff\x0a\xfa\x7f\x01\x90\x08\x06\x01\x00\x10\x00",
+    "an AVIF": b"\0\0\0\x1cftypavif\0\0\0\0avifmif1",
+    "a HEIC": b"\0\0\0\x24ftypheic\0\0\0\0mif1heic",
+    "a JPEG 2000": b"\0\0\0\x0cjP  \r\n\x87\n\0\0\0\x14ftypjp2 ",
+    "a JPEG XL": b"\xff\x0a\xfa\x7f\x01\x90\x08\x06\x01\x00\x10\x00",
 }
 
 
@@ -185,12 +185,9 @@ def test_a_foreign_format_named_jpg_is_told_as_what_it_is(tmp_path, kind):
     put_images(tmp_path / "all", 2)
     (tmp_path / "all" / "2.jpg").write_bytes(FOREIGN[kind] + bytes(100))
     data = load("pretrain", 0, name="folder", root=str(tmp_path / "all"))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="convert it to one of these.; remove or") as error:
         data.decode(2)
-    assert f"2.jpg cannot be read as an image (it is an {kind} image" in str(
-        error.value
-    ) or f"(it is a {kind} image" in str(error.value)
-    assert "convert it to one of these); remove or replace it" in str(error.value)
+    assert f"2.jpg cannot be read as an image (it is {kind} image, whatever" in str(error.value)
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this PIL writes no AVIF")
