@@ -306,7 +306,8 @@ def build(dataset, name, base, shrink):
         cache.close()
     cache.finish()
     for path in outdated:
-        os.remove(path)
+        with contextlib.suppress(OSError):  # Windows keeps what a run has mapped
+            os.remove(path)
 
 
 def list_caches(folder, name):
@@ -386,10 +387,12 @@ def refuse_small_disk(cache, size, need, outdated):
     free = shutil.disk_usage(cache.pixels_path).free
     if need - cache.written <= SPACE_MARGIN * free:
         return
+    removed = f", those of {cache.done} images that were made and are removed counted in"
     raise BuildRefused(
         f"data.cache is {size}: the {len(cache.index)} images take about {need / 1e9:.3g} GB in "
         f"{os.path.dirname(cache.pixels_path)}, {(free + cache.written) / 1e9:.3g} GB are free "
-        f"there; make room, lower data.cache or leave it out{or_remove(outdated)}"
+        f"there{removed if cache.done else ''}; make room, lower data.cache or leave it out"
+        f"{or_remove(outdated)}"
     )
 
 

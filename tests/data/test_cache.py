@@ -540,6 +540,17 @@ def test_a_disk_too_small_for_old_and_new_names_the_old(jpegs, stops, monkeypatc
     assert stops(None) == [] and os.path.exists(old.path) and len(contents(jpegs)) == 2
 
 
+def test_a_disk_that_others_fill_meanwhile_keeps_nothing_half_made(jpegs, stops, monkeypatch):
+    usage = namedtuple("usage", "free")
+    calls = []
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage(10**6 if not calls else 100))
+    plain = cache.UnfinishedCache.record
+    monkeypatch.setattr(cache.UnfinishedCache, "record", lambda self: calls.append(plain(self)))
+    with pytest.raises(SystemExit, match="free there, those of 8 images that were made and are re"):
+        read(jpegs)
+    assert files(jpegs) == []
+
+
 def test_a_truncated_image_ends_two_processes_with_one_sentence(jpegs, tmp_path):
     broken = f"{jpegs}/train/b/3.jpg"
     os.truncate(broken, os.path.getsize(broken) // 2)
