@@ -121,8 +121,7 @@ def load(
         root: where the data sets lie; for `folder`, the folder itself.
         split: of stl10, what to pre-train on: train (the 5,000 labelled images, as the Ring code),
             unlabeled, train+unlabeled.
-        limit: so many training images, the first of a fixed shuffle by `seed`, whatever their
-            labels; test sets stay whole.
+        limit: so many training images of that shuffle, whatever their labels. Test sets stay whole.
         cache: keep folders of images decoded in a file beside them, the shorter side at most that
             many pixels (data/cache.py: crops are then taken from these); null: decode them again
             in every epoch.
