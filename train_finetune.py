@@ -44,10 +44,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data.augment import named
-from data.datasets import balanced, find_obstacle, load
+from data.augment import get_recipe
+from data.datasets import balanced_rows, find_obstacle, load
 from data.image_files import say_if_dark
-from data.loader import Loader, sensible_size
+from data.loader import Loader, check_image_size
 from engine import checkpoint, distributed
 from engine.distributed import say
 from engine.log import lines
@@ -107,7 +107,7 @@ class Finetune:
         for name, value in {"lr": lr, "lr_classifier": lr_classifier}.items():
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; it must be above 0, and finite")
-        named(augment)  # or there is none
+        get_recipe(augment)  # or there is none
         self.schedule = Schedule(
             epochs=epochs,
             batch_size=batch_size,
@@ -136,7 +136,7 @@ class Finetune:
                 f"labels {self.labels:g} of {len(train)} training images is {n}, fewer than the "
                 f"{classes} classes; take at least {classes}/{len(train)}"
             )
-        return balanced(train.labels, len(train), n, seed)
+        return balanced_rows(train.labels, len(train), n, seed)
 
     def describe_share(self, n, n_train):
         """Which labels are used, in words: n of n_train."""
@@ -157,34 +157,51 @@ class Finetune:
 
 
 def listed(path, dataset):
-    """The rows of a FolderSet whose file names a text file holds, one a line: (m,), sorted. ValueError names the first that is not there."""
+    """The rows of a FolderSet whose files a text file names, one a line.
+
+    A line is a file's name, or as much of its path as tells it from others of that name: a/0.png.
+
+    Returns:
+        (m,) int64, sorted.
+
+    Raises:
+        ValueError: names the first line that is no file's, or that of several.
+    """
     if not hasattr(dataset, "files"):
         raise ValueError(
-            "list names image files, and this data set has none; leave list out and set labels, the share, or take data that lie in folders"
+            "list names image files, and this data set has none; leave list out and set labels, "
+            "the share, or take data that lie in folders"
         )
     try:
-        with open(path) as f:
-            names = f.read().split("\n")
+        with open(os.path.expanduser(path), encoding="utf-8-sig") as f:  # with or without a BOM
+            names = [os.path.normpath(line.strip()) for line in f if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"list {path} cannot be read: {error}")
-    names = [name.strip() for name in names if name.strip()]
-    rows = {name: [] for name in names}
-    for row, file in enumerate(dataset.files):
-        name = os.path.basename(file)
-        if name in rows:
-            rows[name].append(row)
-    missing = [name for name in names if not rows[name]]
+        raise ValueError(f"list {path} cannot be read: {error}") from error
     if not names:
         raise ValueError(f"list {path} is empty; it must hold one image file name a line")
+    rows = {name: [] for name in names}
+    # As many of a path's last parts are compared as a line has.
+    depths = {name.count(os.sep) + 1 for name in names}
+    for row, file in enumerate(dataset.files):
+        parts = file.split(os.sep)
+        for depth in depths:
+            ending = os.sep.join(parts[-depth:])
+            if depth <= len(parts) and ending in rows:
+                rows[ending].append(row)
+    missing = [name for name in names if not rows[name]]
     if missing:
         raise ValueError(
-            f"list {path}: {len(missing)} of its {len(names)} names are not among the {len(dataset)} training images; the first is "
-            f"{missing[0]}; it is a list of other data, or data.limit leaves images out"
+            f"list {path}: {len(missing)} of its {len(names)} names are not among the "
+            f"{len(dataset)} training images; the first is {missing[0]}; it is a list of other "
+            "data, or data.limit leaves images out"
         )
     double = next((name for name in names if len(rows[name]) > 1), None)
     if double:
         both = " and ".join(dataset.files[row] for row in rows[double][:2])
-        raise ValueError(f"list {path}: {double} is {both}; give each image a file name of its own")
+        raise ValueError(
+            f"list {path}: {double} is {both}; write the folder before the name, as far as it "
+            "tells them apart, or give each image a file name of its own"
+        )
     return torch.tensor(sorted({rows[name][0] for name in names}))
 
 
@@ -264,7 +281,7 @@ def load_labelled(build, file):
             f"{file}: no fine-tuning on {settings['name']} at {settings['root']}: {obstacle}"
         )
     # The Loader would say so, but the encoder meets it first.
-    config.build(sensible_size, {}, file, image_size=settings["image_size"])
+    config.build(check_image_size, {}, file, image_size=settings["image_size"])
     return train, test
 
 

@@ -57,10 +57,10 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from data.augment import named
+from data.augment import get_recipe
 from data.datasets import find_obstacle, load
 from data.image_files import say_if_dark
-from data.loader import Loader, sensible_size
+from data.loader import Loader, check_image_size
 from engine import checkpoint, distributed
 from engine import device as devices
 from engine.distributed import say
@@ -147,7 +147,7 @@ class Probe:
             gamma=gamma,
         )
         sensible(momentum, weight_decay)
-        named(augment)  # or there is none
+        get_recipe(augment)  # or there is none
         self.epochs, self.batch_size = epochs, batch_size
         self.momentum, self.weight_decay = momentum, weight_decay
         self.features, self.augment, self.standardize = features, augment, standardize
@@ -268,7 +268,7 @@ def data_settings(settings, probe):
 def load_parts(source, seed, file):
     """The training and the test part."""
     # The Loader would refuse a size, but cached features want none.
-    config.build(sensible_size, {}, file, image_size=source["image_size"])
+    config.build(check_image_size, {}, file, image_size=source["image_size"])
     train, test = (
         config.build(load, source, f"{file}: linear", part=part, seed=seed)
         for part in ("train", "test")

@@ -1,5 +1,7 @@
-"""Data sets: index -> image. Arrays live in memory as uint8; image files (data/image_files.py) are
-read by workers (data/loader.py), or decoded once for all runs (data/cache.py).
+"""Data sets: index -> image.
+
+Arrays live in memory as uint8; image files (data/image_files.py) are read by workers
+(data/loader.py), or decoded once for all runs (data/cache.py).
 
     load("pretrain", name="cifar10")    what the encoder is pre-trained on (labels, where there are
                                         any, for reporting only)
@@ -10,7 +12,9 @@ read by workers (data/loader.py), or decoded once for all runs (data/cache.py).
 
 import hashlib
 import os
+import shlex
 import unicodedata
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -22,19 +26,19 @@ from engine import distributed
 
 from . import shapes
 from .cache import cached
-from .folders import folder_of_part, list_images
-from .image_files import FolderSet, check, printable
+from .folders import ROOT_KEY, folder_of_part, list_images
+from .image_files import FolderSet, check_all_files, printable
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# mean and std a channel, of the training images in [0, 1]
+# The mean and std of each channel, of the training images in [0, 1].
 STATISTICS = {
     "shapes": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
 }
-# what torchvision loads (and downloads): name -> (class, arguments of its training and of its
-# test part)
+# What torchvision loads (and downloads): name -> its class, arguments of its training part, and of
+# its test part.
 TORCHVISION = {
     "cifar10": ("CIFAR10", {"train": True}, {"train": False}),
     "cifar100": ("CIFAR100", {"train": True}, {"train": False}),
@@ -55,20 +59,24 @@ NAMES = ("shapes", *TORCHVISION, "folder", "imagenet", "imagenet100", "voc2007")
 class ArraySet:
     """n images in memory.
 
-    images: (n, 3, H, W) uint8.
-    labels: (n,) int64, or None where not every image has one.
-    classes: the names of the classes, or None.
-    mean, std: of each channel, of the training images in [0, 1].
+    Args:
+        images: (n, 3, H, W) uint8.
+        labels: (n,) int64, or None where not every image has one.
+        classes: the names of the classes, or None.
+        mean: of each channel, of the training images in [0, 1].
+        std: likewise.
     """
 
     def __init__(self, images, labels, classes, mean, std):
-        self.images, self.labels, self.classes = images, labels, classes
+        self.images = images
+        self.labels, self.classes = labels, classes
         self.mean, self.std = mean, std
 
     def __len__(self):
         return len(self.images)
 
     def select(self, rows):
+        """The images `rows` (m,), in that order, as an ArraySet."""
         labels = None if self.labels is None else self.labels[rows]
         return ArraySet(self.images[rows], labels, self.classes, self.mean, self.std)
 
@@ -80,9 +88,10 @@ class ArraySet:
 
     def fingerprint(self):
         """A hash of the number and size of the images and of the pixels of some."""
-        some = self.images[:: max(1, len(self.images) // 64)].cpu().contiguous()
+        step = max(1, len(self.images) // 64)
+        sample = self.images[::step].cpu().contiguous()
         shape = repr(tuple(self.images.shape)).encode()
-        return hashlib.sha256(shape + some.numpy().tobytes()).hexdigest()[:16]
+        return hashlib.sha256(shape + sample.numpy().tobytes()).hexdigest()[:16]
 
     def decode(self, i):
         """Image i as PIL's."""
@@ -105,93 +114,123 @@ def load(
 ):
     """One part of a data set: "pretrain", "train" or "test".
 
-    name: one of NAMES.
-    root: where the data sets lie; for `folder`, the folder itself.
-    split: of stl10, what to pre-train on: train (the 5,000 labelled images, as the Ring code),
-        unlabeled, train+unlabeled.
-    limit: the first that many training images of a fixed shuffle by `seed`, whatever their labels;
-        test sets stay whole.
-    cache: keep folders of images decoded in a file beside them, the shorter side at most that many
-        pixels (data/cache.py: crops are then taken from these); null: decode them again in every
-        epoch.
-    on_error: an image file that cannot be read stops the run, which names it when it meets it; or
-        skip: pre-training takes the next readable image of the folder in its place and says so
-        after each epoch. Labelled parts, which evaluation goes over, always stop.
-    check_files: look before training whether every image file is there, may be read and is not
-        empty. Of ImageNet that takes seconds on a local disk, on a network disk minutes.
-    mean, std: the normalisation, one number a channel, for images in [0, 1]; null: the set's own
-        (STATISTICS; ImageNet's for a set that has none there).
+    Args:
+        part: which; of a folder without validation images there is no "test".
+        seed: of `limit`'s shuffle.
+        name: one of NAMES.
+        root: where the data sets lie; for `folder`, the folder itself.
+        split: of stl10, what to pre-train on: train (the 5,000 labelled images, as the Ring code),
+            unlabeled, train+unlabeled.
+        limit: so many training images of that shuffle, whatever their labels. Test sets stay whole.
+        cache: keep folders of images decoded in a file beside them, the shorter side at most that
+            many pixels (data/cache.py: crops are then taken from these); null: decode them again
+            in every epoch.
+        on_error: an image file that cannot be read stops the run, which names it when it meets it;
+            or skip: pre-training takes the next readable image of the folder in its place and says
+            so after each epoch. Labelled parts, which evaluation goes over, always stop.
+        check_files: look before training whether every image file is there, may be read and is not
+            empty (ImageNet: seconds on a local disk, minutes on a network disk).
+        mean: of the normalisation, one number a channel, for images in [0, 1]; null: the set's own
+            (STATISTICS; ImageNet's for a set that has none there).
+        std: likewise.
+
+    Returns: an ArraySet or a FolderSet; None where the set has no such part.
     """
     refuse_statistics(mean, std)
     refuse_settings(part, name, split, limit, cache, on_error, check_files)
-    dataset = whole_part(part, name, root, split, limit)
+    dataset = whole_part(part, name, os.path.expanduser(root), split, limit)
     if dataset is None:
         return None
-    in_files = isinstance(dataset, FolderSet)
-    if in_files and check_files:
-        check(dataset.files)
-    if in_files and cache is not None:  # the whole part: every limit shares it
-        cache_name = f"{name}-{'test' if part == 'test' else 'train'}"
-        dataset = cached(dataset, cache_name, cache, on_error == "skip")
-    elif cache is not None and part == "pretrain":  # a probe may go to one in memory
+    if isinstance(dataset, FolderSet):
+        if check_files:
+            check_all_files(dataset.files)
+        if cache is not None:  # the whole part: every limit shares it
+            cache_name = f"{name}-{'test' if part == 'test' else 'train'}"
+            dataset = cached(dataset, cache_name, cache, on_error == "skip")
+    elif cache is not None and part == "pretrain":  # a probe may go to a set in memory
         raise SystemExit(
             f"data.cache is {cache}, but {name} is in memory already, decoded; leave data.cache out"
         )
     if limit is not None and (part == "pretrain" or part == "train" and split == "train"):
-        if limit > len(dataset):
-            raise SystemExit(
-                f"data.limit is {limit}; {name} has {len(dataset)} images to choose from"
-            )
-        # labels do not say what is trained on
-        dataset = dataset.select(balanced(None, len(dataset), limit, seed))
-    if in_files:
+        dataset = limited(dataset, name, limit, seed)
+    if isinstance(dataset, FolderSet):
         dataset.skip = on_error == "skip" and part == "pretrain"
     dataset.mean = dataset.mean if mean is None else tuple(mean)
     dataset.std = dataset.std if std is None else tuple(std)
     return dataset
 
 
-def find_obstacle(train, test):
-    """Why there is no evaluation with the data sets `train` and `test`, and the way out; or None.
+def limited(dataset, name, limit, seed):
+    """So many images of a data set, of a fixed shuffle."""
+    if limit > len(dataset):
+        raise SystemExit(f"data.limit is {limit}; {name} has {len(dataset)} images to choose from")
+    # No labels are given, for labels do not say what is trained on.
+    return dataset.select(balanced_rows(None, len(dataset), limit, seed))
 
-    test: None where there is no such part. Labels are places in the lists of classes, so these must
-    be the same.
+
+# ------------------------------------------------------------------------------- evaluation
+
+
+def find_obstacle(train, test):
+    """Why there is no evaluation with two data sets, and the way out; or None.
+
+    Labels are positions in the lists of classes, so these must be the same.
+
+    Args:
+        train: the labelled training images.
+        test: the test images; None where there is no such part.
     """
     if test is None:
         return "there are no validation images; a folder has them in val/, beside train/"
     if train.labels is None:
-        return f"the training images{place_of(train)} are not in two or more class folders"
+        return f"the training images{in_folder(train)} are not in two or more class folders"
     if test.labels is None:
         return (
-            f"the validation images{place_of(test)} are not in two or more class folders; move "
-            "each into one named as in train/ (ILSVRC2012's: by valprep.sh; tiny-imagenet's: "
-            "by its val_annotations.txt)"
+            f"the validation images{in_folder(test)} are not in two or more class folders; "
+            f"{how_to_sort(test)}"
         )
-    own = sorted(set(train.classes) - set(test.classes))
-    if own:
-        return missing_classes(own, "training", test.classes, "validation")
-    own = sorted(set(test.classes) - set(train.classes))
-    if own:
-        return missing_classes(own, "validation", train.classes, "training")
+    lacking = sorted(set(train.classes) - set(test.classes))
+    if lacking:
+        return describe_lacking(lacking, "training", test.classes, "validation")
+    lacking = sorted(set(test.classes) - set(train.classes))
+    if lacking:
+        return describe_lacking(lacking, "validation", train.classes, "training")
     if list(train.classes) != list(test.classes):
         return "the classes of the training images are in another order than the test images'"
 
 
-def place_of(dataset):
-    """ " in FOLDER", where its image files lie; "" for one in memory."""
+def in_folder(dataset):
+    """The words " in FOLDER", where the image files lie; "" for a data set in memory."""
     if not isinstance(dataset, FolderSet):
         return ""
     return " in " + printable(os.fsdecode(dataset.files.common_folder()))
 
 
-def missing_classes(own, part, others, other_part):
-    """A sentence on classes `own` that one part has and the other, of classes `others`, lacks."""
-    twin = next((other for other in others if look_alike(own[0], other)), None)
+def how_to_sort(dataset):
+    """How the images of a validation part get into class folders."""
+    way = "move each into one named as in train/"
+    folder = os.fsdecode(dataset.files.common_folder()) if isinstance(dataset, FolderSet) else ""
+    part, images = os.path.split(folder)
+    if not os.path.exists(os.path.join(part, "val_annotations.txt")):
+        return f"{way} (valprep.sh of imagenetloader.torch does it for ILSVRC2012)"
+    # tiny-imagenet: a line is an image's file, its class, and a box.
+    command = (
+        f"cd {shlex.quote(part)} && while read -r image class box; do "
+        f'mkdir -p "$class" && mv {shlex.quote(images)}/"$image" "$class"; '
+        f"done < val_annotations.txt && rmdir {shlex.quote(images)}"
+    )
+    return f"{way}, as val_annotations.txt says: {command}"
+
+
+def describe_lacking(lacking, part, others, other_part):
+    """A sentence on the classes that one part has and the other, of classes `others`, lacks."""
+    first = str(lacking[0])
+    twin = next((other for other in others if look_alike(first, other)), None)
     if twin is None:
-        which = f"class {printable(str(own[0]))}"
+        which = f"class {printable(first)}"
     else:
-        which = f"class {ascii(own[0])} (beside {ascii(twin)}, which prints alike)"
-    more = f" and {len(own) - 1} more are" if len(own) > 1 else " is"
+        which = f"class {ascii(first)} (beside {ascii(twin)}, which prints alike)"
+    more = f" and {len(lacking) - 1} more are" if len(lacking) > 1 else " is"
     return (
         f"{which}{more} among the {part} images and not among the {other_part} images; each "
         "class needs a folder in both parts"
@@ -199,10 +238,14 @@ def missing_classes(own, part, others, other_part):
 
 
 def look_alike(name, other):
-    """Whether two names print alike, though their bytes differ: é is one letter, or e and an
-    accent.
+    """Whether two names print alike, though their bytes differ.
+
+    é is one letter, or e and an accent.
     """
     return unicodedata.normalize("NFC", str(name)) == unicodedata.normalize("NFC", str(other))
+
+
+# ------------------------------------------------------------------------------- refusals
 
 
 def refuse_settings(part, name, split, limit, cache, on_error, check_files):
@@ -247,32 +290,42 @@ def refuse_statistics(mean, std):
             )
 
 
+# ------------------------------------------------------------------------------- the sets
+
+
 def whole_part(part, name, root, split, limit):
     """What `load` chooses from: that part of the set `name`, or None where it has none.
 
-    limit: of shapes, which are balanced as drawn, no more are drawn; other sets come whole.
+    Of shapes, which are balanced as they are drawn, no more than `limit` are drawn; other sets come
+    whole.
     """
     if name == "shapes":
         drawn = 10000 if limit is None else min(limit, 10000)
         count, seed = (2400, 1) if part == "test" else (drawn, 0)
-        images, labels = shapes.shapes(count, seed=seed)
-        return ArraySet(
-            torch.from_numpy(images), torch.from_numpy(labels), shapes.CLASSES, *STATISTICS[name]
-        )
+        images, labels = map(torch.from_numpy, shapes.shapes(count, seed=seed))
+        return ArraySet(images, labels, shapes.CLASSES, *STATISTICS[name])
     if name in TORCHVISION:
         return download(name, part, root, split)
     if name == "voc2007":
         return voc2007(part, root)
-    return folder(name, part, root)
+    return image_folder(name, part, root)
 
 
-def balanced(labels, n, limit, seed):
-    """`limit` of n rows: a fixed shuffle, taken from each class in turn if there are labels.
-    -> (limit,) sorted rows.
+def balanced_rows(labels, n, limit, seed):
+    """Some of n rows: those of a fixed shuffle, from each class in turn if there are labels.
+
+    Args:
+        labels: (n,) int64, or None.
+        n: how many rows there are.
+        limit: how many of them are wanted.
+        seed: of the shuffle.
+
+    Returns:
+        (limit,) int64, sorted.
     """
     order = np.random.default_rng(seed).permutation(n)
     if labels is not None:
-        turn = np.empty(n, int)  # a row's place among those of its class
+        turn = np.empty(n, int)  # a row's position among those of its class
         for label in np.unique(labels):
             members = order[labels.numpy()[order] == label]
             turn[members] = np.arange(len(members))
@@ -282,47 +335,52 @@ def balanced(labels, n, limit, seed):
 
 def download(name, part, root, split):
     """A set of torchvision's, which downloads it when it is not there. Every process calls it."""
-    kind, train, test = TORCHVISION[name]
-    make, which = getattr(torchvision.datasets, kind), test if part == "test" else train
+    class_name, train, test = TORCHVISION[name]
+    dataset_class = getattr(torchvision.datasets, class_name)
+    arguments = test if part == "test" else train
     if name == "stl10" and part == "pretrain":
-        which = {"split": split}
-
-    def try_to_download():
-        """-> what went wrong, or None."""
-        try:
-            make(root, download=True, **which)
-        except Exception as error:  # torchvision raises many kinds
-            return str(error)
-
-    problem = distributed.run_on_first(try_to_download, per_node=False)
+        arguments = {"split": split}
+    fetch = partial(try_to_download, dataset_class, root, arguments)
+    problem = distributed.run_on_first(fetch, per_node=False)
     try:
-        data = make(root, **which)
+        data = dataset_class(root, **arguments)
     except Exception as error:
-        where = os.path.join(root, getattr(make, "base_folder", ""))
+        folder = os.path.join(root, getattr(dataset_class, "base_folder", ""))
         why = " ".join((problem or str(error)).split())
         raise SystemExit(
-            f"{name} is not at {where} and could not be downloaded ({why}); put the "
-            f"extracted files there, as torchvision.datasets.{kind} reads them, or "
-            "set the root to the folder that holds them"
-        )
+            f"{name} is not at {folder} and could not be downloaded ({why}); put the "
+            f"extracted files there, as torchvision.datasets.{class_name} reads them, or "
+            f"set {ROOT_KEY} to the folder that holds them"
+        ) from error
     statistics = STATISTICS.get(name, IMAGENET)
     if hasattr(data, "data"):
-        return in_memory(data, name, *statistics)
-    return in_files(data, name, root, *statistics)
+        return to_array_set(data, name, *statistics)
+    return to_folder_set(data, name, root, *statistics)
 
 
-def in_memory(data, name, mean, std):
+def try_to_download(dataset_class, root, arguments):
+    """Download a set of torchvision's if it is not there. -> what went wrong, or None."""
+    try:
+        dataset_class(root, download=True, **arguments)
+    except Exception as error:  # torchvision raises many kinds
+        return str(error)
+
+
+def to_array_set(data, name, mean, std):
     """A data set of torchvision's that holds its images -> an ArraySet."""
     images = torch.as_tensor(data.data)
-    labels = torch.as_tensor(np.asarray(data.labels if name == "stl10" else data.targets)).long()
+    labels = data.labels if name == "stl10" else data.targets
+    labels = torch.as_tensor(np.asarray(labels)).long()
+    if (labels < 0).any():
+        labels = None
     if images.dim() == 3:  # grey: MNIST and its like
         images = images[:, None].expand(-1, 3, -1, -1).contiguous()
     elif name != "stl10":
         images = images.permute(0, 3, 1, 2).contiguous()
-    return ArraySet(images, None if (labels < 0).any() else labels, data.classes, mean, std)
+    return ArraySet(images, labels, data.classes, mean, std)
 
 
-def in_files(data, name, root, mean, std):
+def to_folder_set(data, name, root, mean, std):
     """A data set of torchvision's that lists image files -> a FolderSet."""
     if hasattr(data, "_samples"):
         files, labels = zip(*data._samples)
@@ -343,46 +401,56 @@ def voc2007(part, root):
     path = os.path.join(root, "VOCdevkit", "VOC2007")
     lists = os.path.join(path, "ImageSets", "Main")
     ending = f"_{'test' if part == 'test' else 'trainval'}.txt"
-    table = {}
     try:
-        classes = sorted(
-            file.removesuffix(ending) for file in os.listdir(lists) if file.endswith(ending)
-        )
-        for name in classes:
-            with open(os.path.join(lists, name + ending)) as f:
-                for image, value in (line.split() for line in f if line.strip()):
-                    table.setdefault(image, []).append(int(value))
+        classes, labels = read_voc_lists(lists, ending)
     except (OSError, ValueError) as error:
         raise SystemExit(
             f"voc2007: {lists} must hold CLASS_trainval.txt and CLASS_test.txt, as in "
-            f"VOCdevkit ({error}); put it there or set the root"
-        )
-    if not classes or any(len(values) != len(classes) for values in table.values()):
+            f"VOCdevkit ({error}); put it there or set {ROOT_KEY}"
+        ) from error
+    if not classes or any(len(values) != len(classes) for values in labels.values()):
         raise SystemExit(
             f"voc2007: the files CLASS{ending} in {lists} are missing or do not list "
             "the same images"
         )
-    files = [
-        inside(path, os.path.join(path, "JPEGImages", image + ".jpg"), lists) for image in table
-    ]
-    return FolderSet(files, torch.tensor(list(table.values())), classes, *IMAGENET)
+    paths = [os.path.join(path, "JPEGImages", image + ".jpg") for image in labels]
+    files = [inside(path, file, lists) for file in paths]
+    return FolderSet(files, torch.tensor(list(labels.values())), classes, *IMAGENET)
 
 
-def inside(folder, file, where):
-    """file, which `where` names, if it lies in folder: a list that came with data from elsewhere
-    could name any file of this machine. Links there are the user's own.
+def read_voc_lists(folder, ending):
+    """The lists of one part. -> the classes, sorted, and {image: [its label in each class]}."""
+    classes = sorted(
+        file.removesuffix(ending) for file in os.listdir(folder) if file.endswith(ending)
+    )
+    labels = {}
+    for name in classes:
+        with open(os.path.join(folder, name + ending)) as f:
+            lines = [line.split() for line in f if line.strip()]
+        for image, value in lines:
+            labels.setdefault(image, []).append(int(value))
+    return classes, labels
+
+
+def inside(folder, file, source):
+    """A file that `source` names, if it lies in a folder; SystemExit if not.
+
+    A list that came with data from elsewhere could name any file of this machine. Links in the
+    folder are the user's own.
     """
     if not os.path.abspath(file).startswith(os.path.join(os.path.abspath(folder), "")):
         raise SystemExit(
-            f"{where} names {file!r}, which lies outside {folder}; remove it from the list"
+            f"{source} names {file!r}, which lies outside {folder}; remove it from the list"
         )
     return file
 
 
-def folder(name, part, root):
-    """A folder of images: ROOT/train and ROOT/val where they exist (or what data/folders.py takes
-    for them), else all of it for training. Inside, a folder a class; or flat, no labels. None where
-    there is no such part.
+def image_folder(name, part, root):
+    """A folder of images, or None where there is no such part.
+
+    The parts are ROOT/train and ROOT/val where they exist (or what data/folders.py takes for them),
+    else all of it is for training. A part holds a folder for each class; or images alone, which
+    have no labels then.
     """
     path = root if name == "folder" else os.path.join(root, "imagenet")
     path = folder_of_part(path, name, part)

@@ -1,83 +1,124 @@
-"""Images that lie in files, each read when it is wanted; and what is said of those that cannot be.
+"""Images that lie in files, each read when it is wanted; and sentences on those that cannot be.
 
 PIL reads them as torchvision's ImageFolder does: of an animation the first frame, transparency
 dropped, as stored, whatever EXIF says of its rotation.
 """
 
+import contextlib
 import hashlib
 import os
 import stat
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from engine import distributed
 
 from .paths import Paths
 from .workers import shortage
 
-# PIL knows these by their first bytes, whatever the name; for others, such as EPS, it starts
+# PIL knows these by their first bytes, whatever the name. For others, such as EPS, it starts
 # programs.
 FORMATS = "JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP"
-THREADS = 16  # files that are looked at side by side
-LOOKED_AT = 16  # files in which `say_if_dark` looks
+# What files are that cameras and browsers name .jpg, by their first bytes.
+FOREIGN_FORMATS = {
+    b"....ftypavi": "an AVIF image",
+    b"....ftyphei": "a HEIC image",
+    b"....ftyphev": "a HEIC image",
+    b"....ftypmif1": "a HEIC image",
+    b"....jP  \r\n": "a JPEG 2000 image",
+    b"\xffO\xffQ": "a JPEG 2000 image",
+    b"....JXL \r\n": "a JPEG XL image",
+    b"\xff\n": "a JPEG XL image",
+}
+THREADS = 16  # files whose status is asked for side by side
+FILES_A_TASK = 500  # of such a thread
+SAMPLED_FILES = 16  # in which `say_if_dark` looks
 BRIGHT_ENOUGH = 2**14  # below it, 8 bits are below 64
+MAX_REPLACED = 100  # unreadable images in a row; where there are more, the disk is gone
+BILINEAR = Image.Resampling.BILINEAR  # it antialiases
+
+# PIL warns of EXIF and other data beside the pixels, which nobody here reads; of a palette's
+# transparency, which is dropped; and of more than 89 million pixels, which only take long: above
+# 179 million it refuses the image, and that is told.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class FolderSet:
     """n images in files.
 
-    files: their paths, a list of str or Paths; it is kept as Paths.
-    labels: (n,) int64, or None where not every image has one.
-    classes: the names of the classes, or None.
-    mean, std: of each channel, of the training images in [0, 1].
-    skip: see `instead`.
+    Args:
+        files: their paths, a list of str or Paths; it is kept as Paths.
+        labels: (n,) int64, or None where not every image has one.
+        classes: the names of the classes, or None.
+        mean: of each channel, of the training images in [0, 1].
+        std: likewise.
+
+    Attributes:
+        skip: whether another image takes the place of one that cannot be read.
     """
 
     skip = False
 
     def __init__(self, files, labels, classes, mean, std):
         self.files = files if isinstance(files, Paths) else Paths.of(files)
-        self.labels, self.classes, self.mean, self.std = labels, classes, mean, std
+        self.labels, self.classes = labels, classes
+        self.mean, self.std = mean, std
 
     def __len__(self):
         return len(self.files)
 
     def select(self, rows):
+        """The images `rows` (m,), in that order, as a FolderSet."""
+        files = self.files.select(rows)
         labels = None if self.labels is None else self.labels[rows]
-        return FolderSet(self.files.select(rows), labels, self.classes, self.mean, self.std)
+        return FolderSet(files, labels, self.classes, self.mean, self.std)
 
     def to(self, device):
+        """The set itself: its images are decoded on the CPU, whatever the device."""
         return self
 
     def decode(self, i):
         """Image i as PIL's, RGB. ValueError names a file that is no image."""
         return read_rgb(self.files[i])
 
-    def instead(self, i, broken):
-        """Image i; or with `skip`, where it cannot be read, the next one that can, and broken[i]
-        says why. It depends on i alone: a row of a bank stays one image's.
+    def decode_or_replace(self, i, broken):
+        """Image i; or with `skip`, where it cannot be read, the next one that can.
+
+        The replacement depends on i alone, so that a row of a memory bank stays one image's.
+
+        Args:
+            i: the image's row.
+            broken: a dict, in which broken[i] then says why image i cannot be read.
         """
-        for ahead in range(min(len(self), 100)):  # more in a row: the disk is gone
+        tries = min(len(self), MAX_REPLACED)
+        for offset in range(tries):
             try:
-                return self.decode((i + ahead) % len(self))
+                return self.decode((i + offset) % len(self))
             except ValueError as error:
                 if not self.skip:
                     raise
                 broken.setdefault(i, str(error))
         raise ValueError(
-            f"{broken.pop(i)}, and so it is with the {ahead} images after it, "
+            f"{broken.pop(i)}, and so it is with the {tries - 1} images after it, "
             "which is too much for data.on_error=skip"
         )
 
     def fingerprint(self):
-        """A hash of the images' names below the folder that holds them all, in order: which row
-        is which image. No file is read, and none is asked for its size: a broken one may be
-        replaced by a good one of its name, as our sentences advise, and the run goes on.
+        """A hash of the images' names below the folder that holds them all, in order.
+
+        It tells which row is which image. No file is read, and none is asked for its size: a broken
+        one may be replaced by a good one of its name, as our sentences advise, and the run goes on.
         """
         return hashlib.sha256(self.files.names_below()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------- one image
 
 
 def read_rgb(file):
@@ -87,13 +128,57 @@ def read_rgb(file):
     255 white), and 32 bits a pixel, whose range nobody knows, are refused. PIL refuses above 179
     million pixels (0.7 GB).
     """
+    with open_or_name(file) as image:
+        return to_rgb(image)
+
+
+def read_shrunk(file, shorter_side, reduce=False):
+    """read_rgb, and the shorter side is at most so many pixels. No image is enlarged.
+
+    Args:
+        file: its path.
+        shorter_side: in pixels.
+        reduce: let the JPEG decoder leave out the finest detail of large photographs: it decodes a
+            half, a quarter or an eighth of their width and height (PIL's draft mode), as long as
+            twice the wanted size is left for the antialiased resize after it. That is nearly twice
+            as fast, and the pixels differ by 0.2 of 255 on average.
+    """
+    with open_or_name(file) as image:
+        size = shrunk_size(image.size, shorter_side)
+        if size == image.size:
+            return to_rgb(image)
+        box = None
+        if reduce and is_reducible(image, shorter_side):
+            drafted = image.draft(None, (2 * size[0], 2 * size[1]))
+            box = drafted and drafted[1]  # what the image's own pixels are in the smaller one
+        return to_rgb(image).resize(size, BILINEAR, box)
+
+
+def shrunk_size(size, shorter_side):
+    """(width, height) after the shorter side has become `shorter_side`, if it was longer."""
+    shorter, longer = sorted(size)
+    if shorter <= shorter_side:
+        return size
+    longer = int(shorter_side * longer / shorter)
+    width, height = size
+    return (shorter_side, longer) if width <= height else (longer, shorter_side)
+
+
+def is_reducible(image, shorter_side):
+    """Can the JPEG decoder halve this image, and leave twice the wanted size?"""
+    return image.format in ("JPEG", "MPO") and min(image.size) >= 4 * shorter_side
+
+
+@contextlib.contextmanager
+def open_or_name(file):
+    """A context with the file as PIL's image. Whatever goes wrong in it names the file."""
     try:
         with open_image(file) as image:
-            return to_rgb(image)
+            yield image
     except Exception as error:  # PIL raises many kinds
         if shortage(error):  # the image may be whole
             raise
-        raise unreadable(file, error)
+        raise unreadable(file, error) from error
 
 
 def open_image(file):
@@ -101,7 +186,27 @@ def open_image(file):
     problem = problem_of(file)  # a pipe would be waited for
     if problem:
         raise ValueError(problem)
-    return Image.open(file, formats=FORMATS)
+    try:
+        return Image.open(file, formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        kind = foreign_format(file)
+        if kind is None:
+            raise
+        raise ValueError(
+            f"it is {kind}, whatever its name says, and none of {', '.join(FORMATS)}; "
+            "convert it to one of these"
+        ) from None
+
+
+def foreign_format(file):
+    """The kind of image that a file is by its first bytes, if it is one we do not read."""
+    with open(file, "rb") as f:
+        start = f.read(16)
+    for pattern, kind in FOREIGN_FORMATS.items():
+        skipped = len(pattern) - len(pattern.lstrip(b"."))  # four bytes say a length
+        if start[skipped : len(pattern)] == pattern[skipped:]:
+            return kind
+    return None
 
 
 def to_rgb(image):
@@ -109,52 +214,11 @@ def to_rgb(image):
     if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
         raise ValueError("it has 32 bits a pixel; store it with 8 or 16")
     if image.mode.startswith("I"):  # I;16, I;16B; or I, PIL's for 16-bit PGM
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        upper = np.asarray(image) >> 8
+        return Image.fromarray(upper.astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # straight to RGB is the same, and warns
     return image.convert("RGB")
-
-
-def say_if_dark(dataset):
-    """Say so where files of 16 bits a value use the lower bits alone, as those of microscopes and
-    X-ray do: by their upper 8 bits they are nearly black.
-
-    dataset: one with `files`; of others nothing is said. Every process may call it; one of them
-    looks, at LOOKED_AT files at most, evenly spaced.
-    """
-    files = getattr(dataset, "files", ())
-    if not files or not distributed.is_main():
-        return
-    every = -(-len(files) // LOOKED_AT)
-    highest = {files[row]: highest_of_16_bits(files[row]) for row in range(0, len(files), every)}
-    highest = {file: value for file, value in highest.items() if value is not None}
-    file = max(highest, key=highest.get, default=None)
-    if file is None or not 0 < highest[file] < BRIGHT_ENOUGH:
-        return
-    factor = 2 ** (16 - highest[file].bit_length())
-    distributed.say(
-        f"WARNING: {printable(file)} has 16 bits a value, of which the upper 8 are "
-        f"taken, but its highest value is {highest[file]} of 65535, the highest in "
-        f"{len(highest)} such images that were looked at: they come out nearly black; "
-        f"store them anew, multiplied by {factor}"
-    )
-
-
-def highest_of_16_bits(file):
-    """The highest value in an image of 16 bits a value, of 65535; in one of several channels, of
-    which PIL gives the upper 8 bits alone, at most that.
-
-    None for any other image, whose pixels are not read, and for one that cannot be read.
-    """
-    try:
-        with open_image(file) as image:
-            if image.mode.startswith("I;16") or image.mode == "I" and image.format != "TIFF":
-                return int(np.asarray(image).max())
-            if image.format in ("PNG", "TIFF") and ";16" in str(image.tile):
-                return int(np.asarray(image.convert("RGB")).max()) << 8 | 255
-    except Exception:  # it is told when the image is wanted
-        pass
-    return None
 
 
 def printable(path):
@@ -171,21 +235,93 @@ def unreadable(file, error):
     )
 
 
-def check(files):
-    """Look at the status of every file, not at its contents. Every process calls it; one of each
-    node looks. SystemExit names the first that is missing, empty, or may not be read.
+# ------------------------------------------------------------------------------- 16 bits a value
+
+
+def say_if_dark(dataset):
+    """Say so where images of 16 bits a value use the lower bits alone.
+
+    Those of microscopes and X-ray do: by their upper 8 bits they are nearly black. Every process
+    may call it; one of them looks, at SAMPLED_FILES files at most, evenly spaced.
+
+    Args:
+        dataset: one with `files`; of others nothing is said.
     """
+    files = getattr(dataset, "files", ())
+    if not files or not distributed.is_main():
+        return
+    highest = {}
+    for row in evenly_spaced(len(files), SAMPLED_FILES):
+        value = highest_of_16_bits(files[row])
+        if value is not None:
+            highest[files[row]] = value
+    file = max(highest, key=highest.get, default=None)
+    if file is None or not 0 < highest[file] < BRIGHT_ENOUGH:
+        return
+    factor = 2 ** (16 - highest[file].bit_length())
+    distributed.say(
+        f"WARNING: {printable(file)} has 16 bits a value, of which the upper 8 are "
+        f"taken, but its highest value is {highest[file]} of 65535, the highest in "
+        f"{len(highest)} such images that were looked at: they come out nearly black; "
+        f"store them anew, multiplied by {factor}"
+    )
 
-    def problem_or_permission(file):
-        problem = problem_of(file)
-        return problem or (None if os.access(file, os.R_OK) else "Permission denied")
 
-    def look():
-        for file, problem in for_each_file(problem_or_permission, files):
-            if problem:
-                raise SystemExit(str(unreadable(file, ValueError(problem))))
+def evenly_spaced(n, count):
+    """The first of n rows and some more, equally far apart, `count` at most."""
+    step = -(-n // count)
+    return range(0, n, step)
 
-    distributed.run_on_first(look, per_node=True)
+
+def highest_of_16_bits(file):
+    """The highest value in an image of 16 bits a value, of 65535.
+
+    In an image of several channels, of which PIL gives the upper 8 bits alone, it is at most that.
+    None for any other image, whose pixels are not read, and for one that cannot be read.
+    """
+    try:
+        with open_image(file) as image:
+            if image.mode.startswith("I;16") or image.mode == "I" and image.format != "TIFF":
+                return int(np.asarray(image).max())
+            if image.format in ("PNG", "TIFF") and ";16" in str(image.tile):
+                return int(np.asarray(image.convert("RGB")).max()) << 8 | 255
+    except Exception:  # it is told when the image is wanted
+        pass
+    return None
+
+
+# ------------------------------------------------------------------------------- all files
+
+
+def check_all_files(files):
+    """Look at the status of every file, not at its contents.
+
+    Every process calls it; one of each node looks. SystemExit names the first that is missing,
+    empty, or may not be read.
+    """
+    distributed.run_on_first(partial(refuse_first_problem, files), per_node=True)
+
+
+def refuse_first_problem(files):
+    """SystemExit for the first file whose status or permission says that it cannot be read."""
+    statuses = for_each_file(problem_or_permission, files)
+    for file, problem in tqdm(
+        statuses,
+        "data.check_files: looking at all image files",
+        total=len(files),
+        leave=False,
+        disable=None,
+    ):
+        if problem:
+            raise SystemExit(str(unreadable(file, ValueError(problem))))
+
+
+def problem_or_permission(file):
+    """What the status of a file and its permissions say against it, or None."""
+    problem = problem_of(file)
+    if problem is None and not os.access(file, os.R_OK):
+        return "Permission denied"
+    return problem
 
 
 def problem_of(file):
@@ -207,15 +343,16 @@ def for_each_file(look, files):
     Threads overlap the round trips of a network disk: with half a millisecond each, 16 threads
     took a fourteenth of the time of one, and on a local disk no more.
     """
-
-    def look_at_some(some):
-        return [(file, look(file)) for file in some]
-
     files = iter(files)
-    parts = iter(lambda: list(islice(files, 500)), [])
+    tasks = iter(lambda: list(islice(files, FILES_A_TASK)), [])
     pool = ThreadPoolExecutor(THREADS)
     try:
-        for part in pool.map(look_at_some, parts):
-            yield from part
+        for pairs in pool.map(partial(look_at_each, look), tasks):
+            yield from pairs
     finally:  # the one who asked may have seen enough
         pool.shutdown(cancel_futures=True)
+
+
+def look_at_each(look, files):
+    """[(file, look(file))] of some files."""
+    return [(file, look(file)) for file in files]

@@ -14,10 +14,10 @@ WORKER_BYTES = 100_000_000
 
 
 def available_bytes():
-    """-> (bytes that this process may still use, whose limit that is).
+    """How many bytes this process may still use, and whose limit that is, in words.
 
-    (None, "") where the system does not say.
-    The processes of one node (torchrun's) share it equally.
+    (None, "") where the system does not say. The processes of one node (torchrun's) share them
+    equally.
     """
     limits = [(free, "on this machine") for free in [machine_bytes()] if free is not None]
     limits += [(free, "in this container or control group") for free in group_bytes()]
@@ -87,13 +87,22 @@ def read_lines(path):
 
 
 def workers_that_fit(workers, batch_bytes, scratch_bytes=0):
-    """-> (workers, batches in flight): as many as memory has room for, 2 batches a worker at best.
+    """As many image workers and batches as memory has room for.
 
     Where there is too little, first each worker gets one batch, not two, then there are fewer
-    workers. InputLost with the numbers where not even one fits.
-    batch_bytes: of a batch in shared memory, where there is one more than are in flight, the one
-        being trained on.
-    scratch_bytes: what a worker needs beside it.
+    workers.
+
+    Args:
+        workers: how many are wanted.
+        batch_bytes: of a batch in shared memory, where there is one more than are in flight, the
+            one being trained on.
+        scratch_bytes: what a worker needs beside it.
+
+    Returns:
+        How many workers, and how many batches in flight, two for each worker at best.
+
+    Raises:
+        InputLost: with the numbers, where not even one fits.
     """
     free, whose = available_bytes()
 

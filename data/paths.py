@@ -13,14 +13,17 @@ class Paths(Sequence):
     each str, and a page that is written is no longer shared with the parent. Of ImageNet's
     1.28 million files that is 140 MB a worker; the arrays take 53 MB once.
 
-    folder: what all paths begin with.
-    names: (bytes,) uint8, the rest of each path and a zero byte, one path after the other. They are
-        the bytes that the system knows the files by, which need not be text.
-    ends: (n,) int64, where in `names` the zero byte of each path is.
+    Args:
+        folder: what all paths begin with.
+        names: bytes, the rest of each path and a zero byte, one path after the other. They are what
+            the system knows the files by, which need not be text.
+
+    Attributes:
+        names: the same, (bytes,) uint8.
+        ends: (n,) int64, where in `names` the zero byte of each path is.
     """
 
     def __init__(self, folder, names):
-        """names: bytes, the rest of each path and a zero byte."""
         self.folder = folder
         self.names = np.frombuffer(names, np.uint8)
         self.ends = np.flatnonzero(self.names == 0)
@@ -55,17 +58,23 @@ class Paths(Sequence):
 
     def select(self, rows):
         """The paths of rows (m,), in that order."""
-        rows, names = np.asarray(rows, np.int64), self.names.tobytes()
-        starts, stops = self.starts()[rows].tolist(), (self.ends[rows] + 1).tolist()
-        return Paths(self.folder, b"".join(names[a:b] for a, b in zip(starts, stops)))
+        rows = np.asarray(rows, np.int64)
+        names = self.names.tobytes()
+        starts = self.starts()[rows].tolist()
+        stops = (self.ends[rows] + 1).tolist()
+        selected = [names[start:stop] for start, stop in zip(starts, stops)]
+        return Paths(self.folder, b"".join(selected))
 
     def starts(self):
         """(n,) int64, where in `names` each path begins."""
-        return np.concatenate([[0], self.ends[:-1] + 1]) if len(self) else self.ends
+        if not len(self):
+            return self.ends
+        return np.concatenate([[0], self.ends[:-1] + 1])
 
     def common_folder(self):
         """The innermost folder that holds all of them, as bytes."""
-        starts, same = self.starts(), 0
+        starts = self.starts()
+        same = 0  # so many first bytes
         shortest = (self.ends - starts).min(initial=len(self.names))
         while same < shortest and (self.names[starts + same] == self.names[same]).all():
             same += 1

@@ -1,11 +1,13 @@
-"""shapes: twelve forms, drawn by code. The data set for a first run, for CPUs and for tests; nothing to download.
+"""The data set `shapes`: twelve forms, drawn by code, for a first run, for CPUs and for tests.
 
-An image is one form of its class, brighter than the textured background and the clutter on it. Only the form tells the class: colour,
-position, size, rotation, mirroring, texture and clutter vary freely inside every class, so that neither raw pixels nor an untrained
-encoder get far. Chance is 8.3 %. On 10,000 training and 2,400 test images, kNN (k 200) reads 29 % from raw pixels and 13 % from an
-untrained width-16 ResNet-10; that network trained with all labels (cross-entropy, crop and flip, 12 epochs) reaches 97 %.
+There is nothing to download. An image is one form of its class, brighter than the textured
+background and the clutter on it. Only the form tells the class: colour, position, size, rotation,
+mirroring, texture and clutter vary freely inside every class, so that neither raw pixels nor an
+untrained encoder get far. Chance is 8.3 %. On 10,000 training and 2,400 test images, kNN (k 200)
+reads 29 % from raw pixels and 13 % from an untrained width-16 ResNet-10; that network trained with
+all labels (cross-entropy, crop and flip, 12 epochs) reaches 97 %.
 
-Deterministic: the same seed, number and size give the same images.
+The same seed, number and size give the same images.
 """
 
 import numpy as np
@@ -34,7 +36,8 @@ def regular(corners, radii=(1.0,)):
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)
 
 
-POLYGONS = {  # corners (E, 2) in the form's own frame, about the unit disc
+# Corners (E, 2) in the form's own frame, about the unit disc.
+POLYGONS = {
     "triangle": regular(3, (1.15,)),
     "square": regular(4, (1.05,)),
     "star": regular(5, (1.15, 0.45)),
@@ -86,7 +89,13 @@ POLYGONS = {  # corners (E, 2) in the form's own frame, about the unit disc
 
 
 def distance(name, x, y):
-    """Signed distance from points (x, y), any shape, to the edge of a form, negative inside. Units: the form's radius is about 1."""
+    """Signed distance from points to the edge of a form, negative inside.
+
+    Args:
+        name: of the form.
+        x: of the points, any shape; the form's radius is about 1.
+        y: likewise.
+    """
     r = np.hypot(x, y)
     if name == "disc":
         return r - 1
@@ -97,71 +106,117 @@ def distance(name, x, y):
     if name == "half-disc":
         return np.maximum(np.hypot(x + 0.4, y) - 1.1, -x - 0.4)
     corners = POLYGONS[name]
-    nearest, inside = np.full(x.shape, np.inf, np.float32), np.zeros(x.shape, bool)
+    nearest = np.full(x.shape, np.inf, np.float32)
+    inside = np.zeros(x.shape, bool)
     for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, 0)):
         dx, dy = bx - ax, by - ay
-        t = np.clip(
-            ((x - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy), 0, 1
-        )  # nearest point of the edge
+        # Where on the edge its nearest point is, from 0 to 1.
+        t = np.clip(((x - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy), 0, 1)
         nearest = np.minimum(nearest, np.hypot(x - ax - t * dx, y - ay - t * dy))
         if dy:  # does a ray to the right cross the edge?
             inside ^= ((ay > y) != (by > y)) & (x < ax + (y - ay) * (dx / dy))
     return np.where(inside, -nearest, nearest)
 
 
-def draw(labels, size, rng):
+class Canvas:
+    """n images that are being drawn, each with random numbers of its own.
+
+    Attributes:
+        image: (n, 3, S, S) in [0, 1].
+        x: (1, S, S) in [-1, 1], the pixels' centres.
+        y: likewise.
+    """
+
+    def __init__(self, n, size, rng):
+        self.n, self.size, self.rng = n, size, rng
+        centres = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
+        y, x = np.meshgrid(centres, centres, indexing="ij")
+        self.x, self.y = x[None], y[None]
+        self.image = None
+
+    def uniform(self, low, high, *shape):
+        """Random numbers (n, *shape)."""
+        return self.rng.uniform(low, high, (self.n, *shape)).astype(np.float32)
+
+    def draw_background(self):
+        """Two dark colours, mixed by a sum of three waves of random direction and frequency."""
+        wave = np.zeros((self.n, self.size, self.size), np.float32)
+        for _ in range(3):
+            angle, frequency = self.uniform(0, 2 * np.pi), self.uniform(0.5, 7)
+            phase = self.uniform(0, 2 * np.pi)
+            along, _ = rotate(self.x, self.y, angle)
+            wave += np.sin(per_pixel(frequency) * along + per_pixel(phase))
+        strength = self.uniform(0.2, 1)
+        wave = (wave / 3 * per_pixel(strength) + 1)[:, None] / 2  # (n, 1, S, S) in [0, 1]
+        first, second = self.uniform(0, 0.5, 3, 1, 1), self.uniform(0, 0.5, 3, 1, 1)
+        self.image = first * (1 - wave) + second * wave
+
+    def paint(self, distances, colour):
+        """Colour what lies inside an edge, which is one pixel soft.
+
+        Args:
+            distances: (n, S, S) from the edge, in units of the image's half width.
+            colour: (n, 3, 1, 1).
+        """
+        cover = np.clip(0.5 - distances * self.size / 2, 0, 1)[:, None]
+        self.image = self.image + (colour - self.image) * cover
+
+    def draw_stroke(self):
+        """Clutter, dark or bright."""
+        px, py = self.uniform(-1, 1), self.uniform(-1, 1)
+        angle = self.uniform(0, np.pi)
+        length, width = self.uniform(0, 0.4), self.uniform(0.02, 0.06)
+        x, y = self.x - per_pixel(px), self.y - per_pixel(py)
+        along, across = rotate(x, y, angle)
+        beyond_end = np.maximum(np.abs(along) - per_pixel(length) / 2, 0)
+        distances = np.hypot(beyond_end, across) - per_pixel(width)
+        self.paint(distances, self.uniform(0, 0.8, 3, 1, 1))
+
+    def draw_form(self, labels):
+        """The form of each image's class, in a brighter colour."""
+        radius, angle = self.uniform(0.45, 0.7), self.uniform(0, 2 * np.pi)
+        mirror = np.where(self.uniform(0, 1) < 0.5, -1, 1)
+        room = 1.15 - radius  # the form may touch the border, hardly ever leave the image
+        x = self.x - per_pixel(self.uniform(-1, 1) * room)
+        y = self.y - per_pixel(self.uniform(-1, 1) * room)
+        x, y = rotate(x, y, angle)
+        x, y = x / per_pixel(radius), y / per_pixel(radius * mirror)
+        distances = np.empty((self.n, self.size, self.size), np.float32)
+        for label in np.unique(labels):
+            rows = labels == label
+            distances[rows] = distance(CLASSES[label], x[rows], y[rows])
+        self.paint(distances * per_pixel(radius), self.uniform(0.5, 1, 3, 1, 1))
+
+
+def per_pixel(values):
+    """(n,) -> (n, 1, 1)."""
+    return values[:, None, None]
+
+
+def rotate(x, y, angle):
+    """Points (n, S, S) in axes that are turned by an angle (n,)."""
+    cos, sin = per_pixel(np.cos(angle)), per_pixel(np.sin(angle))
+    return x * cos + y * sin, y * cos - x * sin
+
+
+def draw_images(labels, size, rng):
     """Labels (n,) -> images (n, 3, size, size) uint8."""
-    n = len(labels)
-    u = lambda low, high, *shape: rng.uniform(low, high, (n, *shape)).astype(np.float32)
-    col = lambda v: v[:, None, None]  # (n,) -> (n, 1, 1)
-    y, x = np.meshgrid(
-        *[(np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1] * 2, indexing="ij"
-    )  # (S, S) in [-1, 1]
-    x, y = x[None], y[None]
-
-    # background: two dark colours, mixed by a sum of three waves of random direction and frequency
-    wave = np.zeros((n, size, size), np.float32)
-    for _ in range(3):
-        angle, frequency = u(0, 2 * np.pi), u(0.5, 7)
-        wave += np.sin(
-            col(frequency) * (col(np.cos(angle)) * x + col(np.sin(angle)) * y)
-            + col(u(0, 2 * np.pi))
-        )
-    wave = (wave / 3 * col(u(0.2, 1)) + 1)[:, None] / 2  # (n, 1, S, S) in [0, 1]
-    image = u(0, 0.5, 3, 1, 1) * (1 - wave) + u(0, 0.5, 3, 1, 1) * wave  # (n, 3, S, S)
-
-    def paint(image, d, colour):  # d in units of the image's half width; edges one pixel soft
-        cover = np.clip(0.5 - d * size / 2, 0, 1)[:, None]
-        return image + (colour - image) * cover
-
-    for _ in range(4):  # clutter: strokes behind it, dark and bright
-        px, py, angle, length, width = u(-1, 1), u(-1, 1), u(0, np.pi), u(0, 0.4), u(0.02, 0.06)
-        along = (x - col(px)) * col(np.cos(angle)) + (y - col(py)) * col(np.sin(angle))
-        across = (y - col(py)) * col(np.cos(angle)) - (x - col(px)) * col(np.sin(angle))
-        d = np.hypot(np.maximum(np.abs(along) - col(length) / 2, 0), across) - col(width)
-        image = paint(image, d, u(0, 0.8, 3, 1, 1))
-
-    # the form, in a brighter colour
-    radius, angle, mirror = u(0.45, 0.7), u(0, 2 * np.pi), np.where(u(0, 1) < 0.5, -1, 1)
-    room = 1.15 - radius  # the form may touch the border, hardly ever leave the image
-    fx, fy = x - col(u(-1, 1) * room), y - col(u(-1, 1) * room)
-    fx, fy = (
-        (fx * col(np.cos(angle)) + fy * col(np.sin(angle))) / col(radius),
-        (fy * col(np.cos(angle)) - fx * col(np.sin(angle))) / col(radius * mirror),
-    )
-    d = np.empty((n, size, size), np.float32)
-    for label in np.unique(labels):
-        d[labels == label] = distance(CLASSES[label], fx[labels == label], fy[labels == label])
-    image = paint(image, d * col(radius), u(0.5, 1, 3, 1, 1))
-
-    image = image + rng.normal(0, 0.03, image.shape).astype(np.float32)
-    return (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+    canvas = Canvas(len(labels), size, rng)
+    canvas.draw_background()
+    for _ in range(4):
+        canvas.draw_stroke()
+    canvas.draw_form(labels)
+    noise = rng.normal(0, 0.03, canvas.image.shape).astype(np.float32)
+    return (np.clip(canvas.image + noise, 0, 1) * 255).round().astype(np.uint8)
 
 
 def shapes(n, size=32, seed=0):
-    """N images and their labels: (n, 3, size, size) uint8, (n,) int64, classes in equal shares and random order."""
+    """Some images, of the classes in equal shares and random order.
+
+    Returns:
+        (n, 3, size, size) uint8, and labels (n,) int64.
+    """
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % len(CLASSES))
-    return np.concatenate(
-        [draw(labels[i : i + 1000], size, rng) for i in range(0, n, 1000)]
-    ), labels
+    blocks = [draw_images(labels[i : i + 1000], size, rng) for i in range(0, n, 1000)]
+    return np.concatenate(blocks), labels

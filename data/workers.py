@@ -34,8 +34,8 @@ import torch
 # Jobs that each worker has, unless the caller says otherwise: one at work and one to go on with.
 BATCHES_AHEAD = 2
 CHECK_PARENT_SECONDS = 5
-# How long a worker may take to begin before another one takes its place: see `start`. Where there is
-# no fork it imports torch anew.
+# How long a worker may take to begin before another one takes its place: see `start_workers`. Where
+# there is no fork it imports torch anew.
 BEGIN_SECONDS = (10, 20, 40, 80) if hasattr(os, "fork") else (600,)
 BEGUN = "begun"
 
@@ -63,13 +63,19 @@ def or_say_what_is_kept(batches, kept):
 
 
 class Slots:
-    """Places for batches of at most `shape`, in memory shared with processes forked later.
+    """Room for batches in memory that is shared with processes forked later.
 
-    A batch that was received is no copy. Its place is free again when the last tensor that looks
+    A batch that was received is no copy. Its slot is free again when the last tensor that looks
     into it is gone, so whoever keeps a batch, however long, keeps what is in it. Someone who keeps
-    all of them leaves no place free: further batches then come through the pipe.
-    Each place is a map of its own. The system has it back when no tensor looks into it and no
+    all of them leaves no slot free: further batches then come through the pipe.
+
+    Each slot is a map of its own. The system has it back when no tensor looks into it and no
     process has it any more.
+
+    Args:
+        count: how many.
+        shape: of the largest batch.
+        dtype: torch's.
     """
 
     def __init__(self, count, shape, dtype):
@@ -82,17 +88,18 @@ class Slots:
             raise InputLost(
                 f"{count} batches of {nbytes / 1e9:.2g} GB in shared memory, for image workers, "
                 f"are more than there is ({error.strerror}); lower data.workers or batch_size"
-            )
+            ) from error
         # The last one used is taken first: its pages are there already.
         self.free = list(range(len(self.maps)))
 
     def take(self):
-        """The number of a free place, or None."""
+        """The number of a free slot, or None."""
         return self.free.pop() if self.free else None
 
     def array(self, slot, rows):
-        """(rows, ...) NumPy's, the first rows of a place."""
-        values = np.frombuffer(self.maps[slot], np_dtype(self.dtype), rows * self.row_values)
+        """(rows, ...) NumPy's, the first rows of a slot."""
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        values = np.frombuffer(self.maps[slot], dtype, rows * self.row_values)
         return values.reshape(rows, *self.shape[1:])
 
     def for_writing(self, slot, rows):
@@ -100,21 +107,18 @@ class Slots:
         return torch.from_numpy(self.array(slot, rows))
 
     def received(self, slot, rows):
-        """In the main process: (rows, ...), what the worker wrote. Its end frees the place."""
+        """In the main process: (rows, ...), what the worker wrote. Its end frees the slot."""
         array = self.array(slot, rows)
         # The tensor, and every other one that shares its memory, holds the array.
         weakref.finalize(array, self.free.append, slot).atexit = False
         return torch.from_numpy(array)
 
 
-def np_dtype(dtype):
-    return torch.empty(0, dtype=dtype).numpy().dtype
-
-
 # -------------------------------------------------- in this process
 
 
 def can_fork():
+    """Whether the system can copy a process, which Windows cannot."""
     return hasattr(os, "fork")
 
 
@@ -127,21 +131,29 @@ def process_context():
 
 
 class Worker:
-    """One process and the pipe to it. jobs: how many it has and has not answered."""
+    """One process and the pipe to it.
+
+    Args:
+        function: what it does with each job.
+        others: the Workers that there are already.
+
+    Attributes:
+        jobs: how many it has and has not answered.
+    """
 
     def __init__(self, function, others):
         context = process_context()
-        self.pipe, theirs = context.Pipe()
+        self.pipe, pipe_of_worker = context.Pipe()
         # What a forked process inherits it must close: as long as anyone holds the other end of a
         # pipe, its end is not noticed.
         inherited = [self.pipe, *(other.pipe for other in others)] if can_fork() else []
-        arguments = function, theirs, os.getpid(), inherited
+        arguments = function, pipe_of_worker, os.getpid(), inherited
         self.process = context.Process(
             target=serve, args=arguments, daemon=True, name="image worker"
         )
         self.jobs, self.parent = 0, os.getpid()
         self.process.start()
-        theirs.close()
+        pipe_of_worker.close()
 
     def has_begun(self, seconds):
         """Wait for its first message. One that died is noticed later, with its reason."""
@@ -163,29 +175,36 @@ class Worker:
 
 
 def in_workers(function, jobs, count, in_flight=None, setting="data.workers"):
-    """function(job) of each job, in the jobs' order.
+    """Yield function(job) of each job, in the jobs' order.
 
-    jobs: small things (a few kB), taken from their iterator when they are handed out.
-    count: how many processes; 0: this one computes them.
-    function: where there is no fork it must be one that can be pickled. Its answer may be nested
-        tuples, lists and dicts; tensors travel as NumPy arrays, and arrays arrive as tensors.
-    in_flight: how many jobs are handed out at once, at most.
-    setting: the key that sets count, for messages; None where there is none.
-    InputLost says what became of a worker. Any other error of `function` is raised as a
-    RuntimeError with its traceback.
+    Args:
+        function: where there is no fork it must be one that can be pickled. Its answer may be
+            nested tuples, lists and dicts; tensors travel as NumPy arrays, and arrays arrive as
+            tensors.
+        jobs: small things (a few kB), taken from their iterator when they are handed out.
+        count: how many processes; 0: this one computes them.
+        in_flight: how many jobs are handed out at once, at most.
+        setting: the key that sets count, for messages; None where there is none.
+
+    Raises:
+        InputLost: says what became of a worker.
+        RuntimeError: any other error of `function`, with its traceback.
     """
     if count == 0:
         for job in jobs:
             yield in_this_process(function, job)
         return
-    workers, jobs, order, answers = [], iter(enumerate(jobs)), collections.deque(), {}
+    in_flight = in_flight or BATCHES_AHEAD * count
+    jobs = iter(enumerate(jobs))
+    workers, answers = [], {}
+    order = collections.deque()  # the numbers of the jobs in flight
     try:
-        start(workers, function, count, setting)
+        start_workers(workers, function, count, setting)
         while True:
-            while len(order) < (in_flight or BATCHES_AHEAD * count) and (item := next(jobs, None)):
-                worker = least_busy(workers)
-                order.append(item[0])
-                hand_out(worker, item, workers, setting)
+            while len(order) < in_flight and (numbered_job := next(jobs, None)):
+                worker = min(workers, key=lambda worker: worker.jobs)
+                order.append(numbered_job[0])
+                hand_out(worker, numbered_job, workers, setting)
             if not order:
                 return
             while order[0] not in answers:
@@ -196,20 +215,18 @@ def in_workers(function, jobs, count, in_flight=None, setting="data.workers"):
             worker.stop()
 
 
-def least_busy(workers):
-    return min(workers, key=lambda worker: worker.jobs)
-
-
 def in_this_process(function, job):
+    """function(job); InputLost where the system is short of something."""
     try:
         return function(job)
     except Exception as error:
-        if why := shortage(error):
-            raise InputLost(f"images could not be read: {why}")
+        why = shortage(error)
+        if why:
+            raise InputLost(f"images could not be read: {why}") from error
         raise
 
 
-def start(workers, function, count, setting):
+def start_workers(workers, function, count, setting):
     """Append `count` workers to a list, and wait until they have begun.
 
     A fork can wait for ever for a lock that some other thread held at that moment, for it has no
@@ -221,31 +238,36 @@ def start(workers, function, count, setting):
         for _ in range(count):
             workers.append(Worker(function, workers))
         for i in range(count):
-            for seconds in BEGIN_SECONDS:
-                if workers[i].has_begun(seconds):
-                    break
-                workers[i].stop()
-                workers[i] = Worker(function, workers[:i] + workers[i + 1 :])
-            else:
-                raise InputLost(
-                    f"an image worker did not begin within {BEGIN_SECONDS[-1]} s, nor did "
-                    f"{len(BEGIN_SECONDS) - 1} before it: this machine does too much else, or lower "
-                    f"{setting} (0 needs no workers)"
-                )
+            wait_or_replace(workers, i, function, setting)
     except OSError as error:
         why = shortage(error) or f"the system has no more processes or memory ({error.strerror})"
+        way_out = f"; or lower {setting}" if setting else ""
         raise InputLost(
-            f"only {len(workers)} of {count} image workers could be started: {why}"
-            + (f"; or lower {setting}" if setting else "")
-        )
+            f"only {len(workers)} of {count} image workers could be started: {why}{way_out}"
+        ) from error
 
 
-def hand_out(worker, item, workers, setting):
+def wait_or_replace(workers, i, function, setting):
+    """Wait until worker i of a list has begun. One that does not is replaced, a few times."""
+    for seconds in BEGIN_SECONDS:
+        if workers[i].has_begun(seconds):
+            return
+        workers[i].stop()
+        workers[i] = Worker(function, workers[:i] + workers[i + 1 :])
+    raise InputLost(
+        f"an image worker did not begin within {BEGIN_SECONDS[-1]} s, nor did "
+        f"{len(BEGIN_SECONDS) - 1} before it: this machine does too much else, or lower "
+        f"{setting} (0 needs no workers)"
+    )
+
+
+def hand_out(worker, numbered_job, workers, setting):
+    """Give a worker (number, job)."""
     worker.jobs += 1
     try:
-        worker.pipe.send(item)
-    except OSError:
-        raise InputLost(death(worker, workers, setting))
+        worker.pipe.send(numbered_job)
+    except OSError as error:
+        raise InputLost(describe_death(worker, workers, setting)) from error
 
 
 def receive(workers, answers, setting):
@@ -265,13 +287,13 @@ def receive(workers, answers, setting):
             continue
         try:
             number, reply = worker.pipe.recv()
-        except (EOFError, OSError):
-            raise InputLost(death(worker, workers, setting))
+        except (EOFError, OSError) as error:
+            raise InputLost(describe_death(worker, workers, setting)) from error
         worker.jobs -= 1
         answers[number] = reply
     for handle in ready:
         if handle is not by_handle[handle].pipe:
-            raise InputLost(death(by_handle[handle], workers, setting))
+            raise InputLost(describe_death(by_handle[handle], workers, setting))
 
 
 def unpack(reply):
@@ -320,6 +342,7 @@ def answer(function, job):
 
 
 def failure(error):
+    """What a worker answers where an error was raised: see `answer`."""
     why = shortage(error)
     if why:
         return "lost", f"images could not be read: in a worker {why}"
@@ -335,6 +358,7 @@ def as_arrays(value):
 
 
 def as_tensors(value):
+    """Nested tuples, lists and dicts, their NumPy arrays as tensors."""
     return convert(value, np.ndarray, torch.from_numpy)
 
 
@@ -369,6 +393,7 @@ def shortage(error):
 
 
 def file_limit():
+    """How many files this process may have open."""
     try:
         import resource
 
@@ -378,22 +403,24 @@ def file_limit():
         return "unknown"
 
 
-def death(worker, workers, setting):
+def describe_death(worker, workers, setting):
     """What became of a worker that is gone: a sentence."""
     worker.process.join(5)
-    code, who = worker.process.exitcode, f"image worker {worker.process.pid}"
+    code, name = worker.process.exitcode, f"image worker {worker.process.pid}"
     fewer = "allow more memory"
     if setting:
         fewer = f"lower {setting}, now {len(workers)}, or batch_size, or {fewer}"
     if code is None:
-        return f"{who} closed its pipe but goes on; this is a fault of the program"
+        return f"{name} closed its pipe but goes on; this is a fault of the program"
     if code >= 0:
-        return f"{who} ended by itself, with status {code}; see what it printed above"
-    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        return f"{name} ended by itself, with status {code}; see what it printed above"
+    is_known = -code in set(signal.Signals)
+    signal_name = signal.Signals(-code).name if is_known else f"signal {-code}"
     why = {
         "SIGKILL": f"most likely memory ran out, on this machine or in its container: {fewer}",
         "SIGBUS": f"memory ran out, or the file of data.cache was cut or cannot be read: {fewer}",
         "SIGSEGV": "most likely a library that decodes images crashed: with workers=0, "
         "python -X faulthandler shows where",
     }
-    return f"{who} was killed by {name}" + (f"; {why[name]}" if name in why else "")
+    explanation = f"; {why[signal_name]}" if signal_name in why else ""
+    return f"{name} was killed by {signal_name}{explanation}"

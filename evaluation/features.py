@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data.datasets import find_obstacle
-from data.loader import in_order
+from data.loader import ordered_batches
 from data.memory import available_bytes
 from engine import device as devices
 from engine import distributed
@@ -42,7 +42,7 @@ def extract(
     each = -(-n // world)
     # The last process repeats the last image, which is dropped at the end.
     rows = torch.arange(rank * each, (rank + 1) * each).clamp(max=n - 1)
-    steps = in_order(dataset, rows, recipe, image_size, device, workers=workers)
+    steps = ordered_batches(dataset, rows, recipe, image_size, device, workers=workers)
     hidden = None if distributed.is_main() else True
     whole, start = None, 0
     for images, _ in tqdm(steps, what, total=-(-each // 512), leave=False, disable=hidden):

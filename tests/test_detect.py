@@ -12,13 +12,13 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from processes import ROOT, run
-from test_scripts import same
 
 import train_detect
 import yaml
 from data import detection
 from models.resnet import ResNet
+from processes import ROOT, run
+from test_scripts import same
 from train_detect import Detect, average_precision, build_model, predictions
 
 pytest.importorskip("pycocotools", reason="needs pycocotools: pip install -r requirements-dev.txt")

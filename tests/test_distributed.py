@@ -12,9 +12,9 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from processes import ROOT, run
 
 from engine import distributed, signals
+from processes import ROOT, run
 
 
 @pytest.fixture(scope="module")

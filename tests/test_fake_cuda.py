@@ -172,7 +172,7 @@ def fake_gpu():
             (torch.Tensor, "backward", backward),
             (torch.optim.Optimizer, "__init__", remember),
             (torch.cuda.amp.common, "amp_definitely_not_available", bool),
-            (data.loader, "ahead", lambda items: items),
+            (data.loader, "prefetch", lambda items: items),
         ):  # no thread
             stack.enter_context(mock.patch.object(where, name, value))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()))
@@ -434,7 +434,7 @@ def test_linear_probe(augmented, keep_on):
 def test_augmentation(recipe, side):
     """side: of the images, which are enlarged or reduced to 16 pixels."""
     augment = Augment(recipe, 16)
-    u = augment.draw(6, torch.Generator().manual_seed(0))
+    u = augment.sample_parameters(6, torch.Generator().manual_seed(0))
     with fake_gpu() as gpu:
         views = augment.apply(torch.zeros(6, 3, side, side, dtype=torch.uint8, device=GPU), u)
         assert views.device == GPU and views.shape == (6, 3, 16, 16)

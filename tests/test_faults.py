@@ -23,9 +23,6 @@ import time
 import pytest
 import torch
 from PIL import Image
-from processes import ROOT, SERVER, free_port, torchrun
-from test_pairs import PAIRS
-from test_scripts import QUICK, same, state
 from torch import nn
 
 import train_pretrain
@@ -34,6 +31,9 @@ from data.shapes import shapes
 from engine import checkpoint, signals, weights
 from engine.log import Log
 from losses.nce import NCE
+from processes import ROOT, SERVER, free_port, torchrun
+from test_pairs import PAIRS
+from test_scripts import QUICK, same, state
 from training import summary
 
 SMALL = [

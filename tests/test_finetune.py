@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import run
-from test_scripts import QUICK, TINY, same
 
 import train_finetune
 from data.datasets import ArraySet, FolderSet
 from engine import checkpoint, config
 from models.resnet import Encoder
+from processes import run
+from test_scripts import QUICK, TINY, same
 from train_finetune import Finetune
 
 SETTINGS = [
@@ -115,6 +115,22 @@ def test_a_list_chooses_by_file_name(tmp_path):
             Finetune(list=str(names)).choose(train, 0)
     with pytest.raises(ValueError, match="nowhere.txt cannot be read"):
         Finetune(list="nowhere.txt").choose(train, 0)
+
+
+def test_a_list_with_folders_or_a_byte_order_mark(tmp_path):
+    files = [f"x/{c}/{i}.png" for c in ("a", "b", "deep/a") for i in range(3)]
+    train = FolderSet(files, torch.arange(9) // 3, ["a", "b", "c"], None, None)
+    names = tmp_path / "some.txt"
+    names.write_text("b/0.png\nx/a/1.png\n./b/2.png\ndeep/a/0.png\n", encoding="utf-8-sig")
+    assert Finetune(list=str(names)).choose(train, 0).tolist() == [1, 3, 5, 6]
+    names.write_text("a/1.png\n")
+    with pytest.raises(ValueError, match="a/1.png is x/a/1.png and x/deep/a/1.png; write the fol"):
+        Finetune(list=str(names)).choose(train, 0)
+    names.write_text("b/9.png\n")
+    with pytest.raises(ValueError, match="1 of its 1 names are not among .* the first is b/9.png"):
+        Finetune(list=str(names)).choose(train, 0)
+    names.write_bytes(b"b/0.png\r\nb/1.png\r\n")
+    assert Finetune(list=str(names)).choose(train, 0).tolist() == [3, 4]
 
 
 def test_images_that_a_list_leaves_out_are_never_read(finetune, tmp_path):

@@ -2,7 +2,8 @@
 
 What a worker does: tests/data/test_workers.py.
 
-Every run is forked by test_faults's server. A run that hangs is killed, and fails its test."""
+Every run is forked by test_faults's server. A run that hangs is killed, and fails its test.
+"""
 
 import ctypes
 import errno
@@ -16,14 +17,14 @@ import signal
 import numpy as np
 import pytest
 from PIL import Image
-from processes import ROOT, SERVER, free_port, torchrun
-from test_faults import assert_equal, at, child, images, undisturbed  # noqa: F401  (fixtures)
-from test_pairs import PAIRS
 
 from data import detection
 from data.datasets import FolderSet
 from engine import checkpoint
 from models.resnet import ResNet
+from processes import ROOT, SERVER, free_port, torchrun
+from test_faults import assert_equal, at, child, images, undisturbed  # noqa: F401  (fixtures)
+from test_pairs import PAIRS
 
 HANG_SECONDS = 60  # a run takes 2 to 4; on a machine that does much else, ten times that
 PAIR = PAIRS["ir-ring"]
@@ -83,7 +84,8 @@ SCRIPTS = {
 def sources(images, tmp_path_factory):  # noqa: F811
     """script -> the argument that says where its images lie.
 
-    A COCO folder of six images of 1.4 MB each; one of small ones; and one that has these twice."""
+    A COCO folder of six images of 1.4 MB each; one of small ones; and one that has these twice.
+    """
     folder, rng = tmp_path_factory.mktemp("sources"), np.random.default_rng(0)
     os.makedirs(folder / "coco" / "annotations")
     os.makedirs(folder / "coco" / "a")
@@ -288,8 +290,10 @@ def test_a_worker_lost_in_the_augmented_probe(sources, tmp_path):
 
 
 def test_the_sentence_names_the_checkpoint_and_the_same_line_goes_on_from_it(
-    undisturbed, images, tmp_path
-):  # noqa: F811
+    undisturbed,  # noqa: F811
+    images,  # noqa: F811
+    tmp_path,
+):
     script, arguments = "train_pretrain.py", [images, *PAIR, *WORKERS]
     ended = run(script, tmp_path, "cut", *arguments, fault=KillsAWorker(1, 2))
     assert_one_sentence(

@@ -4,6 +4,7 @@ import ast
 import os
 
 import pytest
+
 from processes import ROOT
 
 # From the bottom up. Scripts, benchmarks and tests import from all of them.

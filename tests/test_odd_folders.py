@@ -2,16 +2,20 @@
 
 import os
 import shutil
+import subprocess
 import sys
+import textwrap
 import unicodedata
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 import train_linear
 import train_pretrain
 from data.datasets import find_obstacle, load
+from data.image_files import foreign_format
+from processes import run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 QUICK = os.path.join(ROOT, "yaml", "quickstart.yaml")
@@ -133,3 +137,90 @@ def test_obstacles_of_either_part(tmp_path):
     assert obstacle(tmp_path).startswith("there are no validation images")
     shapes = load("train", 0, name="shapes", limit=12)
     assert find_obstacle(shapes, load("test", 0, name="shapes")) is None
+
+
+def test_tiny_imagenet_is_told_how_to_sort_its_validation_images(start):
+    """As it unpacks: val/images, and a list that says the class of each."""
+    for folder in ("train/a/images", "train/b/images", "val/images"):
+        put_images(f"data/{folder}", 4)
+    with open("data/val/val_annotations.txt", "w") as f:
+        f.writelines(f"{i}.png\t{'ab'[i % 2]}\t0\t0\t8\t8\n" for i in range(4))
+    os.rename("data", "of Tiny's")
+    command = obstacle("of Tiny's").partition("as val_annotations.txt says: ")[2]
+    subprocess.run(command, shell=True, check=True)
+    assert obstacle("of Tiny's") is None
+    assert sorted(os.listdir("of Tiny's/val")) == ["a", "b", "val_annotations.txt"]
+
+
+# -------------------------------------------------- roots and files
+
+
+def test_a_home_folder_may_be_written_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    put_images(tmp_path / "photos", 3)
+    data = load("pretrain", 0, name="folder", root="~/photos", cache=8)
+    assert data.files[0] == f"{tmp_path}/photos/0.png"
+    assert data.path.startswith(f"{tmp_path}/photos.cache8/")
+
+
+def test_a_probe_on_data_in_the_home_folder(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    put_images("data")
+    start(train_pretrain)
+    for folder in ("train/a", "train/b", "val/a", "val/b"):
+        put_images(tmp_path / "probe" / folder)
+    assert "raw pixels" in start(train_linear, "linear.data=folder", "linear.root=~/probe")
+
+
+FOREIGN = {
+    "an AVIF": b"\0\0\0\x1cftypavif\0\0\0\0avifmif1",
+    "a HEIC": b"\0\0\0\x24ftypheic\0\0\0\0mif1heic",
+    "a JPEG 2000": b"\0\0\0\x0cjP  \r\n\x87\n\0\0\0\x14ftypjp2 ",
+    "a JPEG XL": b"\xff\x0a\xfa\x7f\x01\x90\x08\x06\x01\x00\x10\x00",
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_format_named_jpg_is_told_as_what_it_is(tmp_path, kind):
+    put_images(tmp_path / "all", 2)
+    (tmp_path / "all" / "2.jpg").write_bytes(FOREIGN[kind] + bytes(100))
+    data = load("pretrain", 0, name="folder", root=str(tmp_path / "all"))
+    with pytest.raises(ValueError, match="convert it to one of these.; remove or") as error:
+        data.decode(2)
+    assert f"2.jpg cannot be read as an image (it is {kind} image, whatever" in str(error.value)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this PIL writes no AVIF")
+def test_a_real_avif_is_recognised(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.avif")
+    assert foreign_format(str(tmp_path / "a.avif")) == "an AVIF image"
+
+
+def test_pils_warnings_stay_off_the_screen(tmp_path):
+    """Of damaged EXIF, of a palette's transparency, and of many pixels, below PIL's limit."""
+    put_images(tmp_path / "all", 1)
+    image = Image.effect_noise((40, 30), 90).convert("RGB")
+    image.save(tmp_path / "all" / "exif.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x09\0\x12\x01")
+    clear = bytes(range(64))
+    image.quantize(64).save(tmp_path / "all" / "palette.png", transparency=clear)
+    (tmp_path / "job.py").write_text(
+        textwrap.dedent("""
+        import sys
+        import warnings
+        from PIL import Image
+        Image.MAX_IMAGE_PIXELS = 1000          # PIL warns above it, and refuses above twice that
+        if sys.argv[1] == "ours":
+            from data.datasets import load
+            data = load("pretrain", 0, name="folder", root="all", cache=16)
+            print(len(data), [data.decode(i).size for i in range(3)])
+        else:
+            warnings.resetwarnings()
+            for name in ("exif.jpg", "palette.png"):
+                Image.open("all/" + name).convert("RGB")
+    """)
+    )
+    done = run(tmp_path, tmp_path / "job.py", "ours")
+    assert done.stderr == "" and "3 [(8, 8), (21, 16), (21, 16)]" in done.stdout
+    plain = run(tmp_path, tmp_path / "job.py", "PIL")
+    for warning in ("DecompressionBombWarning", "EXIF", "Transparency"):
+        assert warning in plain.stderr

@@ -6,6 +6,7 @@ import json
 import textwrap
 
 import pytest
+
 from processes import ROOT, run
 from test_distributed import TINY
 

@@ -459,7 +459,7 @@ def drawn_views(recipe):
     """What 10,000 draws of a recipe are: the facts of `views`, measured."""
     n, side = 10_000, 1000
     augment = Augment(recipe, 32)
-    drawn = augment.draw(n, torch.Generator().manual_seed(0))
+    drawn = augment.sample_parameters(n, torch.Generator().manual_seed(0))
     _, _, height, width = augment.box(drawn, side, side).T
     area = height * width / side**2
     assert area.max() > 0.95, "the largest crop is nearly the whole image"
@@ -807,18 +807,18 @@ def probe(tmp_path, monkeypatch):
         f.write(CFG)
     encoder = config.build(Encoder, config.load("a.yaml")["model"], "a.yaml", device=CPU)
     torch.save(encoder.backbone.state_dict(), "runs/a/backbone.pt")
-    plan = Loader.plan
+    batch_plan = Loader.batch_plan
 
     def run(*overrides):
         sizes, normalisation = [], []
 
         def recorded(self, *arguments):
             normalisation.append((self.augment.mean, self.augment.std))
-            steps = plan(self, *arguments)
+            steps = batch_plan(self, *arguments)
             sizes.extend(len(index) for index, _ in steps)
             return steps
 
-        monkeypatch.setattr(Loader, "plan", recorded)
+        monkeypatch.setattr(Loader, "batch_plan", recorded)
         monkeypatch.setattr(
             sys, "argv", ["train_linear.py", "--cfg", "a.yaml", "--no-baselines", *overrides]
         )

@@ -16,22 +16,22 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from processes import ROOT, SERVER, free_port
-from test_distributed import ALONE, TINY
-from test_faults import QUICK, there
-from test_pairs import PAIRS
-from test_scripts import same
 from torch.nn import functional as F
 
 import train_linear
 import train_pretrain
 from data.augment import RECIPES
 from data.datasets import ArraySet, load
-from data.loader import Loader, ahead
+from data.loader import Loader, prefetch
 from data.shapes import shapes
 from engine import checkpoint, distributed
 from evaluation.features import KNN, extract
 from models.resnet import Encoder
+from processes import ROOT, SERVER, free_port
+from test_distributed import ALONE, TINY
+from test_faults import QUICK, there
+from test_pairs import PAIRS
+from test_scripts import same
 
 FULL = bool(os.environ.get("FULL"))
 SCRIPT = os.path.join(ROOT, "slurm", "train.sbatch")
@@ -553,7 +553,7 @@ def views(data, recipe, size, workers=0, depth=None):
         image_size=size,
         workers=workers,
     )
-    steps = loader.epoch(1) if depth is None else ahead(loader.epoch(1), depth)
+    steps = loader.epoch(1) if depth is None else prefetch(loader.epoch(1), depth)
     return torch.stack(
         [x for some, _ in steps for x in some]
     )  # (2 steps x 2 views, n / 2, 3, S, S)

@@ -11,13 +11,13 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from processes import ROOT, run
 
 import train_linear
 import train_pretrain
 import yaml
 from data.shapes import shapes
 from engine import config
+from processes import ROOT, run
 
 QUICK = os.path.join(ROOT, "yaml", "quickstart.yaml")
 TINY = [

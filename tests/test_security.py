@@ -17,7 +17,6 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from test_scripts import QUICK, ROOT, TINY
 
 import report
 import train_detect
@@ -29,6 +28,7 @@ from data import cache, datasets, detection
 from engine import config
 from engine.weights import export
 from models.resnet import ResNet
+from test_scripts import QUICK, ROOT, TINY
 
 
 class Malicious:
@@ -188,10 +188,10 @@ def test_a_cached_index_that_is_a_pickle_is_written_anew(capsys):
             np.save(f, content, allow_pickle=True) if content is not None else pickle.dump(
                 Malicious(), f
             )
-        assert cache.read(index.removesuffix(".npy")) is None
+        assert cache.read_index(index.removesuffix(".npy")) is None
         capsys.readouterr()
         again = load()
-        assert np.array_equal(again.places, good.places) and "anew" in capsys.readouterr().out
+        assert np.array_equal(again.index, good.index) and "anew" in capsys.readouterr().out
 
 
 def test_torchvisions_own_files(monkeypatch):

@@ -14,7 +14,6 @@ import typing
 
 import pytest
 import torch
-from test_scripts import QUICK, TINY
 from torch import nn
 from torch.nn import functional as F
 
@@ -37,6 +36,7 @@ from models.cmc import CMC, LabEncoder
 from models.ir import IR
 from models.moco import MoCo
 from models.resnet import Encoder
+from test_scripts import QUICK, TINY
 from train_detect import Detect
 from train_finetune import Finetune
 from train_linear import Probe

@@ -11,13 +11,13 @@ import sys
 import time
 
 import pytest
-import test_faults
-from test_faults import assert_equal, at, images, run, send, two, undisturbed  # noqa: F401
 
+import test_faults
 import training.build
 from engine import checkpoint, signals
 from evaluation.features import KNN
 from losses.ifnd import IFND
+from test_faults import assert_equal, at, images, run, send, two, undisturbed  # noqa: F401
 
 NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 SETTINGS = [

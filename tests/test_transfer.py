@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import ROOT, run
-from test_scripts import QUICK, TINY
 
 from data.datasets import FolderSet, load
+from processes import ROOT, run
+from test_scripts import QUICK, TINY
 from train_linear import Probe
 
 

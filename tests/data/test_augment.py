@@ -1,4 +1,7 @@
-"""Batched augmentation against torchvision's transforms on PIL images: each operation with equal parameters, and the statistics of views."""
+"""Batched augmentation against torchvision's transforms on PIL images.
+
+Each operation with equal parameters, and the statistics of views.
+"""
 
 import math
 
@@ -9,7 +12,7 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import functional as TF
 
 from data import augment
-from data.augment import RECIPES, Augment, pick, pil_transforms
+from data.augment import RECIPES, Augment, pil_transforms, select_rows
 from data.shapes import shapes
 
 
@@ -30,9 +33,8 @@ def back(images):
 
 def close(ours, theirs, levels=1.01):
     """Equal up to so many of PIL's 255 levels: PIL rounds, we do not."""
-    assert (ours - theirs).abs().max() <= levels / 255, (
-        f"{(ours - theirs).abs().max() * 255:.2f} levels apart"
-    )
+    apart = (ours - theirs).abs().max() * 255
+    assert apart <= levels, f"{apart:.2f} levels apart"
 
 
 @pytest.mark.parametrize(
@@ -50,27 +52,29 @@ def test_colour_operations_equal_torchvisions(images, operation, theirs, values,
 
 
 def test_hue_equals_torchvisions_tensor_form(images):
-    """PIL's HSV has 256 hues, so the float form is the exact one; PIL itself must agree on the average."""
+    """PIL's HSV has 256 hues, so the float form is the exact one; PIL agrees on the average."""
     shift = torch.linspace(-0.4, 0.4, len(images))
     ours = augment.hue(images.float() / 255, shift.view(-1, 1, 1, 1))
     exact = torch.stack(
         [TF.adjust_hue(image.float() / 255, s) for image, s in zip(images, shift.tolist())]
     )
     assert (ours - exact).abs().max() < 1e-5
-    assert (
-        ours - back([TF.adjust_hue(image, s) for image, s in zip(pil(images), shift.tolist())])
-    ).abs().mean() < 2 / 255
+    theirs = [TF.adjust_hue(image, s) for image, s in zip(pil(images), shift.tolist())]
+    assert (ours - back(theirs)).abs().mean() < 2 / 255
 
 
 @pytest.mark.parametrize("size", [32, 96])  # groups by reach; one by one
 def test_an_image_alone_is_treated_as_in_a_batch(size):
-    """Which images share a call, and whether a parameter is a number or a tensor, changes rounding alone."""
+    """Which images share a call changes rounding alone.
+
+    So it does whether a parameter is a number or a tensor.
+    """
     x, aug = torch.rand(9, 3, size, size), Augment("moco_v2", size)
-    u = aug.draw(9, torch.Generator().manual_seed(0))
+    u = aug.sample_parameters(9, torch.Generator().manual_seed(0))
     del u["crop"]
     whole = aug.colour(x.clone(), u)
     alone = torch.cat(
-        [aug.colour(x[i : i + 1].clone(), pick(u, slice(i, i + 1))) for i in range(9)]
+        [aug.colour(x[i : i + 1].clone(), select_rows(u, slice(i, i + 1))) for i in range(9)]
     )
     assert (whole - alone).abs().max() < 1e-5 and (whole - x).abs().max() > 0.1
 
@@ -103,8 +107,8 @@ def test_blur_equals_torchvisions_and_is_near_pils(images):
 @pytest.mark.parametrize("size", [48, 64, 20])  # enlarged always; and where some boxes shrink
 def test_crop_equals_pils(images, size):
     """The same boxes through Image.crop + Image.resize. PIL rounds between its two passes."""
-    u = augment.draw_crop(len(images), torch.Generator().manual_seed(0), (0.2, 1.0))
-    box = augment.crop_box(u, 48, 48, (0.2, 1.0))
+    u = augment.sample_crop(len(images), torch.Generator().manual_seed(0), (0.2, 1.0))
+    box = augment.crop_box(u, 48, 48)
     theirs = [
         TF.resized_crop(im, *map(int, b), [size, size]) for im, b in zip(pil(images), box.tolist())
     ]
@@ -113,16 +117,12 @@ def test_crop_equals_pils(images, size):
 
 
 def test_bilinear_is_antialiased_where_boxes_grow(images):
-    box = augment.crop_box(
-        augment.draw_crop(len(images), torch.Generator().manual_seed(1), (0.2, 1.0)),
-        48,
-        48,
-        (0.2, 1.0),
-    )
+    drawn = augment.sample_crop(len(images), torch.Generator().manual_seed(1), (0.2, 1.0))
+    box = augment.crop_box(drawn, 48, 48)
     x = images.float() / 255
     arguments = [
-        augment.sampling(s, l, 48, 48, False)
-        for s, l in ((box[:, :1], box[:, 2:3]), (box[:, 1:2], box[:, 3:]))
+        augment.sampling(s, length, 48, 48, False)
+        for s, length in ((box[:, :1], box[:, 2:3]), (box[:, 1:2], box[:, 3:]))
     ]
     assert (augment.bilinear(x, *arguments) - augment.antialiased(x, *arguments)).abs().max() < 1e-4
 
@@ -138,28 +138,27 @@ def test_eval_equals_resize_and_centre_crop(height, width, size):
 
 
 def test_crop_boxes_follow_torchvisions_distribution():
-    """Means and quantiles of 20,000 boxes of an oblong image against RandomResizedCrop.get_params; elongated, so that the fallback is met."""
+    """Means and quantiles of 20,000 boxes against RandomResizedCrop.get_params.
+
+    The image is so oblong that the fallback is met.
+    """
     from torchvision.transforms import RandomResizedCrop
 
     n, H, W = 20000, 20, 100
-    ours = augment.crop_box(
-        augment.draw_crop(n, torch.Generator().manual_seed(0), (0.2, 1.0)), H, W, (0.2, 1.0)
-    )
+    drawn = augment.sample_crop(n, torch.Generator().manual_seed(0), (0.2, 1.0))
+    ours = augment.crop_box(drawn, H, W)
     torch.manual_seed(0)
     image = torch.zeros(1, H, W)
     theirs = torch.tensor(
         [RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(n)]
     ).float()
     assert (ours.mean(0) - theirs.mean(0)).abs().max() < 0.35
-    assert (
-        ours.quantile(torch.tensor([0.1, 0.5, 0.9]), 0)
-        - theirs.quantile(torch.tensor([0.1, 0.5, 0.9]), 0)
-    ).abs().max() <= 1.5
-    assert (
-        (ours[:, :2] >= 0).all()
-        and (ours[:, 0] + ours[:, 2] <= H).all()
-        and (ours[:, 1] + ours[:, 3] <= W).all()
-    )
+    shares = torch.tensor([0.1, 0.5, 0.9])
+    difference = ours.quantile(shares, 0) - theirs.quantile(shares, 0)
+    assert difference.abs().max() <= 1.5
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, 0] + ours[:, 2] <= H).all()
+    assert (ours[:, 1] + ours[:, 3] <= W).all()
 
 
 @pytest.mark.parametrize(
@@ -173,15 +172,17 @@ def test_crop_boxes_follow_torchvisions_distribution():
     ],
 )
 def test_views_have_the_statistics_of_torchvisions(images, recipe):
-    """4,000 views of one image by each path: every pixel's mean and spread, how many are grey, and how sharp they are, agree."""
+    """4,000 views of one image by each path.
+
+    Every pixel's mean and spread, how many are grey, and how sharp they are, agree.
+    """
     n, image = 4000, images[:1]
     ours = Augment(recipe, 24)(image.expand(n, -1, -1, -1), torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    transform, one = pil_transforms(recipe, 24), pil(image)[0]
-    theirs = back([transform(one) for _ in range(n)])
-    error = (
-        5 * 0.3 * (2 / n) ** 0.5
-    )  # five standard errors of the difference of two means of values spread by 0.3
+    transform, picture = pil_transforms(recipe, 24), pil(image)[0]
+    theirs = back([transform(picture) for _ in range(n)])
+    # Five standard errors of the difference of two means of values that are spread by 0.3.
+    error = 5 * 0.3 * (2 / n) ** 0.5
     for figure in (
         lambda v: v.mean((0, 2, 3)),
         lambda v: v.std(0).mean((1, 2)),
@@ -194,7 +195,7 @@ def test_views_have_the_statistics_of_torchvisions(images, recipe):
 
 
 def test_jitter_draws_every_order_and_applies_it():
-    drawn = augment.draw_jitter(24000, torch.Generator().manual_seed(0), 0.4, 0.4, 0.4, 0.1, 0.8)
+    drawn = augment.sample_jitter(24000, torch.Generator().manual_seed(0), 0.4, 0.4, 0.4, 0.1, 0.8)
     orders, counts = drawn["order"].unique(dim=0, return_counts=True)
     assert len(orders) == 24 and counts.min() > 850 and counts.max() < 1150
     assert abs(drawn["apply"].float().mean() - 0.8) < 0.01
@@ -211,9 +212,9 @@ def test_jitter_draws_every_order_and_applies_it():
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_same_generator_same_views_and_pieces_change_nothing(images, recipe):
     a = Augment(recipe, 48, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
-    u = a.draw(len(images), torch.Generator().manual_seed(7))
+    u = a.sample_parameters(len(images), torch.Generator().manual_seed(7))
     assert torch.equal(a(images, torch.Generator().manual_seed(7)), a.apply(images, u))
-    halves = [a.apply(images[s], pick(u, s)) for s in (slice(0, 10), slice(10, 24))]
+    halves = [a.apply(images[s], select_rows(u, s)) for s in (slice(0, 10), slice(10, 24))]
     assert torch.allclose(torch.cat(halves), a.apply(images, u), atol=1e-6)
 
 

@@ -13,8 +13,8 @@ import torchvision
 from PIL import Image
 
 import data.loader as data_loader
-from data.datasets import NAMES, TORCHVISION, ArraySet, balanced, load
-from data.loader import Loader, ahead, in_order
+from data.datasets import NAMES, TORCHVISION, ArraySet, balanced_rows, load
+from data.loader import Loader, ordered_batches, prefetch
 from data.shapes import CLASSES, distance, shapes
 from engine import distributed
 from evaluation.features import knn
@@ -31,27 +31,20 @@ def real(*path):
 
 
 def loader(dataset, **settings):
-    return Loader(
-        dataset,
-        **{
-            **dict(
-                batch_size=8,
-                n_views=2,
-                seed=0,
-                device=CPU,
-                augment="cifar",
-                image_size=32,
-                workers=0,
-            ),
-            **settings,
-        },
-    )
+    usual = dict(batch_size=8, n_views=2, augment="cifar", image_size=32, workers=0)
+    return Loader(dataset, seed=0, device=CPU, **{**usual, **settings})
 
 
 @pytest.fixture(scope="module")
 def arrays():
     images, labels = map(torch.from_numpy, shapes(40))
     return ArraySet(images, labels, CLASSES, (0.5,) * 3, (0.25,) * 3)
+
+
+def noise(n):
+    """An ArraySet of n images."""
+    images = torch.randint(256, (n, 3, 16, 16), dtype=torch.uint8)
+    return ArraySet(images, None, None, (0.0,) * 3, (1.0,) * 3)
 
 
 @pytest.fixture
@@ -69,7 +62,7 @@ def jpegs(tmp_path):
     return str(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------- shapes
+# -------------------------------------------------- shapes
 
 
 def test_shapes_are_deterministic_balanced_and_varied():
@@ -77,70 +70,54 @@ def test_shapes_are_deterministic_balanced_and_varied():
     again, _ = shapes(120)
     other, _ = shapes(120, seed=1)
     assert np.array_equal(images, again) and not np.array_equal(images, other)
-    assert (
-        images.shape == (120, 3, 32, 32)
-        and (np.bincount(labels) == 10).all()
-        and len(CLASSES) == 12
-    )
+    assert images.shape == (120, 3, 32, 32)
+    assert (np.bincount(labels) == 10).all() and len(CLASSES) == 12
     assert shapes(12, size=48)[0].shape == (12, 3, 48, 48)
 
 
 def test_raw_pixels_do_badly_on_shapes():
-    (x, y), (x_test, y_test) = (
-        map(torch.from_numpy, shapes(n, seed=s)) for n, s in ((3000, 0), (600, 1))
-    )
-    right = (
-        (knn(x.flatten(1) / 255 - 0.5, y, x_test.flatten(1) / 255 - 0.5, 50, 0.1) == y_test)
-        .float()
-        .mean()
-    )
-    assert right < 0.3  # chance is 0.083; see data/shapes.py for the whole set
+    x, y = map(torch.from_numpy, shapes(3000, seed=0))
+    x_test, y_test = map(torch.from_numpy, shapes(600, seed=1))
+    bank, queries = x.flatten(1) / 255 - 0.5, x_test.flatten(1) / 255 - 0.5
+    right = knn(bank, y, queries, 50, 0.1) == y_test
+    assert right.float().mean() < 0.3  # chance is 0.083; see data/shapes.py for the whole set
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_forms_are_where_they_should_be(name):
     """Inside somewhere, outside far away, and never steeper than a distance may be."""
-    x, y = np.meshgrid(*[np.linspace(-2, 2, 201, dtype=np.float32)] * 2)
+    side = np.linspace(-2, 2, 201, dtype=np.float32)
+    x, y = np.meshgrid(side, side)
     d = distance(name, x, y)
     area = (d < 0).mean() * 16
     assert 0.8 < area < 3.3 and d[0, 0] > 0.5
     assert np.abs(np.diff(d, axis=1)).max() <= 0.0201
 
 
-# ---------------------------------------------------------------------------------------------------- data sets
+# -------------------------------------------------- data sets
 
 
 def test_limit_is_balanced_fixed_and_nested(arrays):
     labels = torch.arange(1000) % 10
-    rows = balanced(labels, 1000, 95, seed=0)
+    rows = balanced_rows(labels, 1000, 95, seed=0)
     counts = labels[rows].bincount()
     assert counts.max() - counts.min() <= 1 and len(rows.unique()) == 95
-    assert torch.equal(rows, balanced(labels, 1000, 95, seed=0)) and not torch.equal(
-        rows, balanced(labels, 1000, 95, seed=1)
-    )
-    assert set(rows.tolist()) <= set(balanced(labels, 1000, 200, seed=0).tolist())
-    assert len(balanced(None, 1000, 95, seed=0)) == 95
-    assert (
-        len(load("train", 0, name="shapes", limit=30)) == 30
-        and len(load("test", 0, name="shapes", limit=30)) == 2400
-    )
+    assert torch.equal(rows, balanced_rows(labels, 1000, 95, seed=0))
+    assert not torch.equal(rows, balanced_rows(labels, 1000, 95, seed=1))
+    assert set(rows.tolist()) <= set(balanced_rows(labels, 1000, 200, seed=0).tolist())
+    assert len(balanced_rows(None, 1000, 95, seed=0)) == 95
+    assert len(load("train", 0, name="shapes", limit=30)) == 30
+    assert len(load("test", 0, name="shapes", limit=30)) == 2400
 
 
 def test_folder_with_classes_and_parts(jpegs):
-    train, test = (
-        load("pretrain", 0, name="folder", root=jpegs),
-        load("test", 0, name="folder", root=jpegs),
-    )
-    assert (len(train), len(test), train.classes) == (
-        15,
-        6,
-        ["a", "b", "c"],
-    ) and train.labels.bincount().tolist() == [5, 5, 5]
-    some = [
-        list(load(part, 0, name="folder", root=jpegs, limit=6).files)
-        for part in ("pretrain", "train")
-    ]
-    assert some[0] == some[1] and len(some[0]) == 6
+    train = load("pretrain", 0, name="folder", root=jpegs)
+    test = load("test", 0, name="folder", root=jpegs)
+    assert (len(train), len(test), train.classes) == (15, 6, ["a", "b", "c"])
+    assert train.labels.bincount().tolist() == [5, 5, 5]
+    few = load("pretrain", 0, name="folder", root=jpegs, limit=6).files
+    assert list(few) == list(load("train", 0, name="folder", root=jpegs, limit=6).files)
+    assert len(few) == 6
     assert train.decode(1).mode == "RGB"  # the grey one
 
 
@@ -153,18 +130,19 @@ def test_a_worker_holds_few_decoded_images_at_once(jpegs, monkeypatch):
     def counted(i):
         image = decode(i)
         held.append(weakref.ref(image))
-        most.append(sum(one() is not None for one in held))
+        most.append(sum(reference() is not None for reference in held))
         return image
 
     monkeypatch.setattr(data, "decode", counted)
     seen = []
     for n in (100, 7):
-        monkeypatch.setattr(data_loader, "HELD", n)
+        monkeypatch.setattr(data_loader, "HELD_IMAGES", n)
         for settings in ({"augment": "moco_v2"}, {"augment_backend": "pil"}):
             views, index = next(loader(data, batch_size=45, n_views=3, **settings).epoch(1))
             seen.append((torch.stack(views), index))
         assert max(most) == min(n, 45)
-        held.clear(), most.clear()
+        held.clear()
+        most.clear()
     assert all(
         torch.equal(a, b) for whole, parts in zip(seen[:2], seen[2:]) for a, b in zip(whole, parts)
     )
@@ -172,23 +150,21 @@ def test_a_worker_holds_few_decoded_images_at_once(jpegs, monkeypatch):
 
 def test_labels_do_not_say_which_images_a_limit_takes(jpegs, tmp_path):
     """The same images without their classes, in the same order: the same ones are taken."""
-    whole, flat = load("pretrain", 0, name="folder", root=jpegs).files, tmp_path / "flat"
+    whole = load("pretrain", 0, name="folder", root=jpegs).files
+    flat = tmp_path / "flat"
     flat.mkdir()
     for i, file in enumerate(whole):
         shutil.copy(file, flat / f"{i:02d}.jpg")
-    a, b = (
-        load("pretrain", 1, name="folder", root=root, limit=7).files for root in (jpegs, str(flat))
-    )
+    a = load("pretrain", 1, name="folder", root=jpegs, limit=7).files
+    b = load("pretrain", 1, name="folder", root=str(flat), limit=7).files
     assert [whole.index(file) for file in a] == [int(os.path.basename(file)[:2]) for file in b]
 
 
 def test_flat_folder_has_no_labels(jpegs):
-    flat = load("pretrain", 0, name="folder", root=os.path.join(jpegs, "train", "a"))
-    assert (
-        len(flat) == 5
-        and flat.labels is None
-        and load("test", 0, name="folder", root=os.path.join(jpegs, "train", "a")) is None
-    )
+    root = os.path.join(jpegs, "train", "a")
+    flat = load("pretrain", 0, name="folder", root=root)
+    assert len(flat) == 5 and flat.labels is None
+    assert load("test", 0, name="folder", root=root) is None
     views, index = next(loader(flat, batch_size=4).epoch(0))
     assert views[0].shape == (4, 3, 32, 32) and len(index) == 4
 
@@ -232,70 +208,59 @@ def test_imagenet100_selects_its_classes_and_names_a_missing_one(tmp_path):
 
 
 def test_a_download_that_fails_is_one_sentence(tmp_path, monkeypatch):
-    import torchvision
-
     def no_network(*_, **__):
         raise OSError("no network")
 
     monkeypatch.setattr(torchvision.datasets.utils, "download_and_extract_archive", no_network)
     monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", no_network)
-    with pytest.raises(
-        SystemExit,
-        match=r"cifar10 is not at .*cifar-10-batches-py and could not be downloaded \(no network\); put the extracted",
-    ):
+    with pytest.raises(SystemExit) as refusal:
         load("pretrain", 0, name="cifar10", root=str(tmp_path))
+    assert (
+        f"cifar10 is not at {tmp_path}/cifar-10-batches-py and could not be downloaded "
+        "(no network); put the extracted"
+    ) in refusal.value.code
+    assert "or set data.root (or linear.root, where a probe has it) to" in refusal.value.code
 
 
 @pytest.mark.slow
 def test_real_cifar10():
     root = real("cifar-10-batches-py") and REAL
-    train, test = (
-        load("pretrain", 0, name="cifar10", root=root),
-        load("test", 0, name="cifar10", root=root),
-    )
-    assert (
-        train.images.shape == (50000, 3, 32, 32)
-        and len(test) == 10000
-        and train.labels.bincount().tolist() == [5000] * 10
-    )
-    mean, std = (
-        train.images.float().div(255).mean((0, 2, 3)),
-        train.images.float().div(255).std((0, 2, 3)),
-    )
-    assert torch.allclose(mean, torch.tensor(train.mean), atol=1e-3) and torch.allclose(
-        std, torch.tensor(train.std), atol=1e-3
-    )
+    train = load("pretrain", 0, name="cifar10", root=root)
+    test = load("test", 0, name="cifar10", root=root)
+    assert train.images.shape == (50000, 3, 32, 32) and len(test) == 10000
+    assert train.labels.bincount().tolist() == [5000] * 10
+    pixels = train.images.float().div(255)
+    for value, written in (
+        (pixels.mean((0, 2, 3)), train.mean),
+        (pixels.std((0, 2, 3)), train.std),
+    ):
+        assert torch.allclose(value, torch.tensor(written), atol=1e-3)
 
 
 def test_real_jpeg_folder():
     root = real("imagenette96", "train")
-    train, test = (
-        load("pretrain", 0, name="folder", root=root),
-        load("test", 0, name="folder", root=root),
-    )
+    train = load("pretrain", 0, name="folder", root=root)
+    test = load("test", 0, name="folder", root=root)
     assert (len(train), len(test), len(train.classes)) == (3000, 1000, 10)
     views, index = next(loader(train, image_size=64, augment="moco_v2", workers=2).epoch(0))
     assert len(views) == 2 and views[0].shape == (8, 3, 64, 64) and views[0].std() > 0.3
 
 
-# ---------------------------------------------------------------------------------------------------- loader
+# -------------------------------------------------- loader
 
 
 def test_an_epoch_visits_every_image_once_in_another_order_each_time(arrays):
     epochs = [torch.cat([index for _, index in loader(arrays).epoch(e)]) for e in (0, 1, 0)]
-    assert (
-        sorted(epochs[0].tolist()) == list(range(40))
-        and epochs[0].tolist() != epochs[1].tolist()
-        and torch.equal(epochs[0], epochs[2])
-    )
+    assert sorted(epochs[0].tolist()) == list(range(40))
+    assert epochs[0].tolist() != epochs[1].tolist()
+    assert torch.equal(epochs[0], epochs[2])
 
 
 def test_views_of_an_image_differ_and_index_names_it(arrays):
     ld = loader(arrays, augment="eval", n_views=2)
     for views, index in ld.epoch(0):
-        assert torch.allclose(
-            views[0], (arrays.images[index].float() / 255 - 0.5) / 0.25, atol=1e-6
-        )
+        plain = (arrays.images[index].float() / 255 - 0.5) / 0.25
+        assert torch.allclose(views[0], plain, atol=1e-6)
     views, _ = next(loader(arrays).epoch(0))
     assert not torch.allclose(views[0], views[1])
 
@@ -306,19 +271,10 @@ def test_workers_change_nothing_and_leave_the_random_state_alone(jpegs, backend)
     torch.manual_seed(5)
     state, runs = torch.get_rng_state(), []
     for workers in (0, 1, 3):
-        runs.append(
-            [
-                x
-                for views, _ in loader(
-                    data, batch_size=4, workers=workers, augment_backend=backend
-                ).epoch(2)
-                for x in views
-            ]
-        )
-    assert (
-        all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
-        and len(runs[0]) == 6
-    )
+        ld = loader(data, batch_size=4, workers=workers, augment_backend=backend)
+        runs.append([x for views, _ in ld.epoch(2) for x in views])
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
+    assert len(runs[0]) == 6
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -329,19 +285,22 @@ def test_jpegs_are_cropped_as_arrays_are():
 
     class Files:  # an image set without `.images`, as FolderSet
         mean, std, labels = arrays.mean, arrays.std, None
-        __len__, decode = (lambda self: 12), (lambda self, i: arrays.decode(i))
+
+        def __len__(self):
+            return 12
+
+        def decode(self, i):
+            return arrays.decode(i)
 
     for size, recipe in ((40, "cifar"), (28, "crop_flip")):
-        for (a, _), (b, _) in zip(
-            loader(arrays, batch_size=4, augment=recipe, image_size=size).epoch(0),
-            loader(Files(), batch_size=4, augment=recipe, image_size=size).epoch(0),
-        ):
-            assert all(
-                (x - y).abs().mean() < 0.01 and (x - y).abs().max() < 0.2 for x, y in zip(a, b)
-            )  # in units of std 0.25
+        settings = dict(batch_size=4, augment=recipe, image_size=size)
+        epochs = [loader(data, **settings).epoch(0) for data in (arrays, Files())]
+        for (a, _), (b, _) in zip(*epochs):
+            for x, y in zip(a, b):  # in units of std 0.25
+                assert (x - y).abs().mean() < 0.01 and (x - y).abs().max() < 0.2
 
 
-def test_ahead_keeps_the_order_runs_ahead_stops_early_and_passes_errors_on():
+def test_prefetch_keeps_the_order_runs_ahead_stops_early_and_passes_errors_on():
     made, begun = [], threading.Event()
 
     def items(n, error=None):
@@ -353,14 +312,15 @@ def test_ahead_keeps_the_order_runs_ahead_stops_early_and_passes_errors_on():
         if error:
             raise error
 
-    assert list(ahead(items(10))) == list(range(10)) and list(ahead(iter([]))) == []
-    made.clear(), begun.clear()
-    few = ahead(items(1000))
+    assert list(prefetch(items(10))) == list(range(10)) and list(prefetch(iter([]))) == []
+    made.clear()
+    begun.clear()
+    few = prefetch(items(1000))
     assert next(few) == 0 and begun.wait(10)  # two wait, one is in hand
     few.close()
-    assert len(made) < 7 and not [t for t in threading.enumerate() if t.name == "ahead"]
+    assert len(made) < 7 and not [t for t in threading.enumerate() if t.name == "prefetch"]
     for error in (ValueError("broken"), SystemExit("broken")):
-        got = ahead(items(2, error))
+        got = prefetch(items(2, error))
         assert [next(got), next(got)] == [0, 1]
         with pytest.raises(type(error), match="broken"):
             next(got)
@@ -368,16 +328,15 @@ def test_ahead_keeps_the_order_runs_ahead_stops_early_and_passes_errors_on():
 
 def test_a_loader_that_runs_ahead_gives_the_very_views(arrays):
     one, other = loader(arrays), loader(arrays)
-    for (a, i), (b, j) in zip(one.epoch(2), ahead(other.epoch(2))):
+    for (a, i), (b, j) in zip(one.epoch(2), prefetch(other.epoch(2))):
         assert torch.equal(torch.stack(a), torch.stack(b)) and torch.equal(i, j)
 
 
-def test_in_order_is_in_order(jpegs):
+def test_ordered_batches_are_in_order(jpegs):
     data = load("train", 0, name="folder", root=jpegs)
-    parts = list(in_order(data, torch.arange(15), "eval", 24, CPU, batch_size=4, workers=2))
-    assert torch.cat([index for _, index in parts]).tolist() == list(range(15)) and parts[0][
-        0
-    ].shape == (4, 3, 24, 24)
+    parts = list(ordered_batches(data, torch.arange(15), "eval", 24, CPU, batch_size=4, workers=2))
+    assert torch.cat([index for _, index in parts]).tolist() == list(range(15))
+    assert parts[0][0].shape == (4, 3, 24, 24)
 
 
 def test_a_broken_image_is_named(jpegs):
@@ -407,6 +366,17 @@ def test_examples_are_pictures(arrays, jpegs):
         assert x.shape == (64, 3, 32, 32) and x.min() >= 0 and x.max() <= 1
 
 
+def test_examples_are_evenly_spaced(jpegs):
+    """Files are sorted by class: the first ones would be of one class."""
+    data = load("pretrain", 0, name="folder", root=jpegs)
+    plain = loader(data).examples(3)[::3]  # (3, 3, S, S), each row's image without augmentation
+    rows = torch.tensor([0, 5, 10])
+    ((wanted, _),) = ordered_batches(data, rows, "eval", 32, CPU, workers=0)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+    assert torch.allclose(plain, wanted * std + mean, atol=1e-6)
+    assert data.labels[rows].tolist() == [0, 1, 2]
+
+
 def test_torchvision_has_every_set_that_is_named():
     for kind, train, test in TORCHVISION.values():
         keys = inspect.signature(getattr(torchvision.datasets, kind).__init__).parameters
@@ -415,34 +385,25 @@ def test_torchvision_has_every_set_that_is_named():
 
 
 def test_the_last_smaller_batch_is_dropped_or_kept():
-    """30 images in batches of 8: 8, 8, 8 and, kept, 6. The whole batches are the same either way."""
-    data = ArraySet(
-        torch.randint(256, (30, 3, 16, 16), dtype=torch.uint8), None, None, (0.0,) * 3, (1.0,) * 3
-    )
-    dropped, kept = (
-        list(loader(data, image_size=16, drop_last=drop).epoch(3)) for drop in (True, False)
-    )
-    assert [len(index) for _, index in dropped] == [8, 8, 8] and [
-        len(index) for _, index in kept
-    ] == [8, 8, 8, 6]
+    """30 images in batches of 8: 8, 8, 8 and, kept, 6. Whole batches are the same either way."""
+    data = noise(30)
+    dropped = list(loader(data, image_size=16, drop_last=True).epoch(3))
+    kept = list(loader(data, image_size=16, drop_last=False).epoch(3))
+    assert [len(index) for _, index in dropped] == [8, 8, 8]
+    assert [len(index) for _, index in kept] == [8, 8, 8, 6]
     for (views, index), (others, other_index) in zip(dropped, kept):
-        assert torch.equal(index, other_index) and all(
-            torch.equal(a, b) for a, b in zip(views, others)
-        )
+        assert torch.equal(index, other_index)
+        assert all(torch.equal(a, b) for a, b in zip(views, others))
     assert torch.cat([index for _, index in kept]).sort().values.tolist() == list(range(30))
     assert kept[-1][0][1].shape == (6, 3, 16, 16)
-    assert [
-        len(index)
-        for _, index in loader(data, image_size=16, batch_size=64, drop_last=False).epoch(0)
-    ] == [30]
+    large = loader(data, image_size=16, batch_size=64, drop_last=False)
+    assert [len(index) for _, index in large.epoch(0)] == [30]
 
 
 @pytest.mark.parametrize("n", [30, 29, 25])  # a last batch of 6, 5 and 1
 def test_processes_share_the_last_batch_equally(n, monkeypatch):
     """Together they have what one has, and as many images twice as make it divide."""
-    data = ArraySet(
-        torch.randint(256, (n, 3, 16, 16), dtype=torch.uint8), None, None, (0.0,) * 3, (1.0,) * 3
-    )
+    data = noise(n)
     *_, (_, index) = loader(data, image_size=16, drop_last=False).epoch(0)
     parts = []
     for rank in range(4):
@@ -451,8 +412,6 @@ def test_processes_share_the_last_batch_equally(n, monkeypatch):
         parts.append(list(loader(data, image_size=16, drop_last=False).epoch(0))[-1])
     assert len({len(part_index) for _, part_index in parts}) == 1
     together = torch.cat([part_index for _, part_index in parts])
-    assert (
-        together[: len(index)].tolist() == index.tolist()
-        and len(together) == -(-len(index) // 4) * 4
-    )
+    assert together[: len(index)].tolist() == index.tolist()
+    assert len(together) == -(-len(index) // 4) * 4
     assert set(together.tolist()) == set(index.tolist())

@@ -1,9 +1,14 @@
-"""Image files as they come: odd, broken, missing. What can be read is read right; what cannot is named, or with data.on_error=skip replaced and counted."""
+"""Image files as they come: odd, broken, missing.
+
+What can be read is read right; what cannot is named, or with data.on_error=skip replaced and
+counted.
+"""
 
 import contextlib
 import os
 import struct
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +17,7 @@ from PIL import Image
 
 from data import image_files
 from data.datasets import ArraySet, load
-from data.loader import Loader, in_order
+from data.loader import Loader, ordered_batches
 from data.shapes import shapes
 
 CPU = torch.device("cpu")
@@ -36,16 +41,20 @@ def palette(path, transparency):
 
 def png(path, width, height):
     """A few bytes that promise many pixels."""
-    chunk = lambda kind, data: (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    )
-    put(
-        path,
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(bytes(1000)))
-        + chunk(b"IEND", b""),
-    )
+    put_png(path, width, height, 8, bytes(1000))
+
+
+def put_png(path, width, height, bits, rows):
+    """A PNG of colours whose rows are given as bytes."""
+    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    put(path, b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+def chunk(kind, data):
+    """A part of a PNG."""
+    check = struct.pack(">I", zlib.crc32(kind + data))
+    return struct.pack(">I", len(data)) + kind + data + check
 
 
 def put(path, data):
@@ -136,23 +145,15 @@ BAD = {
 
 
 def loader(dataset, workers=0, batch=4, **settings):
-    return Loader(
-        dataset,
-        batch,
-        2,
-        0,
-        CPU,
-        **{**dict(augment="moco_v2", image_size=16), **settings},
-        workers=workers,
-    )
+    settings = {"augment": "moco_v2", "image_size": 16, **settings}
+    return Loader(dataset, batch, 2, 0, CPU, **settings, workers=workers)
 
 
 def good(folder, n=7, first=0):
     os.makedirs(folder, exist_ok=True)
     for i in range(n):
-        Image.fromarray(np.full((20, 24, 3), (30 * i + 10) % 256, np.uint8)).save(
-            os.path.join(folder, f"m{first + i}.png")
-        )
+        image = Image.fromarray(np.full((20, 24, 3), (30 * i + 10) % 256, np.uint8))
+        image.save(os.path.join(folder, f"m{first + i}.png"))
     return str(folder)
 
 
@@ -172,7 +173,7 @@ def classes(tmp_path):
     return str(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------- what can be read
+# -------------------------------------------------- what can be read
 
 
 def test_every_kind_of_image_is_read_right_with_any_number_of_workers(tmp_path, recwarn):
@@ -183,25 +184,22 @@ def test_every_kind_of_image_is_read_right_with_any_number_of_workers(tmp_path, 
     for i, file in enumerate(data.files):
         image, want = data.decode(i), GOOD[os.path.basename(file)][1]
         got = np.asarray(image).astype(float)
-        want = (
-            np.asarray(RGB, float)
-            if want is None
-            else np.broadcast_to(
-                np.asarray(want, float)[..., None] if np.ndim(want) else want, got.shape
-            )
-        )
-        assert image.mode == "RGB" and got.shape == want.shape and np.abs(got - want).mean() < 5, (
-            file
-        )  # EXIF's rotation is not done
+        if want is None:
+            want = np.asarray(RGB, float)
+        elif np.ndim(want):
+            want = np.broadcast_to(np.asarray(want, float)[..., None], got.shape)
+        else:
+            want = np.full(got.shape, want)
+        # EXIF's rotation is not done.
+        assert image.mode == "RGB" and got.shape == want.shape, file
+        assert np.abs(got - want).mean() < 5, file
     for backend in ("batched", "pil"):
         (a, i), (b, j) = (views(loader(data, w, 5, augment_backend=backend)) for w in (0, 2))
         assert torch.equal(a, b) and torch.equal(i, j) and len(i) == 35
     cached = load("pretrain", 0, name="folder", root=str(tmp_path), cache=64)
-    assert all(
-        np.array_equal(np.asarray(data.decode(i)), np.asarray(cached.decode(i)))
-        for i in range(35)
-        if min(data.decode(i).size) <= 40
-    )
+    for i in range(35):
+        if min(data.decode(i).size) <= 40:
+            assert np.array_equal(np.asarray(data.decode(i)), np.asarray(cached.decode(i)))
     assert not [w for w in recwarn if "PIL" in w.filename]
 
 
@@ -213,11 +211,8 @@ def test_names_that_are_no_text(tmp_path, capsys):
     except OSError:
         pytest.skip("this disk has text only")
     data = load("pretrain", 0, name="folder", root=folder, cache=16)
-    assert (
-        len(data) == 8
-        and len(data.fingerprint()) == 16
-        and views(loader(data, 2))[0].isfinite().all()
-    )
+    assert len(data) == 8 and len(data.fingerprint()) == 16
+    assert views(loader(data, 2))[0].isfinite().all()
     put(data.files[0], b"broken")
     data = load("pretrain", 0, name="folder", root=folder, on_error="skip")
     ld = loader(data)
@@ -226,14 +221,17 @@ def test_names_that_are_no_text(tmp_path, capsys):
     assert r"caf\udce9.png' cannot be read" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------------- what cannot: stop
+# -------------------------------------------------- what cannot: stop
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path, name):
     folder, (make, said, at_once) = good(tmp_path / "all"), BAD[name]
     make(os.path.join(folder, name))
-    sentence = rf"^{os.path.join(folder, name)} cannot be read as an image \([^\n]*({said})[^\n]*\); remove or replace it$"
+    sentence = (
+        rf"^{os.path.join(folder, name)} cannot be read as an image "
+        rf"\([^\n]*({said})[^\n]*\); remove or replace it$"
+    )
     data = load("pretrain", 0, name="folder", root=folder)
     assert len(data) == 8
     for workers in (0, 2):
@@ -246,27 +244,21 @@ def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path, name):
     for cache in (None, 16):
         data = load("pretrain", 0, name="folder", root=folder, on_error="skip", cache=cache)
         ld = loader(data, 2 if cache is None and at_once else 0)
-        assert (
-            len(data) == 8
-            and views(ld)[0].isfinite().all()
-            and ld.replaced().startswith(
-                f"1 of 8 images were replaced by those after them; the first: {folder}/{name}"
-            )
+        assert len(data) == 8 and views(ld)[0].isfinite().all()
+        assert ld.replaced().startswith(
+            f"1 of 8 images were replaced by those after them; the first: {folder}/{name}"
         )
-    with pytest.raises(
-        SystemExit, match="cannot be read"
-    ):  # a cache that skip built is no way around stop
+    # A cache that skip built is no way around stop.
+    with pytest.raises(SystemExit, match="cannot be read"):
         load("pretrain", 0, name="folder", root=folder, cache=16)
 
 
 def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     folder = good(tmp_path / "all", 8)
-    monkeypatch.setattr(
-        os, "access", lambda path, how: not path.endswith("m3.png")
-    )  # root may read all
-    with pytest.raises(
-        SystemExit, match=r"m3.png cannot be read as an image \(Permission denied\)"
-    ):
+    sentence = r"m3.png cannot be read as an image \(Permission denied\)"
+    # Root may read all.
+    monkeypatch.setattr(os, "access", lambda path, mode: not path.endswith("m3.png"))
+    with pytest.raises(SystemExit, match=sentence):
         load("pretrain", 0, name="folder", root=folder, check_files=True)
     monkeypatch.undo()
     data, plain = load("pretrain", 0, name="folder", root=folder), Image.open
@@ -277,33 +269,31 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
         return plain(path, **how)
 
     monkeypatch.setattr(Image, "open", refuse)
-    with pytest.raises(
-        SystemExit, match=r"m3.png cannot be read as an image \(Permission denied\)"
-    ):
+    with pytest.raises(SystemExit, match=sentence):
         list(loader(data).epoch(0))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_that_vanishes_while_training(tmp_path, workers):
     folder = good(tmp_path / "all", 40)
-    for how in ("stop", "skip"):
-        ld = loader(load("pretrain", 0, name="folder", root=folder, on_error=how), workers)
+    for on_error, last in (("stop", -1), ("skip", -2)):
+        data = load("pretrain", 0, name="folder", root=folder, on_error=on_error)
+        ld = loader(data, workers)
+        order = torch.cat([index for index, _ in ld.batch_plan(0)])
+        victim = data.files[int(order[last])]
         for step, _ in enumerate(steps := ld.epoch(0)):
-            victim = ld.dataset.files[
-                int(torch.cat([index for index, _ in ld.plan(0)])[-1 if how == "stop" else -2])
-            ]
             if step == 0:
                 os.remove(victim)
-            if step == 8 and how == "stop":
-                with pytest.raises(
-                    SystemExit, match=f"{victim} cannot be read as an image .it is not there"
-                ):
+            if step == 8 and on_error == "stop":
+                sentence = f"{victim} cannot be read as an image .it is not there"
+                with pytest.raises(SystemExit, match=sentence):
                     next(steps)
                 break
-        assert how == "stop" or step == len(ld) - 1 and ld.replaced().startswith("1 of 36")
+        if on_error == "skip":
+            assert step == len(ld) - 1 and ld.replaced().startswith("1 of 36")
 
 
-# ---------------------------------------------------------------------------------------------------- what cannot: skip
+# -------------------------------------------------- what cannot: skip
 
 
 def test_a_broken_image_is_replaced_by_the_next_whatever_the_workers_and_batches(tmp_path):
@@ -311,20 +301,21 @@ def test_a_broken_image_is_replaced_by_the_next_whatever_the_workers_and_batches
     for i in (2, 3, 8):
         put(os.path.join(folder, f"m{i}.png"), b"not a picture")
     data = load("pretrain", 0, name="folder", root=folder, on_error="skip")
-    runs = [views(ld) + (ld.replaced(),) for ld in (loader(data, w, 3) for w in (0, 1, 2))]
-    assert all(
-        torch.equal(a, b) and torch.equal(i, j) and s == t for a, i, s in runs for b, j, t in runs
-    ) and sorted(runs[0][1].tolist()) == list(range(9))
-    assert (
-        runs[0][2].startswith("3 of 9 images were replaced by those after them; the first: ")
-        and "m2.png cannot" in runs[0][2]
-    )
-    seen = torch.cat(
-        [x[:, 0, 0, 0] for x, _ in in_order(data, torch.arange(9), "eval", 8, CPU, workers=0)]
-    )  # IFND's look at them: the same pixels
+    runs = []
+    for workers in (0, 1, 2):
+        ld = loader(data, workers, 3)
+        runs.append((*views(ld), ld.replaced()))
+    a, i, said = runs[0]
+    assert all(torch.equal(a, b) and torch.equal(i, j) and said == t for b, j, t in runs)
+    assert sorted(i.tolist()) == list(range(9))
+    assert said.startswith("3 of 9 images were replaced by those after them; the first: ")
+    assert "m2.png cannot" in said
+    # IFND's look at them: the same pixels.
+    steps = ordered_batches(data, torch.arange(9), "eval", 8, CPU, workers=0)
+    seen = torch.cat([x[:, 0, 0, 0] for x, _ in steps])
     assert seen[2] == seen[3] == seen[4] and seen[8] == seen[0] and len(seen.unique()) == 6
     ld = loader(data, 0, 3)
-    list(ld.epoch(0, first=2))
+    list(ld.epoch(0, first_step=2))
     assert len(ld.broken) <= 3 and ld.examples(4).shape[0] == 16  # of a resumed epoch, its own
     whole = loader(
         load("pretrain", 0, name="folder", root=good(tmp_path / "whole"), on_error="skip")
@@ -337,11 +328,12 @@ def test_a_disk_that_is_gone_is_no_broken_image(tmp_path):
     data = load("pretrain", 0, name="folder", root=folder, on_error="skip")
     for file in data.files:
         os.remove(file)
-    with pytest.raises(
-        SystemExit,
-        match=r"m\d.png cannot be .*, and so it is with the 4 images after it, which is too much for data.on_error=skip",
-    ):
+    with pytest.raises(SystemExit) as refusal:
         list(loader(data).epoch(0))
+    assert "cannot be" in refusal.value.code
+    assert refusal.value.code.endswith(
+        ", and so it is with the 4 images after it, which is too much for data.on_error=skip"
+    )
     for i in range(3):
         put(os.path.join(folder, f"{i}.png"), b"no")
     with pytest.raises(SystemExit, match="none of the 3 images can be read"):
@@ -350,39 +342,38 @@ def test_a_disk_that_is_gone_is_no_broken_image(tmp_path):
 
 @pytest.mark.parametrize("cache", [None, 16])
 def test_evaluation_stops_though_training_skips(classes, cache):
-    """A replaced image would be another class's under this one's label; and figures of fewer images are not the data set's."""
-    pretrain, train = (
-        load(part, 0, name="folder", root=classes, on_error="skip", cache=cache, limit=12)
-        for part in ("pretrain", "train")
-    )
+    """A replaced image would be another class's under this one's label.
+
+    And figures of fewer images are not the data set's.
+    """
+    settings = dict(name="folder", root=classes, on_error="skip", cache=cache, limit=12)
+    pretrain, train = (load(part, 0, **settings) for part in ("pretrain", "train"))
     ld = loader(pretrain, batch=12)
     assert pretrain.skip and len(views(ld)[1]) == 12 and "m2.png" in ld.replaced()
     for workers in (0, 2):
         with pytest.raises(SystemExit, match="m2.png cannot be read"):
-            list(in_order(train, torch.arange(12), "eval", 8, CPU, workers=workers))
+            list(ordered_batches(train, torch.arange(12), "eval", 8, CPU, workers=workers))
 
 
-# ---------------------------------------------------------------------------------------------------- folders
+# -------------------------------------------------- folders
 
 
 def test_folders_that_are_not_as_they_should_be(classes, monkeypatch, capsys):
-    read = lambda: load("pretrain", 0, name="folder", root=classes)
+    read = partial(load, "pretrain", 0, name="folder", root=classes)
     train = os.path.join(classes, "train")
     good(os.path.join(train, "a"), 6)
     assert len(read()) == 12 and not capsys.readouterr().out
     os.makedirs(os.path.join(train, "c", "deeper"))
-    with pytest.raises(
-        SystemExit,
-        match=f"{train}/c holds no images .*a folder here is a class; fill it or remove it",
-    ):
+    empty = f"{train}/c holds no images .*a folder here is a class; fill it or remove it"
+    with pytest.raises(SystemExit, match=empty):
         read()
     os.symlink(train, os.path.join(train, "c", "deeper", "up"))
     with pytest.raises(SystemExit, match="deeper/up is a link to .*train, which holds it"):
         read()
     os.remove(os.path.join(train, "c", "deeper", "up"))
-    os.symlink(
-        os.path.join(classes, "val", "a"), os.path.join(train, "c", "deeper", "elsewhere")
-    )  # as torchvision, we follow links
+    # As torchvision, we follow links.
+    elsewhere = os.path.join(classes, "val", "a")
+    os.symlink(elsewhere, os.path.join(train, "c", "deeper", "elsewhere"))
     assert len(read()) == 18 and read().classes == ["a", "b", "c"]
     os.symlink("nowhere", os.path.join(train, "d"))
     with pytest.raises(SystemExit, match=f"{train}/d is a link to what is not there"):
@@ -390,11 +381,9 @@ def test_folders_that_are_not_as_they_should_be(classes, monkeypatch, capsys):
     os.remove(os.path.join(train, "d"))
     RGB.save(os.path.join(train, "b", "x.gif"))
     put(os.path.join(train, "b", "notes.txt"), b"of no interest")
-    assert (
-        len(read()) == 18
-        and "1 files under" in (said := capsys.readouterr().out)
-        and said.strip().endswith("b/x.gif")
-    )
+    assert len(read()) == 18
+    said = capsys.readouterr().out
+    assert "1 files under" in said and said.strip().endswith("b/x.gif")
     plain = os.scandir
 
     def refuse(path):
@@ -415,26 +404,18 @@ def test_two_folders_that_link_to_each_other_end(tmp_path):
         load("pretrain", 0, name="folder", root=str(tmp_path))
 
 
-# ---------------------------------------------------------------------------------------------------- the same data set?
+# -------------------------------------------------- the same data set?
 
 
 def test_fingerprints_know_files_added_removed_renamed_and_not_where_they_lie(classes):
-    read = lambda root=classes, **how: load(
-        "pretrain", 0, name="folder", root=root, **how
-    ).fingerprint()
+
+    def read(root=classes, seed=0, **settings):
+        return load("pretrain", seed, name="folder", root=root, **settings).fingerprint()
+
     good(os.path.join(classes, "train", "a"), 6)
     first, file = read(), os.path.join(classes, "train", "b", "m5.png")
     assert first == read() == read(cache=16) == read(on_error="skip")
-    assert (
-        len(
-            {
-                first,
-                read(limit=4),
-                load("pretrain", 1, name="folder", root=classes, limit=4).fingerprint(),
-            }
-        )
-        == 3
-    )
+    assert len({first, read(limit=4), read(seed=1, limit=4)}) == 3
     os.rename(classes, classes + " moved")
     assert read(classes + " moved") == first == read(os.path.relpath(classes + " moved"))
     os.rename(classes + " moved", classes)
@@ -448,15 +429,8 @@ def test_fingerprints_know_files_added_removed_renamed_and_not_where_they_lie(cl
         seen.add(read())
     assert len(seen) == 4
     images, labels = map(torch.from_numpy, shapes(40))
-    prints = [
-        ArraySet(x, y, None, None, None).fingerprint()
-        for x, y in (
-            (images, labels),
-            (images, None),
-            (images[:39], labels),
-            (images.flip(0), labels),
-        )
-    ]
+    sets = (images, labels), (images, None), (images[:39], labels), (images.flip(0), labels)
+    prints = [ArraySet(x, y, None, None, None).fingerprint() for x, y in sets]
     assert prints[0] == prints[1] and len(set(prints)) == 3  # labels are no part of it
 
 
@@ -490,12 +464,12 @@ def test_data_check_files_looks_once_at_each_file_and_opens_none(tmp_path, monke
     os.remove(files[700])
     put(files[1100], b"")
     with pytest.raises(SystemExit, match="0700.jpg cannot be read as an image .it is not there"):
-        image_files.check(files)
+        image_files.check_all_files(files)
     with pytest.raises(SystemExit, match="1100.jpg cannot be read as an image .it is empty"):
         load("pretrain", 0, name="folder", root=str(tmp_path), check_files=True)
 
 
-# ---------------------------------------------------------------------------------------------------- 16 bits
+# -------------------------------------------------- 16 bits
 
 
 def sixteen_bits(folder, bits, n=40):
@@ -532,18 +506,7 @@ def test_nothing_is_told_of_bright_broken_or_8_bit_images(tmp_path, capsys, monk
 
 def rgb_png_of_16_bits(path, value):
     """8 x 8 pixels, all channels of that value; PIL itself writes none."""
-
-    def chunk(kind, data):
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    rows = zlib.compress((b"\0" + struct.pack(">H", value) * 24) * 8)
-    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
-    put(
-        path,
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""),
-    )
+    put_png(path, 8, 8, 16, (b"\0" + struct.pack(">H", value) * 24) * 8)
 
 
 def test_colours_of_16_bits_are_looked_at_too(tmp_path):

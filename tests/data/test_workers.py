@@ -1,6 +1,7 @@
 """Image workers: order, memory, and every way in which one can be lost.
 
-Whole runs: tests/test_image_workers.py."""
+Whole runs: tests/test_image_workers.py.
+"""
 
 import contextlib
 import errno
@@ -21,7 +22,7 @@ from PIL import Image
 from data import loader as data_loader
 from data import memory, workers
 from data.datasets import FolderSet, load
-from data.loader import Loader, in_order
+from data.loader import Loader, ordered_batches
 from data.workers import InputLost, Slots, in_workers, or_say_what_is_kept
 
 CPU = torch.device("cpu")
@@ -105,7 +106,7 @@ def test_jobs_are_taken_when_they_are_handed_out_and_no_more_than_in_flight():
 
 
 def test_epochs_leave_no_memory_files_or_processes_behind(folder):
-    """Neither whole ones nor one that is left early. A batch that is kept keeps its place alone."""
+    """Neither whole ones nor one that is left early. A batch that is kept keeps its slot alone."""
     ld = loader(folder, 2)
     list(ld.epoch(0))
     before = shared_maps(), open_files()
@@ -123,7 +124,7 @@ def test_epochs_leave_no_memory_files_or_processes_behind(folder):
 
 @pytest.mark.parametrize("backend", ["batched", "pil"])
 def test_whoever_keeps_all_batches_has_them_whole(folder, backend):
-    """More than there are places in shared memory: the rest comes through the pipe."""
+    """More than there are slots in shared memory: the rest comes through the pipe."""
     whole, kept = (
         list(loader(folder, count, augment_backend=backend).epoch(1)) for count in (0, 1)
     )
@@ -135,7 +136,7 @@ def test_whoever_keeps_all_batches_has_them_whole(folder, backend):
 def test_batches_do_not_travel_through_the_pipe_when_each_is_dropped_in_turn(folder, monkeypatch):
     sent, unpack = [], workers.unpack
     monkeypatch.setattr(workers, "unpack", lambda reply: sent.append(reply[1][1]) or unpack(reply))
-    for views, index in loader(folder, 2).epoch(0):
+    for views, _ in loader(folder, 2).epoch(0):
         assert views[0].shape == (4, 3, 32, 32)
     assert sent == [None] * 6
 
@@ -145,7 +146,8 @@ def test_evaluation_sends_bytes_and_no_more_rows_than_there_are(folder, monkeypa
     monkeypatch.setattr(data_loader, "Slots", lambda *what: made.append(what) or Slots(*what))
     data = load("train", 0, name="folder", root=folder)
     (a, _), (b, _) = (
-        next(in_order(data, torch.arange(24), "eval", 16, CPU, workers=count)) for count in (0, 2)
+        next(ordered_batches(data, torch.arange(24), "eval", 16, CPU, workers=count))
+        for count in (0, 2)
     )
     assert torch.equal(a, b) and made[1] == (2, (24, 3, 16, 16), torch.uint8)
 
@@ -404,7 +406,7 @@ def test_first_fewer_batches_then_fewer_workers_then_a_sentence(monkeypatch):
         (539, (3, 4)),
         (210, (1, 1)),
     ):
-        monkeypatch.setattr(memory, "available_bytes", lambda: (free, "here"))
+        monkeypatch.setattr(memory, "available_bytes", lambda free=free: (free, "here"))
         assert memory.workers_that_fit(4, 100) == want, free
     monkeypatch.setattr(memory, "available_bytes", lambda: (209, "here"))
     with pytest.raises(

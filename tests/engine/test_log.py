@@ -5,11 +5,11 @@ import os
 import sys
 
 import pytest
-from processes import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_pretrain
 from engine.log import FIGURES, UNKNOWN, Log, explain, lines, tensorboard_tag
+from processes import ROOT
 
 QUICK = os.path.join(ROOT, "yaml", "quickstart.yaml")
 TINY = [

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from processes import run
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,6 +23,7 @@ from evaluation.features import (
     where_features_fit,
 )
 from models.resnet import Encoder
+from processes import run
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

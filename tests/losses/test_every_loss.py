@@ -10,12 +10,12 @@ import literal
 import pytest
 import torch
 from literal import EPOCH, N_DATA, assert_agrees, contrast, mean_over_queries
-from processes import ROOT
 
 from engine import config
 from losses import Output
 from losses.diagnostics import QUERIES, chance, step_diagnostics
 from losses.together import Together
+from processes import ROOT
 
 LOSSES = config.modules("losses")
 

@@ -9,7 +9,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from processes import ROOT, run
 from torch.nn import functional as F
 
 from benchmarks.kmeans import greedy_rows, grouped, smooth
@@ -17,6 +16,7 @@ from losses.kmeans import kmeans, lloyd
 from losses.kmeans import rows as kmeans_rows
 from losses.kmeans.quality import confidence, validity
 from losses.kmeans.start import random_rows
+from processes import ROOT, run
 
 BOTH_STARTS = pytest.mark.parametrize("start", ["kmeans++", "random"])
 
