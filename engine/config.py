@@ -218,7 +218,7 @@ def modules(package):
     folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), package)
     return sorted(
         {f[:-3] for f in os.listdir(folder) if f.endswith(".py")}
-        - {"__init__", "resnet", "memory", "momentum", "partition", "together"}
+        - {"__init__", "resnet", "memory", "momentum", "rcnn", "partition", "together"}
     )
 
 
