@@ -1,19 +1,27 @@
-"""Detection, instance segmentation or keypoints from a pre-trained backbone: Faster, Mask or Keypoint R-CNN with FPN, all layers fine-tuned.
+"""Detection, instance segmentation or keypoints from a pre-trained backbone.
 
-    python train_detect.py --cfg yaml/FILE.yaml                                  the backbone of the run of that name; a CPU, or one GPU: the same line
-    python train_detect.py --cfg yaml/FILE.yaml --weights resnet50.pth           a backbone.pt, a last.pt, or a torchvision ResNet's file
-    python train_detect.py --cfg yaml/FILE.yaml --weights none detect.task=box   from random weights; settings replaced on the command line
-    torchrun --nproc_per_node 4 train_detect.py --cfg yaml/FILE.yaml             4 GPUs (or, without any, 4 processes)
+    python train_detect.py --cfg yaml/FILE.yaml
+    python train_detect.py --cfg yaml/FILE.yaml --weights resnet50.pth
+    python train_detect.py --cfg yaml/FILE.yaml --weights none detect.task=box
+    torchrun --nproc_per_node 4 train_detect.py --cfg yaml/FILE.yaml
 
-Writes runs/<name>/detect/: last.pt, log.jsonl (its `epoch` counts iterations), TensorBoard's events, detections.png (truth, and right of it the surest
-detections). Each evaluation appends COCO's AP, in percent, with the protocol in words, to runs/<name>/detect.jsonl; `seconds`: since the script started.
-A run that was stopped goes on from last.pt when it is started again, exactly; --fresh starts it over. Batch size and learning rate are global.
-The AP is COCO's for both layouts. VOC2007's own, which papers print, takes precision at 11 points of recall (COCO: 101) and so differs.
-Needs pycocotools: pip install -r requirements-dev.txt.
+A Faster, Mask or Keypoint R-CNN with FPN is fine-tuned, all layers of it. The first line takes the
+backbone of the run of that name, on a CPU or one GPU; the second takes a backbone.pt, a last.pt or
+a torchvision ResNet's file; the third starts from random weights and replaces a setting; the fourth
+uses 4 GPUs, or 4 processes where there are none. Batch size and learning rate are global.
+
+It writes runs/<name>/detect/: last.pt, log.jsonl (its `epoch` counts iterations), TensorBoard's
+events, and detections.png (the truth and, right of it, the surest detections). Each evaluation
+appends COCO's average precision (AP), in percent, to runs/<name>/detect.jsonl, with the data, the
+protocol in words, and the seconds since the script started.
+
+A run that was stopped goes on from last.pt when it is started again, exactly, and one that was
+stopped in an evaluation begins with that. --fresh starts over.
+
+The AP is COCO's for both layouts. VOC2007's own, which papers print, takes precision at 11 points
+of recall (COCO's at 101) and so differs. Needs pycocotools: pip install -r requirements-dev.txt.
 """
 
-import contextlib
-import io
 import json
 import math
 import os
@@ -24,11 +32,13 @@ from engine import config
 
 
 def command_line():
+    """The parser of this script's arguments."""
     parser = config.command_line(__doc__)
     parser.add_argument(
         "--weights",
         metavar="FILE",
-        help="the backbone's weights; left out: those of the run that --cfg names; none: random ones",
+        help="the backbone's weights; left out: those of the run that --cfg names; "
+        "none: random ones",
     )
     parser.add_argument(
         "--fresh", action="store_true", help="start over, though there is a detect/last.pt"
@@ -39,62 +49,73 @@ def command_line():
 if __name__ == "__main__":  # before torch is imported, which takes seconds
     config.answer_early(command_line(), also=("detect",))
 
-import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
-from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.ops import FrozenBatchNorm2d
-from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks
 from tqdm import tqdm
 
 from data import detection
+from data.coco_results import as_table, average_precision, picture, pycocotools, records
 from data.image_files import say_if_dark
 from data.workers import or_say_what_is_kept, say_what_is_kept
 from engine import checkpoint, distributed
 from engine import device as devices
 from engine.distributed import say
-from engine.log import Log
+from engine.log import Log, lines
 from engine.schedule import reached, sensible, sgd
 from engine.weights import load_backbone, of_run
+from models.rcnn import build_rcnn
 from models.resnet import ResNet
+from train_finetune import file_digest
 
-COLOURS = ["red", "lime", "yellow", "cyan", "magenta", "orange", "deepskyblue", "white"]
-# task -> the kinds of AP, by our names and by pycocotools'
-KINDS = {
-    "box": {"box": "bbox"},
-    "mask": {"box": "bbox", "mask": "segm"},
-    "keypoint": {"box": "bbox", "keypoint": "keypoints"},
-}
-MAY_CHANGE = (
-    "data",
-    "workers",
-    "iterations",
-    "eval_every",
-    "save_every",
-)  # on resuming; of the other settings of detect: none
+LOG_EVERY = 20  # iterations
+PRINT_EVERY = 1000
+# These settings of detect may change on resuming, and no others.
+MAY_CHANGE = "data", "workers", "iterations", "eval_every", "save_every"
+MOST_WORKERS = 1024
+POSITIVE = (  # of the settings of detect
+    *("iterations", "batch_size", "lr", "gamma"),
+    *("max_size", "detections", "proposals", "channels"),
+)
 
 
 class Detect:
     """The protocol; its defaults are detectron2's 1x schedule for FPN, by which JCL fine-tunes.
 
-    task: box, Faster R-CNN; mask, Mask R-CNN; keypoint, Keypoint R-CNN, for persons. data, layout, train, val: see data/detection.py. limit: the
-    first that many training images; images without annotations are left out before.
-    lr: rises linearly over warmup_iterations, then times gamma at each milestone. Weight decay spares BatchNorm's parameters, as detectron2 does.
-    norm: BatchNorm in backbone, FPN and mask head, trained and synchronised, as moco's detection code does; the box
-    head, of two linear layers, and the keypoint head have none, as in detectron2. `sync`: statistics over all processes where these have GPUs; a
-    process on a CPU, or alone, has its own, as with `batch`. `frozen`: the backbone's statistics and affine parameters stay as pre-trained, and nothing
-    else has BatchNorm.
-    min_size: the shorter side, in pixels; each training image gets one of these by chance, evaluation the last. max_size: the longer side, at most.
-    detections: kept an image (COCO's AP looks at 100, and at 20 persons' keypoints). proposals: those sampled an image for the heads' loss.
-    channels: of FPN and mask head; the keypoint head has twice, the box head four times as many. 256 is torchvision's and detectron2's.
-    eval_every, save_every: iterations; 0: at the end only. workers: processes that read images; null: the cores there are, 8 at most.
-    All is fp32. torchvision's models are not detectron2's to the letter (RoIAlign without the half pixel; 2,000 proposals, not 1,000, in training; an own
-    smooth L1), so a paper's row is approached here, and met with the files in yaml/detectron2.
+    All is fp32. torchvision's models are not detectron2's to the letter (RoIAlign without the half
+    pixel; 2,000 proposals, not 1,000, in training; a smooth L1 of its own), so a paper's row is
+    approached here, and met with the files in yaml/detectron2.
+
+    Args:
+        task: box: Faster R-CNN; mask: Mask R-CNN; keypoint: Keypoint R-CNN, for persons.
+        data: the data set's folder, see data/detection.py; so layout, train and val.
+        layout: of its files.
+        train: the name of the training part; of VOC, a name or several.
+        val: likewise.
+        limit: so many training images, the first ones; null: all. Images without annotations are
+            left out before.
+        iterations: steps of training.
+        batch_size: global, in images.
+        lr: rises linearly over warmup_iterations, then times gamma at each milestone.
+        momentum: of SGD.
+        weight_decay: spares BatchNorm's parameters, as detectron2 does.
+        warmup_iterations: see lr.
+        milestones: iterations, see lr.
+        gamma: see lr.
+        norm: of backbone, FPN and mask head. sync: BatchNorm, trained, its statistics over all
+            processes where these have GPUs, as in moco's detection code; a process on a CPU, or
+            alone, has its own. batch: each process has its own. frozen: the backbone's statistics
+            and affine parameters stay as pre-trained, and nothing else has BatchNorm. The box head,
+            of two linear layers, and the keypoint head never have it, as in detectron2.
+        min_size: the shorter side, in pixels: each training image gets one of these by chance,
+            evaluation the last.
+        max_size: the longer side, at most.
+        detections: kept an image. COCO's AP looks at 100, and at 20 persons' keypoints.
+        proposals: those sampled an image for the heads' loss.
+        channels: of FPN and mask head; the keypoint head has twice, the box head four times as
+            many. 256 is torchvision's and detectron2's.
+        eval_every: iterations; 0: at the end only.
+        save_every: iterations; before each evaluation it is saved too.
+        workers: processes that read images; null: the cores there are, 8 at most.
     """
 
     def __init__(
@@ -112,10 +133,10 @@ class Detect:
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
         warmup_iterations: int = 1000,
-        milestones: list[int] = [60000, 80000],
+        milestones: list[int] = [60000, 80000],  # noqa: B006, nothing writes into it
         gamma: float = 0.1,
         norm: Literal["sync", "batch", "frozen"] = "sync",
-        min_size: list[int] = [640, 672, 704, 736, 768, 800],
+        min_size: list[int] = [640, 672, 704, 736, 768, 800],  # noqa: B006
         max_size: int = 1333,
         detections: int = 100,
         proposals: int = 512,
@@ -124,384 +145,480 @@ class Detect:
         save_every: int = 5000,
         workers: int | None = None,
     ):
-        above = dict(
-            iterations=iterations,
-            batch_size=batch_size,
-            lr=lr,
-            gamma=gamma,
-            max_size=max_size,
-            detections=detections,
-            proposals=proposals,
-            channels=channels,
-            limit=1 if limit is None else limit,
-            min_size=min(min_size, default=0),
-        )
-        for name, value in above.items():
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}; it must be above 0, and finite")
-        for name, value in dict(
-            eval_every=eval_every,
-            save_every=save_every,
-            warmup_iterations=warmup_iterations,
-            workers=workers or 0,
-        ).items():
-            if value < 0:
-                raise ValueError(f"{name} is {value}; it must be at least 0")
-        if workers is not None and workers > 1024:
-            raise ValueError(
-                f"workers is {workers}; it must be 1024 at most, or null for as many as there are cores"
-            )
-        sensible(momentum, weight_decay)
-        reached(milestones, iterations, "iterations")
-        if warmup_iterations >= iterations:
-            distributed.say(
-                f"warmup_iterations {warmup_iterations} leaves nothing of iterations {iterations}: the learning rate does not get up to lr {lr:g}; lower it"
-            )
-        if max(min_size) > max_size:
-            raise ValueError(f"min_size {max(min_size)} is above max_size {max_size}")
-        if layout == "voc" and task != "box":
-            raise ValueError(f"layout voc has boxes only; task {task} wants layout coco")
-        if batch_size % distributed.world_size():
-            raise ValueError(
-                f"batch_size {batch_size} does not divide by {distributed.world_size()} processes"
-            )
-        self.task, self.data, self.layout, self.train, self.val, self.limit = (
-            task,
-            data,
-            layout,
-            train,
-            val,
-            limit,
-        )
-        self.iterations, self.batch_size, self.lr, self.momentum, self.weight_decay = (
-            iterations,
-            batch_size,
-            lr,
-            momentum,
-            weight_decay,
-        )
-        self.warmup, self.milestones, self.gamma, self.norm = (
-            warmup_iterations,
-            milestones,
-            gamma,
-            norm,
-        )
-        self.min_size, self.max_size, self.detections, self.proposals, self.channels = (
-            min_size,
-            max_size,
-            detections,
-            proposals,
-            channels,
-        )
+        self.task, self.data, self.layout = task, data, layout
+        self.train, self.val, self.limit = train, val, limit
+        self.iterations, self.batch_size = iterations, batch_size
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.warmup_iterations, self.milestones, self.gamma = warmup_iterations, milestones, gamma
+        self.norm, self.min_size, self.max_size = norm, min_size, max_size
+        self.detections, self.proposals, self.channels = detections, proposals, channels
         self.eval_every, self.save_every, self.workers = eval_every, save_every, workers
-        self.synchronized = (
-            norm == "sync" and distributed.world_size() > 1 and devices.current.type == "cuda"
-        )
+        check_settings(self)
+        several_gpus = distributed.world_size() > 1 and devices.current.type == "cuda"
+        self.is_synchronized = norm == "sync" and several_gpus
 
-    def rate(self, iteration):
+    def learning_rate(self, iteration):
         """The learning rate of a step, counted from 0."""
-        return (
-            self.lr
-            * min(1, (iteration + 1) / max(1, self.warmup))
-            * self.gamma ** sum(iteration >= m for m in self.milestones)
-        )
+        warmup = min(1, (iteration + 1) / max(1, self.warmup_iterations))
+        passed = sum(iteration >= milestone for milestone in self.milestones)
+        return self.lr * warmup * self.gamma**passed
+
+    def evaluation_is_due(self, done):
+        """Whether to evaluate after so many iterations."""
+        return done == self.iterations or bool(self.eval_every and done % self.eval_every == 0)
+
+    def save_is_due(self, done):
+        """Whether to save after so many iterations."""
+        at_interval = bool(self.save_every and done % self.save_every == 0)
+        return at_interval or self.evaluation_is_due(done)
 
     def __str__(self):
-        name = {"box": "Faster", "mask": "Mask", "keypoint": "Keypoint"}[self.task] + " R-CNN"
-        norm = f"BatchNorm over {self.batch_size if self.synchronized else self.batch_size // distributed.world_size()} images"
-        part = lambda p: p if isinstance(p, str) else "+".join(p)
+        network = {"box": "Faster", "mask": "Mask", "keypoint": "Keypoint"}[self.task]
+        width = "" if self.channels == 256 else f" of {self.channels} channels"
+        limit = f" ({self.limit} images)" if self.limit else ""
+        decay = f"times {self.gamma:g} at {self.milestones}" if self.milestones else "no milestones"
+        n_images = self.batch_size
+        if not self.is_synchronized:
+            n_images //= distributed.world_size()
+        norm = f"BatchNorm over {n_images} images"
         return (
-            f"{name}, FPN{f' of {self.channels} channels' if self.channels != 256 else ''}, all layers fine-tuned on {part(self.train)}"
-            f"{f' ({self.limit} images)' if self.limit else ''}, COCO's AP on {part(self.val)}; SGD, {self.iterations} iterations, "
-            f"batch {self.batch_size}, lr {self.lr:g}, momentum {self.momentum:g}, weight decay {self.weight_decay:g}, warm-up {self.warmup}, "
-            f"{f'times {self.gamma:g} at {self.milestones}' if self.milestones else 'no milestones'}; "
-            f"{'frozen BatchNorm' if self.norm == 'frozen' else norm}; shorter side {', '.join(map(str, self.min_size))}, longer at most {self.max_size}"
+            f"{network} R-CNN, FPN{width}, all layers fine-tuned on {join(self.train)}{limit}, "
+            f"COCO's AP on {join(self.val)}; SGD, {self.iterations} iterations, "
+            f"batch {self.batch_size}, lr {self.lr:g}, momentum {self.momentum:g}, "
+            f"weight decay {self.weight_decay:g}, warm-up {self.warmup_iterations}, {decay}; "
+            f"{'frozen BatchNorm' if self.norm == 'frozen' else norm}; "
+            f"shorter side {', '.join(map(str, self.min_size))}, longer at most {self.max_size}"
+        )
+
+
+def join(part):
+    """One name, or several with + between them."""
+    return part if isinstance(part, str) else "+".join(part)
+
+
+def check_settings(detect):
+    """Raise ValueError where a setting of Detect makes no sense."""
+    values = {name: getattr(detect, name) for name in POSITIVE}
+    values["limit"] = 1 if detect.limit is None else detect.limit
+    values["min_size"] = min(detect.min_size, default=0)
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be above 0, and finite")
+    for name in ("eval_every", "save_every", "warmup_iterations", "workers"):
+        if (getattr(detect, name) or 0) < 0:
+            raise ValueError(f"{name} is {getattr(detect, name)}; it must be at least 0")
+    if (detect.workers or 0) > MOST_WORKERS:
+        raise ValueError(
+            f"workers is {detect.workers}; it must be {MOST_WORKERS} at most, or null for as many "
+            "as there are cores"
+        )
+    sensible(detect.momentum, detect.weight_decay)
+    reached(detect.milestones, detect.iterations, "iterations")
+    if detect.warmup_iterations >= detect.iterations:
+        say(
+            f"warmup_iterations {detect.warmup_iterations} leaves nothing of iterations "
+            f"{detect.iterations}: the learning rate does not get up to lr {detect.lr:g}; lower "
+            "warmup_iterations"
+        )
+    if max(detect.min_size) > detect.max_size:
+        raise ValueError(f"min_size {max(detect.min_size)} is above max_size {detect.max_size}")
+    if detect.layout == "voc" and detect.task != "box":
+        raise ValueError(f"layout voc has boxes only; task {detect.task} wants layout coco")
+    if detect.batch_size % distributed.world_size():
+        raise ValueError(
+            f"batch_size {detect.batch_size} does not divide by {distributed.world_size()} "
+            "processes"
         )
 
 
 def main():
+    """Fine-tune a detector and evaluate it."""
     args = command_line().parse_args()
     cfg = config.load(args.cfg, args.overrides, also=("detect",))
     if args.print_config:
         return print(config.text(cfg), end="")
 
-    # ------------------------------------------------------------------------------------------------ who takes part
+    # ------------------------------------------------------------------------------- setup
     device = distributed.start(args.device)
-    torch.backends.cudnn.benchmark = (
-        False  # every batch has another shape: it would measure kernels at each
-    )
-    main_process = distributed.is_main()
+    # Every batch has another shape, so that kernels would be measured at each step.
+    torch.backends.cudnn.benchmark = False
     detect = config.build(Detect, cfg["detect"], f"{args.cfg}: detect")
-    pycocotools()  # missing? now, not after the last iteration
-    if cfg["model"]["host"] == "cmc":
-        raise SystemExit(
-            f"{args.cfg}: CMC's two-stream encoder takes no RGB image, so no detector can be built on it; choose another model.host"
-        )
-    run = os.path.join("runs", cfg["name"])
-    folder = os.path.join(run, "detect")
-    weights = of_run(args.weights, run, args.cfg)
-    if weights == "none" and detect.norm == "frozen":
-        raise SystemExit(
-            f"{args.cfg}: detect.norm frozen keeps BatchNorm as pre-trained, and --weights none has no such; use norm batch"
-        )
-
-    coco, truth = detection.load(detect.layout, detect.data, detect.train, detect.val, detect.task)
-    train, val = (
-        detection.Images(coco, detect.task, training=True, limit=detect.limit),
-        detection.Images(truth, detect.task),
-    )
-    say_if_dark(train)
-    if len(train) < detect.batch_size:
-        raise SystemExit(
-            f"{args.cfg}: detect.batch_size {detect.batch_size} is larger than the {len(train)} training images with annotations"
-        )
-    classes = truth["categories"]  # label 1 is the first, 0 the background
-
+    weights = find_weights(args, cfg, detect)
+    train, val = load_images(detect, args.cfg)
     torch.manual_seed(cfg["seed"])  # every process begins with the same weights
-    net = ResNet(cfg["model"]["backbone"], cfg["model"]["stem"], cfg["model"]["width"])
-    if weights != "none":
-        load_backbone(weights, net)
-    model = build_model(net, len(classes), detect).to(device)
-    norms = {
-        id(p)
-        for m in model.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm)
-        for p in m.parameters()
-    }
-    groups = [
-        {"params": [p for p in model.parameters() if id(p) not in norms]},
-        {"params": [p for p in model.parameters() if id(p) in norms], "weight_decay": 0.0},
-    ]
-    optimizer = sgd(
-        [g for g in groups if g["params"]],
-        detect.lr,
-        momentum=detect.momentum,
-        weight_decay=detect.weight_decay,
-    )
+    model = build_model(cfg["model"], weights, detect, n_classes=len(val.label)).to(device)
+    optimizer = build_optimizer(model, detect)
     wrapped = distributed.wrap(model, device)
-    torch.manual_seed(
-        cfg["seed"] + 2**20 * distributed.rank()
-    )  # image sizes, and which proposals are looked at
+    # Now each process draws image sizes and proposals of its own.
+    torch.manual_seed(cfg["seed"] + 2**20 * distributed.rank())
 
-    # ------------------------------------------------------------------------------------------------ where it stands
-    settings = {
-        "seed": cfg["seed"],
-        "weights": weights,
-        **{f"model.{k}": cfg["model"][k] for k in ("backbone", "stem", "width")},
-        **{f"detect.{k}": v for k, v in cfg["detect"].items() if k not in MAY_CHANGE},
-    }
-    last = os.path.join(folder, "last.pt")
-    start = (
-        checkpoint.resume(last, settings, model=model, optimizer=optimizer)
-        if os.path.exists(last) and not args.fresh
-        else 0
-    )
-    os.makedirs(folder, exist_ok=True)
-    if main_process:
-        config.keep(cfg, run)
-    log = Log(folder, start) if main_process else None
-    say(
-        f"{folder}: {weights if weights != 'none' else 'random weights'}; {len(train)} training and {len(val)} validation images, {len(classes)} classes; "
-        f"{distributed.world_size()} processes x {detect.batch_size // distributed.world_size()} images; {device}, "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters\n{detect}"
-    )
-    if start:
-        say(
-            f"going on from {last} after iteration {start} of {detect.iterations}"
-            if start < detect.iterations
-            else f"{last} is at iteration {start}, and detect.iterations is {detect.iterations}: nothing is left to do; --fresh starts over"
-        )
+    run = Run(cfg, detect, weights)
+    run.resume(args.fresh, model, optimizer)
+    run.open_log()
+    run.describe(model, train, val, device)
+    if run.evaluation_is_missing:
+        evaluate(run, model, val, device, run.start)
 
-    # ------------------------------------------------------------------------------------------------ the loop
-    saved = start
-
-    def kept_and_how_on():
-        if not saved:
-            return "nothing was saved yet"
-        return f"{last} holds the state after iteration {saved} of {detect.iterations}, and the same line goes on from there"
-
-    began, total, since, seen = time.time(), {}, time.time(), 0
-    steps = detection.plan(len(train), detect.batch_size, cfg["seed"], start, detect.iterations)
-    batches = or_say_what_is_kept(
-        detection.batches(train, steps, device, detect.workers), kept_and_how_on
-    )
-    bar = tqdm(
-        batches,
-        "detect",
-        initial=start,
-        total=detect.iterations,
-        leave=False,
-        disable=None if main_process else True,
-    )
+    # ------------------------------------------------------------------------------- training
     model.train()
-    for iteration, batch in enumerate(bar, start):
+    run.progress.restart_clock()
+    for iteration, batch in enumerate(run.batches(train, device), run.start):
+        lr = detect.learning_rate(iteration)
         for group in optimizer.param_groups:
-            group["lr"] = detect.rate(iteration)
+            group["lr"] = lr
+
         images, targets = zip(*batch)
-        parts = wrapped(
-            list(images), list(targets)
-        )  # {"loss_classifier": ..., "loss_box_reg": ..., ...}
-        loss = sum(parts.values())
-        value = loss.item()
-        if not math.isfinite(value):
-            raise SystemExit(
-                f"the loss is {value} at iteration {iteration + 1} of {detect.iterations}; "
-                + (
-                    f"{last} holds an earlier state"
-                    if os.path.exists(last)
-                    else "nothing was saved yet"
-                )
-                + "; try a lower detect.lr"
-            )
+        losses = wrapped(list(images), list(targets))  # {"loss_classifier": (), ...}
+        loss = sum(losses.values())
+        run.stop_if_diverged(loss, iteration)
+
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
 
-        # -------------------------------------------------------------------------------------------- now and then
-        done, seen = iteration + 1, seen + 1
-        for name, part in {"loss": loss, **parts}.items():
-            total[name] = total.get(name, 0) + part.detach()
-        at_end = done == detect.iterations
-        evaluate, save = (
-            at_end or detect.eval_every and done % detect.eval_every == 0,
-            at_end or detect.save_every and done % detect.save_every == 0,
-        )
-        if iteration % 20 == 0 or evaluate:
-            figures = dict(
-                zip(total, (distributed.mean(torch.stack(list(total.values()))) / seen).tolist())
-            )
-            figures |= {
-                "lr": detect.rate(iteration),
-                "images/s": seen * detect.batch_size / (time.time() - since),
-            }
-            bar.set_postfix(loss=f"{figures['loss']:.3f}", refresh=False)
-            if evaluate or iteration % 1000 == 0:
-                say(
-                    f"iteration {done}/{detect.iterations}  loss {figures['loss']:.3f}  lr {figures['lr']:.5f}  {figures['images/s']:.1f} images/s"
-                )
-            total, seen = {}, 0
-        if evaluate or save:
-            distributed.average_buffers(
-                model
-            )  # BatchNorm's statistics, where each process has its own
-        if evaluate:
-            with say_what_is_kept(kept_and_how_on):
-                found = predictions(model, val, classes, detect.task, device, detect.workers)
-            detections = [record for records in found.values() for record in records]
-            # It takes minutes on COCO, for which a collective would not wait.
-            ap = distributed.run_on_first(lambda: average_precision(truth, detections, detect.task))
-            if main_process:
-                say(
-                    "\n".join(
-                        [f"{'':12}" + "".join(f"{c:>8}" for c in ("AP", "AP50", "AP75"))]
-                        + [
-                            f"{kind:12}"
-                            + "".join(f"{ap[f'{kind} {c}']:8.2f}" for c in ("AP", "AP50", "AP75"))
-                            for kind in KINDS[detect.task]
-                        ]
-                    )
-                )
-                figures |= ap
-                log.picture(
-                    os.path.join(folder, "detections.png"), picture(truth, val, found), columns=4
-                )
-                with open(os.path.join(run, "detect.jsonl"), "a") as f:
-                    f.write(
-                        json.dumps(
-                            {
-                                "weights": weights,
-                                "protocol": str(detect),
-                                "seed": cfg["seed"],
-                                "iteration": done,
-                                "seconds": round(time.time() - began, 1),
-                                "figures": ap,
-                            }
-                        )
-                        + "\n"
-                    )
+        # Figures; then the checkpoint; then the evaluation, within which nothing can be lost.
+        done = iteration + 1
+        run.after_step(done, {"loss": loss, **losses}, lr)
+        if detect.save_is_due(done):
+            distributed.average_buffers(model)  # of BatchNorm, where each process has its own
+            run.save(done)
+        if detect.evaluation_is_due(done):
+            evaluate(run, model, val, device, done)
             model.train()
-        if main_process and (iteration % 20 == 0 or evaluate):
-            log.write(done, {k: float(f"{v:.6g}") for k, v in figures.items()})
-        if save:
-            checkpoint.save(last, settings, done, model=model, optimizer=optimizer)
-            saved = done
-        if seen == 0:
-            since = time.time()  # images/s: training alone
+
     distributed.stop()
 
 
-# ---------------------------------------------------------------------------------------------------- the model
+# ------------------------------------------------------------------------------- setup
 
 
-def build_model(net, n_classes, detect):
-    """Torchvision's R-CNN on a models.resnet.ResNet, whose fc and pooling are dropped."""
-    c = detect.channels
-    norm = None if detect.norm == "frozen" else nn.BatchNorm2d
-    if detect.norm == "frozen":
-        freeze(net)
-    stages = [net.features // 2**i for i in (3, 2, 1, 0)]  # channels of layer1 ... layer4
-    backbone = BackboneWithFPN(
-        net, {f"layer{i + 1}": str(i) for i in range(4)}, stages, c, norm_layer=norm
-    )
-    common = dict(
-        box_head=TwoMLPHead(c * 7**2, 4 * c),
-        box_predictor=FastRCNNPredictor(4 * c, n_classes + 1),
-        min_size=detect.min_size,
-        max_size=detect.max_size,
-        box_detections_per_img=detect.detections,
-        box_batch_size_per_image=detect.proposals,
-    )
-    if detect.task == "mask":
-        model = MaskRCNN(
-            backbone,
-            mask_head=MaskRCNNHeads(c, [c] * 4, 1, norm_layer=norm),
-            mask_predictor=MaskRCNNPredictor(c, c, n_classes + 1),
-            **common,
-        )
-    elif detect.task == "keypoint":
-        model = KeypointRCNN(
-            backbone,
-            keypoint_head=KeypointRCNNHeads(c, [2 * c] * 8),
-            keypoint_predictor=KeypointRCNNPredictor(2 * c, 17),
-            **common,
-        )
-    else:
-        model = FasterRCNN(backbone, **common)
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if detect.synchronized else model
-
-
-def freeze(module):
-    """Replace every BatchNorm2d in module by torchvision's frozen one, with its statistics and parameters, in place."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            frozen = FrozenBatchNorm2d(child.num_features, child.eps)
-            frozen.load_state_dict(child.state_dict())
-            setattr(module, name, frozen)
-        else:
-            freeze(child)
-
-
-# ---------------------------------------------------------------------------------------------------- evaluation
-
-
-def pycocotools():
-    """-> its COCO, COCOeval and mask, which the scripts that detect nothing do without."""
-    try:
-        from pycocotools import mask
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
+def find_weights(args, cfg, detect):
+    """The file of the backbone's weights, or "none". SystemExit where none can be used."""
+    pycocotools()  # is it missing? Now, not after the last iteration.
+    if cfg["model"]["host"] == "cmc":
         raise SystemExit(
-            f"{error.name} is not installed, and COCO's masks and AP need it: pip install -r requirements-dev.txt"
+            f"{args.cfg}: CMC's two-stream encoder takes no RGB image, so no detector can be built "
+            "on it; choose another model.host"
         )
-    return COCO, COCOeval, mask
+    weights = of_run(args.weights, os.path.join("runs", cfg["name"]), args.cfg)
+    if weights == "none" and detect.norm == "frozen":
+        raise SystemExit(
+            f"{args.cfg}: detect.norm frozen keeps BatchNorm as pre-trained, and --weights none "
+            "has no such; use norm batch"
+        )
+    return weights
+
+
+def load_images(detect, cfg_file):
+    """The training and the validation images, checked as far as can be before training."""
+    with distributed.agreeing():
+        parts = detection.load(detect.layout, detect.data, detect.train, detect.val, detect.task)
+        train = detection.Images(parts[0], detect.task, training=True, limit=detect.limit)
+        val = detection.Images(parts[1], detect.task)
+        if len(train) < detect.batch_size:
+            raise SystemExit(
+                f"{cfg_file}: detect.batch_size {detect.batch_size} is larger than the "
+                f"{len(train)} training images with annotations"
+            )
+    for images in (val, train):
+        detection.check_image_sizes(images)
+    say_if_dark(train)
+    return train, val
+
+
+def build_model(settings, weights, detect, n_classes):
+    """The detector, on a backbone of the run's `model` section."""
+    backbone = ResNet(settings["backbone"], settings["stem"], settings["width"])
+    if weights != "none":
+        load_backbone(weights, backbone)
+    return build_rcnn(backbone, n_classes, detect)
+
+
+def build_optimizer(model, detect):
+    """SGD, without weight decay for BatchNorm's parameters."""
+    norm = [
+        parameter
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for parameter in module.parameters()
+    ]
+    norm_ids = set(map(id, norm))
+    others = [parameter for parameter in model.parameters() if id(parameter) not in norm_ids]
+    groups = [{"params": others}]
+    if norm:
+        groups.append({"params": norm, "weight_decay": 0.0})
+    return sgd(groups, detect.lr, momentum=detect.momentum, weight_decay=detect.weight_decay)
+
+
+# ------------------------------------------------------------------------------- the run on disk
+
+
+class Progress:
+    """The losses since the last line of the log, and a line that waits for its evaluation.
+
+    Attributes:
+        unlogged: the figures of a saved iteration whose evaluation is not in the log yet, or None.
+            It is the only part that a checkpoint keeps.
+    """
+
+    def __init__(self):
+        self.unlogged = None
+        self.clear()
+
+    def clear(self):
+        """Begin the next line."""
+        self.sums, self.steps = {}, 0
+        self.restart_clock()
+
+    def restart_clock(self):
+        """Begin to count the seconds of training, without those of saving and evaluating."""
+        self.since = time.time()
+
+    def add(self, losses):
+        """Add a step's {name: scalar tensor}."""
+        self.steps += 1
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + loss.detach()
+
+    def means(self):
+        """{name: the mean over the steps and over all processes}."""
+        means = distributed.mean(torch.stack(list(self.sums.values()))) / self.steps
+        return dict(zip(self.sums, means.tolist()))
+
+    def state_dict(self):
+        """For the checkpoint."""
+        return {"unlogged": self.unlogged}
+
+    def load_state_dict(self, saved):
+        """Take it back; {} of a checkpoint that was written after its evaluation, as once all."""
+        self.unlogged = saved.get("unlogged")
+
+
+class Run:
+    """A detection run on disk, runs/<name>/detect/: its checkpoint, its log, and what is said.
+
+    Args:
+        cfg: the resolved settings.
+        detect: the Detect of them.
+        weights: the file of the backbone's weights, or "none".
+
+    Attributes:
+        start: how many iterations were done at the start.
+        saved: how many the checkpoint has; 0 where there is none.
+        log: the Log, on the first process; None on the others.
+    """
+
+    def __init__(self, cfg, detect, weights):
+        self.cfg, self.detect, self.weights = cfg, detect, weights
+        self.parent = os.path.join("runs", cfg["name"])
+        self.folder = os.path.join(self.parent, "detect")
+        self.last = os.path.join(self.folder, "last.pt")
+        self.began = time.time()
+        self.start = self.saved = 0
+        self.progress = Progress()
+        self.log = None
+
+    def resume(self, fresh, model, optimizer):
+        """Load the last checkpoint into model and optimizer, if there is one."""
+        digest = self.weights if self.weights == "none" else file_digest(self.weights)
+        network = {key: self.cfg["model"][key] for key in ("backbone", "stem", "width")}
+        fixed = {key: v for key, v in self.cfg["detect"].items() if key not in MAY_CHANGE}
+        self.settings = {
+            "seed": self.cfg["seed"],
+            "weights": digest,
+            **{f"model.{key}": value for key, value in network.items()},
+            **{f"detect.{key}": value for key, value in fixed.items()},
+        }
+        self.state = {"model": model, "optimizer": optimizer, "place": self.progress}
+        if os.path.exists(self.last) and not fresh:
+            self.start = checkpoint.resume(self.last, self.settings, **self.state)
+        self.saved = self.start
+
+    def open_log(self):
+        """Begin or go on with the log, on the first process. Every process calls it."""
+        is_logged = False
+        if distributed.is_main():
+            with checkpoint.writing(self.folder):
+                os.makedirs(self.folder, exist_ok=True)
+            config.keep(self.cfg, self.parent)
+            self.log = Log(self.folder, self.start)
+            is_logged = any(line["epoch"] == self.start for line in lines(self.log.path))
+        if distributed.gather_objects(is_logged)[0]:
+            self.progress.unlogged = None
+
+    @property
+    def evaluation_is_missing(self):
+        """Whether the run was ended between its last save and the end of the evaluation then due.
+
+        To be asked before training goes on.
+        """
+        return self.progress.unlogged is not None
+
+    def describe(self, model, train, val, device):
+        """Print what is done, and where the run stands."""
+        weights = "random weights" if self.weights == "none" else self.weights
+        parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        world = distributed.world_size()
+        say(
+            f"{self.folder}: {weights}; {len(train)} training and {len(val)} validation images, "
+            f"{len(val.label)} classes; {world} processes x {self.detect.batch_size // world} "
+            f"images; {device}, {parameters:.1f} M parameters\n{self.detect}"
+        )
+        if not self.start:
+            return
+        iterations = self.detect.iterations
+        if self.evaluation_is_missing:
+            say(f"{self.last} is at iteration {self.start}, which is evaluated first")
+        if self.start < iterations:
+            say(f"going on from {self.last} after iteration {self.start} of {iterations}")
+        elif not self.evaluation_is_missing:
+            say(
+                f"{self.last} is at iteration {self.start}, and detect.iterations is {iterations}: "
+                "nothing is left to do; --fresh starts over"
+            )
+
+    def batches(self, train, device):
+        """Batches from the first iteration on that is not done, with a progress bar."""
+        detect = self.detect
+        plan = detection.batch_plan(
+            len(train), detect.batch_size, self.cfg["seed"], self.start, detect.iterations
+        )
+        batches = detection.batches(train, plan, device, detect.workers)
+        self.bar = tqdm(
+            or_say_what_is_kept(batches, self.describe_saved),
+            "detect",
+            initial=self.start,
+            total=detect.iterations,
+            leave=False,
+            disable=None if distributed.is_main() else True,
+        )
+        return self.bar
+
+    def stop_if_diverged(self, loss, iteration):
+        """End the program where a loss is not finite."""
+        value = loss.item()
+        if not math.isfinite(value):
+            raise SystemExit(
+                f"the loss is {value} at iteration {iteration + 1} of {self.detect.iterations}; "
+                f"{self.describe_saved(how_on=False)}; try a lower detect.lr"
+            )
+
+    def after_step(self, done, losses, lr):
+        """Count a step's losses; at some of them make a line for the log.
+
+        Where an evaluation is due the line waits for its figures.
+        """
+        progress = self.progress
+        progress.add(losses)
+        is_evaluated = self.detect.evaluation_is_due(done)
+        if (done - 1) % LOG_EVERY and not is_evaluated:
+            return
+        figures = progress.means()
+        seconds = time.time() - progress.since
+        figures["lr"] = lr
+        figures["images/s"] = progress.steps * self.detect.batch_size / seconds
+        progress.clear()
+        self.bar.set_postfix(loss=f"{figures['loss']:.3f}", refresh=False)
+        if is_evaluated or (done - 1) % PRINT_EVERY == 0:
+            say(
+                f"iteration {done}/{self.detect.iterations}  loss {figures['loss']:.3f}  "
+                f"lr {lr:.5f}  {figures['images/s']:.1f} images/s"
+            )
+        if is_evaluated:
+            progress.unlogged = figures
+        else:
+            self.write_log(done, figures)
+
+    def write_log(self, done, figures):
+        """Write a line of the log, on the first process."""
+        if self.log:
+            self.log.write(done, {name: float(f"{v:.6g}") for name, v in figures.items()})
+
+    def log_evaluation(self, done, figures):
+        """Write the line of the log that waits, with an evaluation's figures."""
+        self.write_log(done, self.progress.unlogged | figures)
+        self.progress.unlogged = None
+        self.progress.clear()
+
+    def save(self, done):
+        """Write the checkpoint. Every process calls it."""
+        began = time.time()
+        checkpoint.save(self.last, self.settings, done, **self.state)
+        self.saved = done
+        self.progress.since += time.time() - began  # images/s are of training alone
+
+    def describe_saved(self, how_on=True):
+        """Which checkpoint holds what, and how to go on, as half a sentence."""
+        if not self.saved:
+            return "nothing was saved yet"
+        state = f"{self.last} holds the state after iteration {self.saved} of "
+        state += str(self.detect.iterations)
+        return state + (", and the same line goes on from there" if how_on else "")
+
+    def record_evaluation(self, done, figures):
+        """Write an evaluation to detect.jsonl, with what it is of."""
+        line = {
+            "weights": self.weights,
+            "dataset": {
+                "layout": self.detect.layout,
+                "root": self.detect.data,
+                "train": self.detect.train,
+                "val": self.detect.val,
+            },
+            "protocol": str(self.detect),
+            "seed": self.cfg["seed"],
+            "iteration": done,
+            "seconds": round(time.time() - self.began, 1),
+            "figures": figures,
+        }
+        path = os.path.join(self.parent, "detect.jsonl")
+        with checkpoint.writing(path), open(path, "a") as f:
+            f.write(json.dumps(line) + "\n")
+
+
+# ------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(run, model, val, device, done):
+    """Compute, print and record COCO's average precision. Every process calls it.
+
+    Args:
+        run: the Run.
+        model: the detector, which is left in eval mode.
+        val: the validation images.
+        device: the model's.
+        done: how many iterations it was trained.
+    """
+    task = run.detect.task
+    with say_what_is_kept(run.describe_saved):
+        found = predictions(model, val, task, device, run.detect.workers)
+    detections = [record for of_image in found.values() for record in of_image]
+    # It takes minutes on COCO, for which a collective would not wait.
+    figures = distributed.run_on_first(lambda: average_precision(val.part, detections, task))
+    say(as_table(figures, task))
+    if distributed.is_main():
+        run.record_evaluation(done, figures)
+        path = os.path.join(run.folder, "detections.png")
+        run.log.picture(path, picture(val.part, val, found), columns=4)
+    run.log_evaluation(done, figures)
 
 
 @torch.no_grad()
-def predictions(model, val, classes, task, device, workers=None):
-    """-> {image id: COCO's result records} of all validation images, on every process.
+def predictions(model, val, task, device, workers=None):
+    """Detect in all validation images.
 
-    The processes share the images out, none lost or repeated; one image at a time, so that padding, and the result, are the same for any number of processes.
+    The processes share the images out, none lost or repeated. Each is a batch of its own, so that
+    the padding, and with it the result, is the same for any number of processes.
+
+    Args:
+        model: a detector, which is left in eval mode.
+        val: a data.detection.Images, for evaluation.
+        task: "box", "mask" or "keypoint".
+        device: the model's.
+        workers: processes that read images.
+
+    Returns:
+        {image id: COCO's result records}, on every process.
     """
     model.eval()
     rows = range(distributed.rank(), len(val), distributed.world_size())
@@ -512,128 +629,19 @@ def predictions(model, val, classes, task, device, workers=None):
         leave=False,
         disable=None if distributed.is_main() else True,
     )
-    mine = {
-        image_id: records(model([image])[0], image_id, classes, task)
+    categories = val.part["categories"]
+    of_process = {
+        image_id: records(model([image])[0], image_id, categories, task)
         for ((image, image_id),) in bar
     }
-    parts = distributed.gather_objects(mine)
-    found = {i: one for part in parts for i, one in part.items()}
+    parts = distributed.gather_objects(of_process)
+    found = {image_id: of_image for part in parts for image_id, of_image in part.items()}
     if len(found) != len(val) or sum(map(len, parts)) != len(val):
         raise SystemExit(
-            f"of {len(val)} validation images {len(found)} different ones were evaluated; does an image id appear twice in the annotations?"
+            f"of {len(val)} validation images {len(found)} different ones were evaluated; does an "
+            "image id appear twice in the annotations?"
         )
     return found
-
-
-def records(output, image_id, classes, task):
-    """Torchvision's detections of one image -> COCO's result records, in the image's own pixels."""
-    boxes, scores, labels = (output[k].cpu() for k in ("boxes", "scores", "labels"))
-    boxes[:, 2:] -= boxes[:, :2]  # x1 y1 x2 y2 -> x y w h
-    found = [
-        {"image_id": image_id, "category_id": classes[label - 1]["id"], "bbox": box, "score": score}
-        for box, score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist())
-    ]
-    if task == "mask" and found:
-        masks = (output["masks"][:, 0] > 0.5).byte().cpu().numpy()  # (n, H, W)
-        for one, rle in zip(
-            found, pycocotools()[2].encode(np.asfortranarray(masks.transpose(1, 2, 0)))
-        ):
-            one["segmentation"] = rle
-    if task == "keypoint":
-        points = output["keypoints"].cpu()  # (n, 17, 3)
-        points[..., :2] -= 0.5  # back to COCO's pixel indices
-        for one, k in zip(found, points.flatten(1).tolist()):
-            one["keypoints"] = k
-    return found
-
-
-def average_precision(truth, found, task):
-    """Pycocotools' AP over IoU (for keypoints: OKS) .50:.95, AP50 and AP75, in percent. truth: COCO's dict; found: its result records."""
-    COCO, COCOeval, _ = pycocotools()
-    key, figures = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}, {}
-    with contextlib.redirect_stdout(io.StringIO()):  # it is talkative
-        real = (
-            COCO()
-        )  # copies, as it writes into them; ids from 1, as it takes a match with 0 for none
-        real.dataset = {
-            **truth,
-            "annotations": [{**a, "id": i} for i, a in enumerate(truth["annotations"], 1)],
-        }
-        real.createIndex()
-        for name, kind in KINDS[task].items():
-            some = [
-                {k: one[k] for k in ("image_id", "category_id", "score", key[kind])}
-                for one in found
-            ]  # with a box, a mask's area would be the box's
-            values = np.zeros(3)
-            if some:  # it cannot load none
-                judge = COCOeval(real, real.loadRes(some), kind)
-                judge.evaluate(), judge.accumulate(), judge.summarize()
-                values = judge.stats[:3]
-            if values[0] < 0:
-                raise SystemExit(
-                    f"the validation annotations have nothing to compute {name} AP with"
-                )
-            figures |= {
-                f"{name} {what}": round(100 * float(value), 3)
-                for what, value in zip(("AP", "AP50", "AP75"), values)
-            }
-    return figures
-
-
-def picture(truth, val, found, rows=4, side=400, best=5):
-    """(2 rows, 3, side, side) in [0, 1]: of the first images with annotations the truth and, beside it, the `best` surest detections."""
-    categories, real = {c["id"]: c for c in truth["categories"]}, {}
-    for a in truth["annotations"]:
-        if not a["iscrowd"]:
-            real.setdefault(a["image_id"], []).append(
-                a if val.task == "mask" else {k: v for k, v in a.items() if k != "segmentation"}
-            )
-    cells = []
-    for row in [row for row, info in enumerate(val.images) if info["id"] in real][:rows]:
-        image, image_id = val[row, False]
-        for some in (real[image_id], sorted(found[image_id], key=lambda one: -one["score"])[:best]):
-            drawn = draw(image, some, categories).float() / 255
-            scale = side / max(drawn.shape[1:])
-            drawn = F.interpolate(
-                drawn[None],
-                size=[max(1, round(scale * s)) for s in drawn.shape[1:]],
-                mode="bilinear",
-                antialias=True,
-            )
-            cells.append(F.pad(drawn, (0, side - drawn.shape[3], 0, side - drawn.shape[2])))
-    return torch.cat(cells)
-
-
-def draw(image, some, categories):
-    """COCO's annotations or result records on an image (3, H, W) uint8."""
-    if not some:
-        return image
-    colours = [COLOURS[i % len(COLOURS)] for i in range(len(some))]
-    for a, colour in zip(some, colours):
-        if len(a.get("segmentation", ())):
-            image = draw_segmentation_masks(
-                image,
-                torch.from_numpy(detection.mask(a["segmentation"], *image.shape[1:])).bool(),
-                alpha=0.5,
-                colors=colour,
-            )
-    boxes = torch.tensor([a["bbox"] for a in some])  # (n, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    words = [
-        categories[a["category_id"]]["name"] + (f" {a['score']:.2f}" if "score" in a else "")
-        for a in some
-    ]
-    image = draw_bounding_boxes(image, boxes, words, colours, width=2)
-    if "keypoints" in some[0]:
-        points = (
-            torch.tensor(np.array([a["keypoints"] for a in some])).float().view(len(some), -1, 3)
-        )  # (n, 17, 3)
-        bones = [(i - 1, j - 1) for i, j in next(iter(categories.values())).get("skeleton", [])]
-        image = draw_keypoints(
-            image, points[..., :2], bones, colors="lime", width=1, visibility=points[..., 2] > 0
-        )
-    return image
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ def modules(package):
     return sorted(
         {f[:-3] for f in os.listdir(folder) if f.endswith(".py")}
         - {"__init__", "base", "checks", "diagnostics", "partition", "together"}
-        - {"resnet", "memory", "momentum", "views"}
+        - {"resnet", "memory", "momentum", "rcnn", "views"}
     )
 
 
