@@ -1,0 +1,56 @@
+"""How many processor cores this process may use, and torch's threads for so many.
+
+torch takes the processor's cores for its own, however few of them a container is allowed. A
+container with two cores of a large machine then runs its many threads in turns, and crawls.
+"""
+
+import math
+import os
+
+import torch
+
+from .control_groups import TOP, folders, read_lines
+
+
+def usable_cores():
+    """Cores that this process may use.
+
+    They are those of its affinity mask (taskset, SLURM, docker --cpuset-cpus), and no more than
+    the quota of its control groups gives time for (docker --cpus, Kubernetes' limits).
+    """
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    # With 2.5 cores three threads would wait for the slowest of them.
+    return max(1, math.floor(min([cores, *cpu_quotas()])))
+
+
+def cores_per_process():
+    """The share of this process, where torchrun started several on this machine."""
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def cpu_quotas(membership="/proc/self/cgroup", top=TOP):
+    """The cores that each limited control group of this process gives time for, e.g. [2.5]."""
+    quotas = []
+    for version, folder in folders("cpu", membership, top):
+        if version == 2:  # "250000 100000", or "max 100000"
+            words = " ".join(read_lines(os.path.join(folder, "cpu.max"))).split()
+        else:
+            names = "cpu.cfs_quota_us", "cpu.cfs_period_us"
+            words = [line for name in names for line in read_lines(os.path.join(folder, name))]
+        # No such group, or no limit: "max", and -1 in version 1.
+        if len(words) == 2 and words[0].isdigit():
+            quotas.append(int(words[0]) / int(words[1]))
+    return quotas
+
+
+def limit_threads():
+    """Let torch compute with no more threads than this process has cores.
+
+    OMP_NUM_THREADS counts where it is set; torchrun sets it to 1 for several processes.
+    """
+    cores = cores_per_process()
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores:
+        torch.set_num_threads(cores)
