@@ -54,3 +54,26 @@ def limit_threads():
     cores = cores_per_process()
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores:
         torch.set_num_threads(cores)
+
+
+def busy_cores(path="/proc/loadavg"):
+    """A sentence that other programs keep the cores busy, or None.
+
+    torch's threads wait for one another many times in a step, and each time for the one that got no
+    core. On two cores with two busy programs an epoch took 119 s instead of 1.8 s, and 13 s with
+    one thread (without them: 2.5 s). OMP_WAIT_POLICY=passive made 93 s of it, so it is not the
+    spinning of the threads that costs most.
+    """
+    cores = os.cpu_count()
+    words = " ".join(read_lines(path)).replace("/", " ").split()  # 2.95 4.02 4.67 3/184 5120
+    # A container with a quota sees the load of the whole machine, which is not its own.
+    if "OMP_NUM_THREADS" in os.environ or not words or usable_cores() < cores:
+        return None
+    # The mean of a minute may be that of a program which has just ended. This process runs, too.
+    if min(float(words[0]), int(words[3]) - 1) < cores:
+        return None
+    return (
+        f"other programs keep all {cores} cores of this machine busy, and threads that wait for "
+        "one another make this many times as slow; put "
+        f"OMP_NUM_THREADS={max(1, cores // 2)} before the command, or wait for them to end"
+    )

@@ -942,7 +942,7 @@ def test_what_no_run_can_bear_is_refused(make, message):
     [
         (
             lambda: schedule(schedule="step", milestones=[3, 5, 9]),
-            r"milestones \[3, 5, 9\]: epochs 5 end before the last of them is reached, and the learning rate falls 1 times; lower them too",
+            r"milestones \[3, 5, 9\]: epochs 5 end before the last of them is reached, and the learning rate falls 1 times; lower the milestones too",
         ),
         (
             lambda: MoCo(Tiny(8, 1), 24, queue_size=25),

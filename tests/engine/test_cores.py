@@ -99,3 +99,26 @@ def test_torch_gets_no_more_threads_than_cores(given, cores_there, expected, mon
         monkeypatch.setenv("OMP_NUM_THREADS", given)
     cores.limit_threads()
     assert threads[-1] == expected
+
+
+@pytest.mark.parametrize(
+    "load, given, usable, said",
+    [
+        ("4.20 3.10 2.90 6/180 4711", None, 4, True),
+        ("4.20 3.10 2.90 1/180 4711", None, 4, False),  # the programs have ended
+        ("1.20 3.10 2.90 6/180 4711", None, 4, False),  # they have just begun
+        ("4.20 3.10 2.90 6/180 4711", "2", 4, False),  # the user has chosen
+        ("4.20 3.10 2.90 6/180 4711", None, 2, False),  # a container on a busy machine
+        ("", None, 4, False),
+    ],
+)
+def test_busy_cores_are_said(load, given, usable, said, tmp_path, monkeypatch):
+    (tmp_path / "loadavg").write_text(load)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(cores, "usable_cores", lambda: usable)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    sentence = cores.busy_cores(str(tmp_path / "loadavg"))
+    assert (sentence is not None) == said
+    assert not said or "put OMP_NUM_THREADS=2 before the command" in sentence
