@@ -219,6 +219,7 @@ class Detect:
         )
 
 
+@distributed.say_refusals_once()
 def main():
     args = command_line().parse_args()
     cfg = config.load(args.cfg, args.overrides, also=("detect",))

@@ -186,6 +186,7 @@ class Classifier(nn.Module):
         )  # fp32; mixed precision stays inside the encoder
 
 
+@distributed.say_refusals_once()
 def main():
     args = command_line().parse_args()
     cfg = config.load(args.cfg, args.overrides, also=("finetune",))

@@ -161,6 +161,7 @@ class Probe:
         )
 
 
+@distributed.say_refusals_once()
 def main():
     args = command_line().parse_args()
     cfg = config.load(args.cfg, args.overrides)

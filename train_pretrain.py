@@ -55,6 +55,7 @@ from losses.together import Together
 from models.resnet import Encoder
 
 
+@distributed.say_refusals_once()
 def main():
     args = command_line().parse_args()
     cfg = config.load(args.cfg, args.overrides)

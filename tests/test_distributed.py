@@ -11,7 +11,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from processes import ROOT, run
+from processes import ROOT, group, run
 
 from engine import distributed, signals
 
@@ -407,3 +407,79 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
         tmp_path, "train_pretrain.py", *TINY, "optim.batch_size=33", processes=2, check=False
     )
     assert done.returncode != 0 and "batch_size 33 does not divide by 2 processes" in done.stderr
+
+
+# -------------------------------------------------- what the processes say as they end
+
+
+def refusals():
+    """What each of two processes ends with that refuse alike, alone, and otherwise."""
+    distributed.start("cpu")
+    rank, ends = distributed.rank(), []
+    store = distributed.object_store.store
+    for sentences in (("alike", "alike"), (None, "alone"), ("one", "another")):
+        try:
+            with distributed.say_refusals_once():
+                if sentences[rank]:
+                    raise SystemExit(sentences[rank])
+            ends.append("none")
+        except SystemExit as refusal:
+            ends.append(refusal.code)
+        distributed.gather_objects(0)
+        if rank == 0:
+            for key in ("last sentence", "left 0", "left 1"):
+                store.delete_key(key)
+        distributed.gather_objects(0)
+    distributed.stop()
+    return ends
+
+
+def test_what_all_processes_refuse_the_first_says(tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.store.LONGEST_ECHO", 0.2)
+    first, second = in_processes(2, refusals, tmp_path)[0]
+    assert first == ["alike", "none", "one"]
+    assert second == [1, "alone", "another"]
+
+
+def test_one_process_says_what_it_refuses():
+    with pytest.raises(SystemExit, match="a sentence"), distributed.say_refusals_once():
+        raise SystemExit("a sentence")
+
+
+@pytest.mark.slow
+def test_a_script_in_two_processes_refuses_once(tmp_path):
+    quickstart = os.path.join(ROOT, "yaml", "quickstart.yaml")
+    arguments = ["--cfg", quickstart, "data.limit=24", "optim.batch_size=12", "model.bn_splits=5"]
+    done = run(tmp_path, "train_pretrain.py", *arguments, processes=2, check=False)
+    assert "which optim.accumulate 1 times model.bn_splits 5" in done.stderr.replace("\n", " ")
+    assert (tmp_path / "said1.err").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    "environment, sentence",
+    [
+        (
+            {"RANK": "0"},
+            "RANK=0, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start with torchrun",
+        ),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, "RANK=3, but not MASTER_ADDR, MASTER_PORT"),
+        (group(2)[0] | {"RANK": "2"}, "RANK=2, WORLD_SIZE=2 and .*RANK below WORLD_SIZE"),
+        (group(2)[0] | {"RANK": "zero"}, "RANK=zero, .* must be whole numbers"),
+        (group(2)[0] | {"MASTER_PORT": "http"}, "MASTER_PORT=http: they must be whole numbers"),
+    ],
+)
+def test_an_environment_with_half_a_process_group_is_refused(environment, sentence, monkeypatch):
+    for name in distributed.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match=sentence):
+        distributed.start("cpu")
+
+
+def test_torch_gets_no_more_threads_than_the_container_has_cores(monkeypatch):
+    limited = []
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(distributed, "limit_threads", lambda: limited.append(True))
+    distributed.start("cpu")
+    assert limited == [True]
