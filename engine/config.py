@@ -40,8 +40,8 @@ OPTIONAL = ("finetune", "detect")
 # The key of a section that chooses a file, and thereby the other keys; and where the files are.
 CHOICE = {"model": "host", "loss": "name"}
 PACKAGE = {"model": "models", "loss": "losses"}
-# Files in these packages that are no hosts and no methods.
-PARTS = {"__init__", "resnet", "memory", "momentum", "partition", "together"}
+# Parts of hosts and methods, whose classes have the names of their files, too.
+PARTS = ("resnet", "together")
 # `figure` says which of our figures is reported, e.g. "linear top-1": see report.py.
 PAPER = ("table", "row", "column", "figure", "reported", "source")
 TOP = ("name", "seed", "paper", *SECTIONS)
@@ -165,7 +165,7 @@ def check_name(name, path):
     is_one_folder = name not in ("", ".", "..") and not set("/\\") & set(name)
     if not is_one_folder or len(name.encode()) > 200:
         raise SystemExit(
-            f"{path}: name is {brief(name)}; it must name one folder in runs/, in at most 200 bytes"
+            f"{path}: name {brief(name)} must name one folder in runs/, in at most 200 bytes"
         )
 
 
@@ -273,10 +273,19 @@ def find(home):
 
 
 def modules(package):
-    """The methods, or the hosts: files in losses/ or models/. There is no registry."""
+    """The methods of losses/, or the hosts of models/. There is no registry.
+
+    They are the files with a class that has the file's name, in any capitals.
+    """
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    files = os.listdir(os.path.join(root, package))
-    return sorted({file[:-3] for file in files if file.endswith(".py")} - PARTS)
+    names = []
+    for file in sorted(os.listdir(os.path.join(root, package))):
+        name, ending = os.path.splitext(file)
+        if ending == ".py" and name not in PARTS:
+            with open(os.path.join(root, package, file), encoding="utf-8") as module:
+                if re.search(rf"^class {name}\b", module.read(), re.IGNORECASE | re.MULTILINE):
+                    names.append(name)
+    return names
 
 
 def keys_at(home):

@@ -60,9 +60,9 @@ def busy_cores(path="/proc/loadavg"):
     """A sentence that other programs keep the cores busy, or None.
 
     torch's threads wait for one another many times in a step, and each time for the one that got no
-    core. On two cores with two busy programs an epoch took 119 s instead of 1.8 s, and 13 s with
-    one thread (without them: 2.5 s). OMP_WAIT_POLICY=passive made 93 s of it, so it is not the
-    spinning of the threads that costs most.
+    core. With two busy programs on two cores an epoch took 119 s instead of 1.8, and 13 s with one
+    thread (alone: 2.5 s). It is oneDNN's own barrier, in the gradient of bf16 convolutions, that
+    keeps a core busy meanwhile: OMP_WAIT_POLICY and GOMP_SPINCOUNT change little.
     """
     cores = os.cpu_count()
     words = " ".join(read_lines(path)).replace("/", " ").split()  # 2.95 4.02 4.67 3/184 5120

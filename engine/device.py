@@ -36,7 +36,7 @@ def choose(asked=None, process=0, processes=1):
     """The device of one of the processes of this machine.
 
     Args:
-        asked: what --device says (cpu, cuda, cuda:1, mps, xpu ...), or None for the best there is.
+        asked: what --device says (cpu, cuda, cuda:1, mps ...), or None for the best there is.
         process: the number of this process among those that torchrun started on this machine, each
             of which takes an accelerator of its own.
         processes: how many these are.

@@ -301,7 +301,7 @@ def exchange(x, order):
     """Deal the rows of all processes anew.
 
     Row i of rank r has the number r * n + i. Only the rows wanted travel: moco's code sends every
-    process's rows to every process. `exchange(exchange(x, order), order.argsort())` is x.
+    process's rows to every process. With `order.argsort()` the rows go back.
 
     Args:
         x: (n, ...), the rows of this process.
@@ -336,7 +336,7 @@ def gather_with_gradient(x):
 
 
 class Gather(torch.autograd.Function):
-    """`gather`, and backwards the sum over the processes' losses, of which each keeps its part."""
+    """`gather`, and backwards the sum over all processes' losses."""
 
     @staticmethod
     def forward(ctx, x):
@@ -413,9 +413,10 @@ def agree(problem):
 
 @contextlib.contextmanager
 def agreeing():
-    """What refuses (SystemExit) on one process ends all of them, by `agree`. Every process comes.
+    """What refuses (SystemExit) on one process ends all of them, by `agree`.
 
-    One may stay inside for as long as it needs, a slow disk included: see engine/store.py.
+    Every process comes here, and one may stay inside for as long as it needs, a slow disk included:
+    see engine/store.py.
     """
     problem = None
     try:
