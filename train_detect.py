@@ -231,6 +231,7 @@ def check_settings(detect):
         )
 
 
+@distributed.say_refusals_once()
 def main():
     """Fine-tune a detector and evaluate it."""
     args = command_line().parse_args()

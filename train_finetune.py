@@ -230,6 +230,8 @@ class Classifier(nn.Module):
         return self.fc(self.encoder(x, "backbone"))
 
 
+@distributed.say_refusals_once()
+@distributed.say_refusals_once()
 def main():
     args = parse_arguments().parse_args()
     cfg = config.load(args.cfg, args.overrides, also=("finetune",))

@@ -188,6 +188,7 @@ def check_learning_rates(lrs):
         raise ValueError(f"lr {lrs} has one learning rate twice; keep one")
 
 
+@distributed.say_refusals_once()
 def main():
     args = parse_arguments().parse_args()
     cfg = config.load(args.cfg, args.overrides)

@@ -18,6 +18,7 @@ from PIL.Image import Resampling
 
 from engine import device as devices
 from engine import distributed
+from engine.cores import cores_per_process
 
 from .augment import Augment, crop_one_by_one, pil_transforms, select_rows
 from .memory import workers_that_fit
@@ -280,10 +281,8 @@ def put_unless_stopped(made, pair, stop):
 
 def default_workers():
     """How many image workers: the cores of this process, 8 at most."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if not hasattr(os, "sched_getaffinity"):
-        return 2
-    return min(8, max(1, len(os.sched_getaffinity(0)) // here))
+    # macOS and Windows have no affinity masks.
+    return min(8, cores_per_process()) if hasattr(os, "sched_getaffinity") else 2
 
 
 def is_in_memory(dataset, backend="batched"):

@@ -5,9 +5,10 @@ A container has a control group, and so has a SLURM job.
 
 import os
 
+from engine.control_groups import TOP, folders, read_lines
+
 from .workers import InputLost
 
-GROUPS = "/sys/fs/cgroup"
 # A worker's own memory: 30 to 60 MB of its interpreter that it does not share with the process it
 # was forked from, and up to HELD decoded images (data/loader.py), of ImageNet's size 20 MB more.
 WORKER_BYTES = 100_000_000
@@ -36,29 +37,18 @@ def machine_bytes(path="/proc/meminfo"):
     return None
 
 
-def group_bytes(membership="/proc/self/cgroup", groups=GROUPS):
+def group_bytes(membership="/proc/self/cgroup", groups=TOP):
     """What each control group of this process that has a limit leaves, the innermost first.
 
-    For both versions of control groups. A group's own group limits it as well. In a container the
-    names of the outer groups are often not there to be read: what is mounted at the top is the
-    container's own group then, which the walk reaches at its end.
+    For both versions of control groups.
     """
     free = []
-    for line in read_lines(membership):
-        controllers, path = line.split(":", 2)[1:]
-        if controllers == "":
-            top, names = groups, ("memory.max", "memory.current", "")
-        elif "memory" in controllers.split(","):
-            top = os.path.join(groups, "memory")
-            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+    for version, folder in folders("memory", membership, groups):
+        if version == 2:
+            names = "memory.max", "memory.current", ""
         else:
-            continue
-        path = path.strip("/")
-        while True:
-            free += left_in_group(os.path.join(top, path), *names)
-            if not path:
-                break
-            path = os.path.dirname(path)
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        free += left_in_group(folder, *names)
     return free
 
 
@@ -75,15 +65,6 @@ def left_in_group(folder, limit, usage, prefix):
     cache = {f"{prefix}inactive_file", f"{prefix}active_file"}
     pairs = (line.split() for line in read_lines(os.path.join(folder, "memory.stat")))
     return [most - used + sum(int(value) for name, value in pairs if name in cache)]
-
-
-def read_lines(path):
-    """The lines of a small file of the system's; none where it is not there."""
-    try:
-        with open(path) as f:
-            return f.read().splitlines()
-    except OSError:
-        return []
 
 
 def workers_that_fit(workers, batch_bytes, scratch_bytes=0):

@@ -1,11 +1,15 @@
-"""Settings: a YAML file, `key.sub=value` overrides, checked against the signatures of the code that will receive them.
+"""Settings: a YAML file and `key.sub=value` overrides, checked.
 
-The keyword-only arguments of a class or function are its YAML keys, their defaults the only defaults, their annotations the types.
-They are read from the files (engine/signatures.py): neither torch nor torchvision is imported here.
-A file is whole by itself, or says `base: other.yaml` (one level deep, beside it) and holds the difference.
+The keyword-only arguments of a class or function are its YAML keys, their defaults are the only
+defaults, and their annotations are the types. They are read from the files (engine/signatures.py):
+neither torch nor torchvision is imported here.
+
+A file is whole by itself, or it says `base: other.yaml` (a file beside it, and one level deep) and
+holds the difference.
 """
 
 import argparse
+import contextlib
 import copy
 import difflib
 import importlib
@@ -17,9 +21,10 @@ import typing
 
 import yaml
 
-from . import signatures
+from . import console, orphans, signatures
 
-# section -> whose keyword-only arguments its keys are: "module:name"; {key} is filled in from the section itself
+# Each section, and whose keyword-only arguments its keys are ("module:name"). {key} is filled in
+# from the section itself.
 SECTIONS = {
     "data": ["data.datasets:load", "data.loader:Loader"],
     "model": ["models.resnet:Encoder", "models.{host}:{host}"],
@@ -31,25 +36,23 @@ SECTIONS = {
     "finetune": ["train_finetune:Finetune"],
     "detect": ["train_detect:Detect"],
 }
-OPTIONAL = ("finetune", "detect")  # left out unless the file has them, or a script asks
-CHOICE = {
-    "model": "host",
-    "loss": "name",
-}  # the key that chooses the file, and thereby the other keys
+# These are left out unless the file has them, or a script asks for them.
+OPTIONAL = ("finetune", "detect")
+# The key of a section that chooses a file, and thereby the other keys; and where the files are.
+CHOICE = {"model": "host", "loss": "name"}
 PACKAGE = {"model": "models", "loss": "losses"}
-PAPER = (
-    "table",
-    "row",
-    "column",
-    "figure",
-    "reported",
-    "source",
-)  # figure: which of ours it is, e.g. "linear top-1"; see report.py
+# Parts of hosts and methods, whose classes have the names of their files, too.
+PARTS = ("resnet", "together")
+# `figure` says which of our figures is reported, e.g. "linear top-1": see report.py.
+PAPER = ("table", "row", "column", "figure", "reported", "source")
 TOP = ("name", "seed", "paper", *SECTIONS)
 
 
+# ------------------------------------------------------------------------------- the command line
+
+
 def command_line(description):
-    """The arguments that every script shares."""
+    """The arguments that every script shares, as an argparse.ArgumentParser."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -66,54 +69,71 @@ def command_line(description):
     parser.add_argument(
         "--device",
         metavar="NAME",
-        help="cpu, cuda, cuda:1, mps, xpu ...; left out: the accelerator that there is, else the CPU",
+        help="cpu, cuda, cuda:1, mps, xpu ...; "
+        "left out: the accelerator that there is, else the CPU",
     )
-    parser.parse_args = (
-        parser.parse_intermixed_args
-    )  # key=value may stand before and after the options
+    # key=value may stand before and after the options.
+    parser.parse_args = parser.parse_intermixed_args
     return parser
 
 
 def answer_early(parser, also=()):
-    """What a command line can be told before torch is imported, which takes seconds: --help,
-    --print-config and a refusal of the settings end the program here. Else nothing happens.
+    """Prepare this process and read its command line, before torch is imported.
 
-    also: as load's.
+    Importing torch takes seconds. --help, --print-config and a refusal of the settings, which the
+    first process of each machine says, end the program here.
+
+    Args:
+        parser: command_line's.
+        also: see `load`.
+
+    Returns:
+        The arguments and the settings.
     """
+    console.accept_any_character()
+    console.show_warnings_plainly()
+    orphans.end_with_torchrun()
     args = parser.parse_args()
-    settings = load(args.cfg, args.overrides, also)
+    try:
+        settings = load(args.cfg, args.overrides, also)
+    except SystemExit as refusal:
+        # Processes know nothing of one another yet. A file may be missing on one machine alone.
+        raise SystemExit(refusal.code if os.environ.get("LOCAL_RANK", "0") == "0" else 1) from None
     if args.print_config:
         print(text(settings), end="")
         raise SystemExit
+    return args, settings
+
+
+# ---------------------------------------------------------------------------- the settings, whole
 
 
 def load(path, overrides=(), also=()):
-    """A file and overrides -> the resolved settings, defaults filled in. Anything wrong ends the program with one sentence.
+    """Resolve the settings of a file and of overrides, defaults filled in.
 
-    also: sections of OPTIONAL that are filled in though the file has none.
+    Args:
+        path: of a YAML file.
+        overrides: strings `key.sub=value`.
+        also: sections of OPTIONAL that are filled in though the file has none.
+
+    Returns:
+        {section: {key: value}}, and `name`, `seed` and `paper`.
+
+    Raises:
+        SystemExit: one sentence that names what is wrong.
     """
     settings = merge_base(path)
-    for text in sorted(
-        overrides,
-        key=lambda text: text.partition("=")[0] not in ("loss", "model.host", "loss.name"),
-    ):
-        override(
-            settings, text
-        )  # what chooses other keys first: it would take those given before it along
+    # What chooses other keys comes first: it would take those given before it along.
+    for words in sorted(overrides, key=is_no_choice):
+        override(settings, words)
     unknown(settings, TOP, f"{path}:")
-    resolved = {"name": settings.get("name", default_name(path)), "seed": settings.get("seed", 0)}
-    for key, kind in (("name", str), ("seed", int)):
-        resolved[key] = fit(resolved[key], kind, f"{path}: {key}")
+    resolved = {
+        "name": fit(settings.get("name", default_name(path)), str, f"{path}: name"),
+        "seed": fit(settings.get("seed", 0), int, f"{path}: seed"),
+    }
+    check_name(resolved["name"], path)
     if resolved["seed"] < 0:
         raise SystemExit(f"{path}: seed is {resolved['seed']}; it must be at least 0")
-    if (
-        resolved["name"] in ("", ".", "..")
-        or set("/\\") & set(resolved["name"])
-        or len(resolved["name"].encode()) > 200
-    ):
-        raise SystemExit(
-            f"{path}: name is {brief(resolved['name'])}; it must name one folder in runs/, in at most 200 bytes"
-        )
     if "paper" in settings:
         unknown(mapping(settings["paper"], f"{path}: paper"), PAPER, f"{path}: paper.")
         resolved["paper"] = {
@@ -124,74 +144,109 @@ def load(path, overrides=(), also=()):
         if section in OPTIONAL and section not in settings and section not in also:
             continue
         given = settings.get(section, {})
+        where = f"{path}: {section}"
         if section == "loss" and isinstance(given, list):  # several methods at once
             if not given:
-                raise SystemExit(f"{path}: loss is an empty list; give one method or several")
+                raise SystemExit(f"{where} is an empty list; give one method or several")
             resolved[section] = [
-                resolve(section, one, f"{path}: loss[{i}]") for i, one in enumerate(given)
+                resolve(section, method, f"{where}[{i}]") for i, method in enumerate(given)
             ]
         else:
-            resolved[section] = resolve(section, given, f"{path}: {section}")
+            resolved[section] = resolve(section, given, where)
     return resolved
 
 
+def is_no_choice(words):
+    """Does an override `key=value` leave the host and the methods as they are?"""
+    return words.partition("=")[0] not in ("loss", "model.host", "loss.name")
+
+
+def check_name(name, path):
+    """Refuse a name that is no folder's."""
+    is_one_folder = name not in ("", ".", "..") and not set("/\\") & set(name)
+    if not is_one_folder or len(name.encode()) > 200:
+        raise SystemExit(
+            f"{path}: name {brief(name)} must name one folder in runs/, in at most 200 bytes"
+        )
+
+
 def default_name(path):
-    """yaml/ifnd/imagenet_moco.yaml -> ifnd_imagenet_moco; any other file's own name."""
+    """yaml/ifnd/imagenet_moco.yaml -> ifnd_imagenet_moco; of any other file its own name."""
     parts = os.path.splitext(path)[0].split(os.sep)
-    return (
-        "_".join(parts[len(parts) - parts[::-1].index("yaml") :])
-        if "yaml" in parts[:-1]
-        else parts[-1]
-    )
+    if "yaml" not in parts[:-1]:
+        return parts[-1]
+    after_yaml = len(parts) - parts[::-1].index("yaml")
+    return "_".join(parts[after_yaml:])
 
 
 def resolve(section, given, where):
-    """One section as given -> whole, checked."""
+    """Check one section and fill its defaults in.
+
+    Args:
+        section: its name.
+        given: {key: value}, as the file and the command line have it.
+        where: file and section, for sentences.
+    """
     mapping(given, where)
     parameters = {}
     for home in SECTIONS[section]:
         if "{" in home:
-            key = home[home.index("{") + 1 : home.index("}")]
-            there = modules(PACKAGE[section])
+            key = CHOICE[section]
+            choices = modules(PACKAGE[section])
             if key not in given:
-                raise SystemExit(f"{where}.{key} is missing; there are {', '.join(there)}")
-            if given[key] not in there:
+                raise SystemExit(f"{where}.{key} is missing; there are {', '.join(choices)}")
+            if given[key] not in choices:
                 raise SystemExit(
-                    f"{where}.{key} is {brief(given[key])}{nearest(given[key], there)}; there are {', '.join(there)}"
+                    f"{where}.{key} is {brief(given[key])}{nearest(given[key], choices)}; "
+                    f"there are {', '.join(choices)}"
                 )
             parameters[key] = inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=str)
             home = home.replace("{" + key + "}", given[key])
         parameters.update(keys_at(home))
     unknown(given, parameters, where + ".")
-    whole = {}
+    resolved = {}
     for key, parameter in parameters.items():
         if key in given:
-            whole[key] = fit(given[key], parameter.annotation, f"{where}.{key}")
+            resolved[key] = fit(given[key], parameter.annotation, f"{where}.{key}")
         elif parameter.default is inspect.Parameter.empty:
             raise SystemExit(
-                f"{where}.{key} is missing; add it to the file, or {section}.{key}=... to the command line"
+                f"{where}.{key} is missing; add it to the file, or {section}.{key}=... "
+                "to the command line"
             )
         else:
-            whole[key] = copy.copy(parameter.default)  # a list of its own
-    return whole
+            # Settings have a list of their own.
+            resolved[key] = copy.copy(parameter.default)
+    return resolved
 
 
 def build(target, section, file, **given):
-    """Call `target` with the settings of its section that it names, and those of `given` that it names."""
+    """Call a class or function with the settings that it names.
+
+    Args:
+        target: the class or function.
+        section: the settings of its section.
+        file: where the settings come from, for sentences.
+        given: what the script supplies; what the target does not name is left out.
+    """
     names = inspect.signature(target).parameters
+    keys = yaml_keys(target)
     try:
         return target(
-            **{k: v for k, v in given.items() if k in names},
-            **{k: section[k] for k in yaml_keys(target)},
+            **{name: value for name, value in given.items() if name in names},
+            **{key: section[key] for key in keys},
         )
     except ValueError as error:
-        raise SystemExit(f"{file}: {error}")
-    except RuntimeError as error:  # torch's; of anything else we want to see where
+        raise SystemExit(f"{file}: {error}") from None
+    except RuntimeError as error:
+        # Of any other error we want to see where it was raised.
         if "memory" not in str(error) and "overflow" not in str(error):
             raise
+        sizes = [key for key in keys if type(section[key]) is int]
+        reason = " ".join(str(error).split())[:200]
         raise SystemExit(
-            f"{file}: this takes more memory than there is ({' '.join(str(error).split())[:200]}); lower its sizes"
-        )
+            f"{file}: this takes more memory than there is ({reason}); "
+            f"lower {' or '.join(sizes) or 'the number of images'}"
+        ) from None
 
 
 def chosen(settings, section):
@@ -201,69 +256,82 @@ def chosen(settings, section):
 
 
 def several(loss):
-    """The settings of `loss`, one method or a list of them -> the list."""
+    """The settings of `loss`, one method or a list of them, as a list."""
     return loss if isinstance(loss, list) else [loss]
 
 
 def find(home):
-    """ "module:name" -> the class or function. A method's class has its file's name, in any capitals: losses/ring.py, Ring."""
-    module, name = home.split(":")
-    module = importlib.import_module(module)
-    return getattr(module, name, None) or next(
-        v for k, v in vars(module).items() if k.lower() == name and inspect.isclass(v)
-    )
+    """Import "module:name".
+
+    A method's class has its file's name, in any capitals: losses/ring.py has Ring.
+    """
+    path, name = home.split(":")
+    module = importlib.import_module(path)
+    if hasattr(module, name):
+        return getattr(module, name)
+    classes = (value for value in vars(module).values() if inspect.isclass(value))
+    return next(value for value in classes if value.__name__.lower() == name)
 
 
 def modules(package):
-    """The methods, or the hosts: the files in losses/, or those in models/ that are not parts of hosts. There is no registry."""
-    folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), package)
-    return sorted(
-        {f[:-3] for f in os.listdir(folder) if f.endswith(".py")}
-        - {"__init__", "base", "checks", "diagnostics", "partition", "together"}
-        - {"resnet", "memory", "momentum", "rcnn", "views"}
-    )
+    """The methods of losses/, or the hosts of models/. There is no registry.
+
+    They are the files with a class that has the file's name, in any capitals.
+    """
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    names = []
+    for file in sorted(os.listdir(os.path.join(root, package))):
+        name, ending = os.path.splitext(file)
+        if ending == ".py" and name not in PARTS:
+            with open(os.path.join(root, package, file), encoding="utf-8") as module:
+                if re.search(rf"^class {name}\b", module.read(), re.IGNORECASE | re.MULTILINE):
+                    names.append(name)
+    return names
 
 
 def keys_at(home):
-    """keys_of_choice of "module:name"; its module is imported only where that cannot be avoided."""
+    """As `keys_of_choice`, of "module:name", which is imported only where there is no other way."""
     try:
         return signatures.keyword_only(home)
-    except signatures.Unreadable:
+    except signatures.UnreadableError:
         return keys_of_choice(find(home))
 
 
 def keys_of_choice(target):
-    """The keys that a host or a loss brings: its own, and those that the Encoder of a host which
-    has one of its own (CMC) adds to the common one's.
+    """The keys that a host or a method brings.
+
+    They are its own, and those that the Encoder of a host which has one (CMC) adds to the common
+    Encoder's.
     """
     keys = yaml_keys(target)
     if hasattr(target, "Encoder"):
         common = yaml_keys(target.Encoder.__base__)
-        keys |= {k: p for k, p in yaml_keys(target.Encoder).items() if k not in common}
+        added = yaml_keys(target.Encoder)
+        keys |= {key: parameter for key, parameter in added.items() if key not in common}
     return keys
 
 
 def yaml_keys(target):
-    """Its keyword-only arguments. A class that hands **settings on has its parent's as well."""
-    inherited = {}
-    if inspect.isclass(target) and any(
-        p.kind is inspect.Parameter.VAR_KEYWORD
-        for p in inspect.signature(target).parameters.values()
-    ):
-        inherited = yaml_keys(target.__base__)
+    """The keyword-only arguments of a class or function, as a dict of inspect.Parameter.
+
+    A class that hands **settings on has its parent's as well.
+    """
+    parameters = inspect.signature(target).parameters.values()
+    hands_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    keys = yaml_keys(target.__base__) if inspect.isclass(target) and hands_on else {}
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    own = {
-        k: p.replace(annotation=hints.get(k, typing.Any))
-        for k, p in inspect.signature(target).parameters.items()
-        if p.kind is inspect.Parameter.KEYWORD_ONLY
-    }
-    return inherited | own
+    for parameter in parameters:
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            kind = hints.get(parameter.name, typing.Any)
+            keys[parameter.name] = parameter.replace(annotation=kind)
+    return keys
 
 
-# ---------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------- reading
 
 
 def merge_base(path):
+    """The settings of a file, put over those of its base, if it has one."""
     settings = read(path)
     if "base" not in settings:
         return settings
@@ -276,15 +344,16 @@ def merge_base(path):
     base = read(base_path)
     if "base" in base:
         raise SystemExit(
-            f"{base_path}: is itself built on a base ({base['base']}); base goes one level deep, so name that file in {path}"
+            f"{base_path}: is itself built on a base ({base['base']}); base goes one level deep, "
+            f"so name that file in {path}"
         )
-    base.pop("paper", None)  # a row's header is its own
+    # The name and the paper's row are each file's own.
+    base.pop("paper", None)
     base.pop("name", None)
     for section, value in settings.items():
         if isinstance(value, dict) and isinstance(base.get(section), dict):
-            for key in sorted(
-                value, key=lambda k: k != CHOICE.get(section)
-            ):  # the choice of host or method first
+            # The choice of host or method comes first.
+            for key in sorted(value, key=lambda key: key != CHOICE.get(section)):
                 put(base[section], section, key, value[key])
         else:
             base[section] = value
@@ -292,153 +361,190 @@ def merge_base(path):
 
 
 class Plain(yaml.SafeLoader):
-    """YAML less what would be taken otherwise than it is meant, in silence (a key twice, 010 for 8, 1:30 for 90), and less what no setting needs: tags, and
-    aliases, whose nests grow without bound.
+    """YAML without what is easily misread, and without what settings do not need.
+
+    A key that stands twice, 010 (which is 8) and 1:30 (which is 90) would be taken otherwise than
+    they are meant, without a word. Tags are not needed, nor are aliases, whose nests grow without
+    bound.
     """
 
     def compose_node(self, parent, index):
+        """Refuse aliases and tags."""
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             raise ValueError(
-                f"*{event.anchor} stands for what is written elsewhere; write it out, or build on another file with base"
+                f"*{event.anchor} stands for what is written elsewhere; "
+                f"write it out{in_line(event)}, or build on another file with base"
             )
         if event.tag is not None:
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
             raise ValueError(
-                f"{event.tag.replace('tag:yaml.org,2002:', '!!')} is a tag, and settings have none; leave it out"
+                f"{tag}{in_line(event)} is a tag, and settings have none; leave it out"
             )
         return super().compose_node(parent, index)
 
     def compose_scalar_node(self, anchor):
+        """Refuse numbers to the base of 8 or 60."""
         node = super().compose_scalar_node(anchor)
-        if node.tag.endswith((":int", ":float")) and (
-            ":" in node.value or re.fullmatch("[-+]?0[0-7_]+", node.value)
-        ):
+        is_number = node.tag.endswith((":int", ":float"))
+        is_octal = re.fullmatch("[-+]?0[0-7_]+", node.value)
+        if is_number and (":" in node.value or is_octal):
             raise ValueError(
-                f"{brief(node.value)} would be read to the base of {60 if ':' in node.value else 8}; write the number that is meant, and a word in quotes"
+                f"{brief(node.value)}{in_line(node)} would be read to the base of "
+                f"{60 if ':' in node.value else 8}; write the number that is meant, "
+                "and a word in quotes"
             )
         return node
 
     def compose_mapping_node(self, anchor):
-        node, first = super().compose_mapping_node(anchor), {}
+        """Refuse a key that stands twice."""
+        node = super().compose_mapping_node(anchor)
+        first = {}
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and first.setdefault(key.value, key) is not key:
                 lines = sorted({first[key.value].start_mark.line + 1, key.start_mark.line + 1})
                 raise ValueError(
-                    f"{shown(key.value)} stands twice, in line {' and '.join(map(str, lines))}; keep one"
+                    f"{shown(key.value)} stands twice, in line "
+                    f"{' and '.join(map(str, lines))}; keep one"
                 )
         return node
 
 
-def parse(text, where):
-    """YAML, of a string or an open file."""
+def in_line(node):
+    """Where in a file a YAML node or event stands; a value on the command line has one line."""
+    mark = node.start_mark
+    return "" if mark.name.startswith("<") else f" in line {mark.line + 1}"
+
+
+def parse(stream, where):
+    """Read YAML from a string or an open file. where: what it is, for sentences."""
     try:
-        return yaml.load(text, Plain)
+        return yaml.load(stream, Plain)
     except yaml.YAMLError as error:
-        raise SystemExit(f"{where} is not YAML: {' '.join(str(error).split())[:300]}")
+        raise SystemExit(f"{where} is not YAML: {' '.join(str(error).split())[:300]}") from None
     except RecursionError:
-        raise SystemExit(f"{where} cannot be read: it is nested too deep")
-    except ValueError as error:  # Plain's, and what PyYAML leaves to Python: month 13, bytes that are not UTF-8, a million digits
-        raise SystemExit(f"{where} cannot be read: {error}")
+        raise SystemExit(f"{where} cannot be read: it is nested too deep") from None
+    except ValueError as error:
+        # Plain's, and what PyYAML leaves to Python: month 13, bytes that are not UTF-8, a number
+        # of a million digits.
+        raise SystemExit(f"{where} cannot be read: {error}") from None
 
 
 def read(path):
+    """The settings in a YAML file, as they stand there."""
     try:
-        with open(path, encoding="utf-8") as f:
-            settings = parse(f, path)
+        with open(path, encoding="utf-8") as file:
+            settings = parse(file, path)
     except FileNotFoundError:
         folder = os.path.dirname(path) or "."
-        there = (
-            sorted(f for f in os.listdir(folder) if f.endswith(".yaml"))
-            if os.path.isdir(folder)
-            else []
-        )
-        raise SystemExit(f"{path} does not exist{nearest(os.path.basename(path), there)}")
+        files = os.listdir(folder) if os.path.isdir(folder) else []
+        yaml_files = sorted(file for file in files if file.endswith(".yaml"))
+        guess = nearest(os.path.basename(path), yaml_files)
+        raise SystemExit(f"{path} does not exist{guess}") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise SystemExit(f"{shown(path)} cannot be read: {error}")
+        raise SystemExit(f"{shown(path)} cannot be read: {error}") from None
     return mapping(settings if settings is not None else {}, path)
 
 
-def override(settings, text):
-    key, equals, value = text.partition("=")
+def override(settings, words):
+    """Put an override of the command line, `key.sub=value`, into the settings."""
+    key, equals, value = words.partition("=")
+    where = f"{brief(words)} on the command line"
     if not equals or not key:
-        raise SystemExit(
-            f"{brief(text)} on the command line is not key=value, e.g. optim.epochs=10"
-        )
-    value = parse(value, f"{brief(text)} on the command line: the value")
+        raise SystemExit(f"{where} is not key=value, e.g. optim.epochs=10")
+    value = parse(value, f"{where}: the value")
     *path, last = key.split(".")
     if key == "loss" and isinstance(value, list):  # loss=[{name: ifnd}, {name: ring}]
         settings[key] = value
         return
-    if path[:1] == ["loss"] and isinstance(
-        settings.get("loss"), list
-    ):  # loss.ring.inner=0.05, of a list
-        named = {
-            str(one["name"]): one
-            for one in settings["loss"]
-            if isinstance(one, dict) and "name" in one
-        }
-        if len(path) != 2 or path[1] not in named or last == "name":
-            raise SystemExit(
-                f"{brief(text)} on the command line: loss is a list, so a key of it is loss.<name>.key, with one of {', '.join(map(shown, named))}"
-            )
-        put(named[path[1]], "loss", last, value)
+    if path[:1] == ["loss"] and isinstance(settings.get("loss"), list):
+        override_in_list(settings["loss"], path[1:], last, value, where)
         return
     if len(path) > 1 or (not path and last in (*SECTIONS, "base")):
         raise SystemExit(
-            f"{brief(text)} on the command line: a key is section.key, e.g. optim.epochs, or one of name and seed"
+            f"{where}: a key is section.key, e.g. optim.epochs, or one of name and seed"
         )
     if not path:
         settings[last] = value
         return
     if path[0] not in (*SECTIONS, "paper"):
         raise SystemExit(
-            f"command line: {shown(path[0])} is not a section{nearest(path[0], SECTIONS)}; there are {', '.join(SECTIONS)}"
+            f"command line: {shown(path[0])} is not a section{nearest(path[0], SECTIONS)}; "
+            f"there are {', '.join(SECTIONS)}"
         )
     put(mapping(settings.setdefault(path[0], {}), path[0]), path[0], last, value)
 
 
-def put(section, name, key, value):
-    """Set a key. Another host takes none of the old host's keys along (MoCo's `momentum` is not IR's); another method, those that it shares."""
-    old = section.get(key)
-    if (
-        key == CHOICE.get(name)
-        and old != value
-        and old in modules(PACKAGE[name])
-        and value in modules(PACKAGE[name])
-    ):
-        before, after = (
-            set(keys_at(SECTIONS[name][-1].replace("{" + key + "}", v))) for v in (old, value)
+def override_in_list(methods, path, key, value, where):
+    """Set a key of one method of several: loss.ring.inner=0.05. path: ["ring"]."""
+    by_name = {
+        str(method["name"]): method
+        for method in methods
+        if isinstance(method, dict) and "name" in method
+    }
+    if len(path) != 1 or path[0] not in by_name or key == "name":
+        raise SystemExit(
+            f"{where}: loss is a list, so a key of it is loss.<name>.key, "
+            f"with one of {', '.join(map(shown, by_name))}"
         )
+    put(by_name[path[0]], "loss", key, value)
+
+
+def put(section, name, key, value):
+    """Set a key of a section.
+
+    Another host takes none of the old host's keys along (MoCo's `momentum` is not IR's); another
+    method takes those that it shares.
+
+    Args:
+        section: its settings, which are changed.
+        name: the section's name.
+        key: a key of it.
+        value: what it becomes.
+    """
+    old = section.get(key)
+    is_choice = key == CHOICE.get(name) and old != value
+    # What is wrong (a list, say) is refused later.
+    if is_choice and all(choice in modules(PACKAGE[name]) for choice in (old, value)):
+        home = SECTIONS[name][-1]
+        before = set(keys_at(home.replace("{" + key + "}", old)))
+        after = set(keys_at(home.replace("{" + key + "}", value)))
         for stale in before if name == "model" else before - after:
             section.pop(stale, None)
     section[key] = value
 
 
 def mapping(value, where):
+    """The value, if it holds keys and values; where: what it is, for the sentence."""
     if not isinstance(value, dict):
         raise SystemExit(f"{where} is {brief(value)}; it must hold keys and values")
     return value
 
 
 def unknown(given, known, where):
+    """Refuse keys in `given` that are not in `known`."""
     for key in given:
         if key not in known:
+            space = "" if where.endswith(".") else " "
             raise SystemExit(
-                f"{where}{'' if where.endswith('.') else ' '}{shown(key)} is not a setting{nearest(key, known)}; there are {', '.join(known)}"
+                f"{where}{space}{shown(key)} is not a setting{nearest(key, known)}; "
+                f"there are {', '.join(known)}"
             )
 
 
-def nearest(word, words):
-    close = (
-        difflib.get_close_matches(word, list(words), n=1, cutoff=0.4)
-        if isinstance(word, str)
-        else []
-    )
-    return f"; did you mean {close[0]}?" if close else ""
+# ----------------------------------------------------------------------------- words of sentences
+
+
+def nearest(name, names):
+    """`; did you mean ...?` if one of the names is similar, else nothing."""
+    if not isinstance(name, str):
+        return ""
+    similar = difflib.get_close_matches(name, list(names), n=1, cutoff=0.4)
+    return f"; did you mean {similar[0]}?" if similar else ""
 
 
 def brief(value):
-    """A value in a sentence: repr, cut where it is long."""
+    """A value in a sentence: its repr, cut where it is long."""
     try:
         words = repr(value)
     except (ValueError, RecursionError):  # 0xfff..., of more digits than Python writes
@@ -448,54 +554,68 @@ def brief(value):
 
 def shown(key):
     """A key in a sentence: as it is, if it is a word."""
-    return (
-        key
-        if isinstance(key, str) and key and key.isprintable() and len(key) <= 200
-        else brief(key)
-    )
+    is_word = isinstance(key, str) and key and key.isprintable() and len(key) <= 200
+    return key if is_word else brief(key)
 
 
-# ---------------------------------------------------------------------------------------------------- types
+# ------------------------------------------------------------------------------------------ types
 
 
 def fit(value, kind, where):
-    """Value as `kind` (int, float, bool, str, list[...], Literal[...], a union with None), or one sentence."""
+    """A value as the type that its key has.
+
+    Args:
+        value: as YAML reads it.
+        kind: int, float, bool, str, list[...], Literal[...], or a union with None.
+        where: file and key, for the sentence.
+
+    Raises:
+        SystemExit: one sentence that says what the value must be.
+    """
     if kind is typing.Any:
         return value
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
-        if value not in inner or isinstance(value, bool) != any(
-            v is value for v in inner if isinstance(v, bool)
-        ):
-            raise SystemExit(
-                f"{where} is {brief(value)}{nearest(value, map(str, inner))}; it must be one of {', '.join(map(str, inner))}"
-            )
-        return value
-    if inner and origin is not list:  # a union: the first that fits
-        for one in inner:
-            try:
-                return fit(value, one, where)
-            except SystemExit:
-                pass
-        raise SystemExit(f"{where} is {brief(value)}; it must be {' or '.join(map(word, inner))}")
+        return fit_literal(value, inner, where)
     if origin is list:
         if not isinstance(value, list):
             raise SystemExit(f"{where} is {brief(value)}; it must be {word(kind)}")
-        return [fit(v, inner[0], f"{where}[{i}]") for i, v in enumerate(value)]
+        return [fit(item, inner[0], f"{where}[{i}]") for i, item in enumerate(value)]
+    if inner:  # a union: the first that fits
+        for member in inner:
+            try:
+                return fit(value, member, where)
+            except SystemExit:
+                pass
+        raise SystemExit(f"{where} is {brief(value)}; it must be {' or '.join(map(word, inner))}")
+    return fit_plain(value, kind, where)
+
+
+def fit_literal(value, choices, where):
+    """As `fit`, of one of several values."""
+    # 1 == True, but a number is no yes or no.
+    is_choice = any(value == c and isinstance(value, bool) == isinstance(c, bool) for c in choices)
+    if not is_choice:
+        names = [str(choice) for choice in choices]
+        raise SystemExit(
+            f"{where} is {brief(value)}{nearest(value, names)}; "
+            f"it must be one of {', '.join(names)}"
+        )
+    return value
+
+
+def fit_plain(value, kind, where):
+    """As `fit`, of int, float, bool, str or None."""
     if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4, without a point, as a word
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
-    if (
-        kind in (int, float) and type(value) is int and abs(value) > 2**53
-    ):  # beyond, a float is not exact, and no count or seed needs it
+    # Beyond 2 ** 53 a float is not exact, and no count or seed needs it.
+    if kind in (int, float) and type(value) is int and abs(value) > 2**53:
         raise SystemExit(f"{where} is {brief(value)}; it must be {word(kind)}, of 2 ** 53 at most")
     if kind is float and type(value) is int:
         value = float(value)
-    if (
-        type(value) is not kind or kind is float and not math.isfinite(value)
-    ):  # NaN and infinity are no numbers here
+    # NaN and infinity are no numbers here.
+    if type(value) is not kind or kind is float and not math.isfinite(value):
         raise SystemExit(f"{where} is {brief(value)}; it must be {word(kind)}")
     if kind is str and not (value.isprintable() and len(value) <= 1000):
         raise SystemExit(
@@ -505,46 +625,53 @@ def fit(value, kind, where):
 
 
 def word(kind):
+    """A type in a sentence."""
     if typing.get_origin(kind) is list:
-        return f"a list of {word(typing.get_args(kind)[0]).split(' ', 1)[1]}s"
-    return {
+        item = word(typing.get_args(kind)[0]).split(" ", 1)[1]
+        return f"a list of {item}s"
+    words = {
         int: "a whole number",
         float: "a number",
         bool: "true or false",
         str: "a word",
         type(None): "null",
-    }.get(kind, str(kind))
+    }
+    return words.get(kind, str(kind))
 
 
-# ---------------------------------------------------------------------------------------------------- writing
+# ---------------------------------------------------------------------------------------- writing
 
 
 def text(settings):
     """Resolved settings as YAML, a line a section."""
-    return "".join(
-        f"{key}: {yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).strip().removesuffix('...').strip()}\n"
-        for key, value in settings.items()
-    )
+    lines = []
+    for section, value in settings.items():
+        dumped = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6)
+        # PyYAML ends a document that is one value with "...".
+        lines.append(f"{section}: {dumped.strip().removesuffix('...').strip()}\n")
+    return "".join(lines)
 
 
 def keep(settings, folder):
-    """config.yaml for a row of its own, which evaluates another run's weights; one that training wrote stays."""
+    """Write config.yaml, where training has not written one.
+
+    A file that evaluates another run's weights is a row of its own.
+    """
     path = os.path.join(folder, "config.yaml")
     if not os.path.exists(path):
-        with open(path, "w") as f:
-            f.write(text(settings))
+        with open(path, "w") as file:
+            file.write(text(settings))
 
 
 def difference(old, new, ignore=()):
-    """The first setting that differs, as words, or None."""
-    for section in [*old, *(k for k in new if k not in old)]:
+    """The first setting that differs, as words, or None. ignore: sections, and section.key."""
+    for section in [*old, *(section for section in new if section not in old)]:
         a, b = old.get(section), new.get(section)
         if section in ignore or a == b:
             continue
-        if isinstance(a, dict) and isinstance(b, dict):
-            for key in [*a, *(k for k in b if k not in a)]:
-                if f"{section}.{key}" not in ignore and a.get(key) != b.get(key):
-                    return f"{section}.{key} was {a.get(key)!r} and is now {b.get(key)!r}"
-        else:
+        if not isinstance(a, dict) or not isinstance(b, dict):
             return f"{section} was {a!r} and is now {b!r}"
+        for key in [*a, *(key for key in b if key not in a)]:
+            if f"{section}.{key}" not in ignore and a.get(key) != b.get(key):
+                return f"{section}.{key} was {a.get(key)!r} and is now {b.get(key)!r}"
     return None

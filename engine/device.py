@@ -35,12 +35,15 @@ current = torch.device("cpu")  # the device that use() was given; set once, by d
 def choose(asked=None, process=0, processes=1):
     """The device of one of the processes of this machine.
 
-    asked: what --device says (cpu, cuda, cuda:1, mps, xpu ...), or None for the best there is.
-    process, processes: the place of this process among those that torchrun started on this
-    machine, each of which takes an accelerator of its own.
+    Args:
+        asked: what --device says (cpu, cuda, cuda:1, mps ...), or None for the best there is.
+        process: the number of this process among those that torchrun started on this machine, each
+            of which takes an accelerator of its own.
+        processes: how many these are.
 
-    Raises SystemExit, with one sentence, for a device that is not there and for a GPU that the
-    installed torch has no kernels for.
+    Raises:
+        SystemExit: one sentence, for a device that is not there and for a GPU that the installed
+            torch has no kernels for.
     """
     if asked in ("cpu", "cpu:0"):  # whatever else there is stays untouched
         return torch.device("cpu")
@@ -67,22 +70,24 @@ def accelerator():
     """The kind of accelerator that is ready here ("cuda", "mps", "xpu") or None, and how many."""
     with warnings.catch_warnings():  # what torch warns of, cuda_problem() says
         warnings.simplefilter("ignore")
-        found = torch.accelerator.current_accelerator(check_available=True)
-        if found is None or found.type == "cuda" and cuda_problem():
+        device = torch.accelerator.current_accelerator(check_available=True)
+        if device is None or device.type == "cuda" and cuda_problem():
             return None, 0
-        return found.type, torch.accelerator.device_count()
+        return device.type, torch.accelerator.device_count()
 
 
 def named(asked, kind, count):
     """What --device says, as a torch.device without a number where none was given."""
-    there = ["cpu"]
+    names = ["cpu"]
     if kind:
-        there += [kind] if kind == "mps" else [f"{kind}:{i}" for i in range(count)]
-    listed = ", ".join(there)
+        names += [kind] if kind == "mps" else [f"{kind}:{i}" for i in range(count)]
+    listed = ", ".join(names)
     try:
         device = torch.device(asked)
     except RuntimeError:
-        raise SystemExit(f"--device {asked} is no device of torch's; here it sees {listed}")
+        raise SystemExit(
+            f"--device {asked} is no device of torch's; here it sees {listed}"
+        ) from None
     if device.type != kind or (device.index or 0) >= count:
         problem = device.type == "cuda" and cuda_problem()
         why = f": {problem}" if problem else f"; torch {torch.__version__} sees {listed} here"
@@ -150,30 +155,34 @@ def cuda_problem():
     # variable PYTORCH_NVML_BASED_CUDA_CHECK is set, is True beside a driver that is too old.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        available = torch.cuda.is_available()
+        is_available = torch.cuda.is_available()
         try:
             torch.cuda.init()
             return None
         except (RuntimeError, AssertionError) as error:
-            words = [str(error)]
-    if not available:
-        words += [str(w.message) for w in caught if "CUDA" in str(w.message)]
-    old = next((w for w in words if "too old" in w), None)
-    if old:
-        return driver_too_old(old)
+            reasons = [str(error)]
+    if not is_available:
+        warned = [str(warning.message) for warning in caught]
+        reasons += [reason for reason in warned if "CUDA" in reason]
+    too_old = next((reason for reason in reasons if "too old" in reason), None)
+    if too_old:
+        return driver_too_old(too_old)
     # A machine without a GPU says one of these, and nothing is wrong with it.
-    silent = ("Found no NVIDIA driver", "No CUDA GPUs are available", "no CUDA-capable device")
-    odd = [w for w in words if not any(s in w for s in silent)]
-    if not odd:
+    usual = ("Found no NVIDIA driver", "No CUDA GPUs are available", "no CUDA-capable device")
+    reasons = [reason for reason in reasons if not any(words in reason for words in usual)]
+    if not reasons:
         return None
-    first = odd[0].strip().splitlines()[0].removeprefix("CUDA initialization: ").rstrip(".")
+    first = reasons[0].strip().splitlines()[0].removeprefix("CUDA initialization: ").rstrip(".")
     return f"torch {torch.__version__} cannot use the GPU ({first})"
 
 
-def driver_too_old(words):
-    """words: torch's own, which hold the CUDA version that the driver serves: 11040 is 11.4."""
-    found = re.search(r"found version (\d+)", words)
-    version = int(found[1]) if found else 0
+def driver_too_old(reason):
+    """A sentence for a driver that is too old, with what to do.
+
+    reason: torch's own, which holds the CUDA version that the driver serves: 11040 is 11.4.
+    """
+    match = re.search(r"found version (\d+)", reason)
+    version = int(match[1]) if match else 0
     serves = f", which serves CUDA {version // 1000}.{version % 1000 // 10}," if version else ""
     way_out = "update the driver"
     # A driver of CUDA 12.0 serves every build for CUDA 12.
@@ -186,7 +195,7 @@ def driver_too_old(words):
 
 
 def release(version):
-    """ "12.6" -> (12, 6)."""
+    """The string 12.6 as (12, 6)."""
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
 
@@ -223,13 +232,13 @@ def serves(kernels, capability):
     it: sm_90a and compute_90a run on 9.0 alone, sm_100f on its family, which is its major.
     """
     for name in kernels:
-        found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name)
-        if not found:
+        match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name)
+        if not match:
             continue
-        code = int(found[2]), int(found[3])
-        if found[4] == "a":
+        code = int(match[2]), int(match[3])
+        if match[4] == "a":
             fits = capability == code
-        elif found[1] == "compute" and not found[4]:
+        elif match[1] == "compute" and not match[4]:
             fits = capability >= code
         else:
             fits = capability[0] == code[0] and capability >= code

@@ -1,5 +1,6 @@
-"""One process or many: every function here does nothing in one process, so that `python` and
-`torchrun` run the same program.
+"""One process or many: every function here does nothing in one process.
+
+So `python` and `torchrun` run the same program.
 
 Two ways lead from process to process. Tensors go by collectives, which have a time limit (NCCL's
 default: 10 minutes), because a process that waits for longer in a training step waits for one that
@@ -24,33 +25,66 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import device as devices
 from . import signals
+from .cores import busy_cores, limit_threads
 from .store import ObjectStore, pack, unpack
 
 LARGEST_IN_STORE = 2**20  # bytes of a packed object; a larger one goes by a collective
 
-sent = 0  # bytes that this process has given to others, DDP's gradients aside; benchmarks/step.py
-object_store = None  # this process's ObjectStore; None where no process group was joined
-node_firsts = [0]  # for each rank, the first rank on its node
+ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
+
+# Bytes that this process has given to others, DDP's gradients aside: for benchmarks/step.py.
+sent = 0
+# This process's ObjectStore; None where no process group was joined.
+object_store = None
+# For each rank, the first rank on its node.
+node_firsts = [0]
 
 
 def start(asked=None, timeout=None):
-    """Join the process group that torchrun announces, if it does. -> the device of this process.
+    """Join the process group that torchrun announces, if it does.
 
-    asked: what --device says; see engine/device.py. timeout: a datetime.timedelta for collectives,
-    None for torch's own.
+    Args:
+        asked: what --device says; see engine/device.py.
+        timeout: a datetime.timedelta for collectives, None for torch's own.
 
-    Raises SystemExit, said once, where a process cannot have its device, and where the devices of
-    the processes are of unlike kinds.
+    Returns:
+        The device of this process.
+
+    Raises:
+        SystemExit: said once, where a process cannot have its device, where the devices of the
+            processes are of unlike kinds, and where the environment announces half a group.
     """
+    limit_threads()
     if "RANK" not in os.environ:  # the one test: torchrun sets it
         device = devices.choose(asked)
         devices.use(device)
     else:
+        check_environment()
         device = join(asked, timeout)
     problem = why_cpu(asked, device)
     if problem:
         say(f"WARNING: {problem}; until then everything runs on the CPU")
+    problem = busy_cores() if device.type == "cpu" else None
+    if problem:
+        say(f"WARNING: {problem}")
     return device
+
+
+def check_environment():
+    """Refuse a RANK without the rest of what torchrun sets, and numbers that are none."""
+    missing = [name for name in ENVIRONMENT if name not in os.environ]
+    if missing:
+        raise SystemExit(
+            f"the environment has RANK={os.environ['RANK']}, but not {', '.join(missing)}: "
+            "start with torchrun, which sets them all, or unset RANK for one process"
+        )
+    rank, world, port = (os.environ[n] for n in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    are_numbers = all(number.isdecimal() for number in (rank, world, port))
+    if not are_numbers or int(rank) >= int(world):
+        raise SystemExit(
+            f"the environment has RANK={rank}, WORLD_SIZE={world} and MASTER_PORT={port}: they "
+            "must be whole numbers, RANK below WORLD_SIZE; torchrun sets them so"
+        )
 
 
 def why_cpu(asked, device):
@@ -61,16 +95,11 @@ def why_cpu(asked, device):
 def join(asked, timeout):
     """Join the process group. -> the device of this process."""
     global object_store, node_firsts
-    store, own, world = next(rendezvous("env://"))
+    store, rank, world = next(rendezvous("env://"))
     # torchrun keeps its store when it restarts, where the addresses of the lost processes stand.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt {attempt}", store)
-    object_store = ObjectStore(
-        dist.PrefixStore("objects", store),
-        own,
-        world,
-        in_first=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-    )
+    object_store = ObjectStore(*store_of_objects(store, rank, world))
 
     device = refusal = None
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -82,22 +111,43 @@ def join(asked, timeout):
     node = os.environ.get("GROUP_RANK", socket.gethostname())
     kind, why = (None, None) if refusal else (device.type, why_cpu(asked, device))
     reports = object_store.gather((refusal, kind, why, node))
-    refuse_unlike(reports, own)
+    refuse_unlike(reports, rank)
     nodes = [node for *_, node in reports]
     node_firsts = [nodes.index(node) for node in nodes]
 
     devices.use(device)
     dist.init_process_group(
-        devices.backend(device.type), store=store, rank=own, world_size=world, timeout=timeout
+        devices.backend(device.type), store=store, rank=rank, world_size=world, timeout=timeout
     )
-    sys.excepthook = shorten_lost_connections(own, sys.excepthook)
+    sys.excepthook = shorten_lost_connections(rank, sys.excepthook)
     return device
 
 
-def refuse_unlike(reports, own):
+def store_of_objects(store, rank, world):
+    """What an ObjectStore is made of: store, rank, world, and whether the store is rank 0's own.
+
+    torchrun's store goes when torchrun is killed. On one machine rank 0 therefore keeps another
+    one, by which the processes still agree on a last checkpoint. Between machines only the ports
+    that torchrun was given may be open.
+    """
+    is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
+    if not is_torchruns or not is_one_machine or world == 1:
+        return dist.PrefixStore("objects", store), rank, world, not is_torchruns
+    if rank == 0:
+        own_store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store.set("port of objects", str(own_store.port))
+    else:
+        own_store = dist.TCPStore("127.0.0.1", int(store.get("port of objects")))
+    return own_store, rank, world, True
+
+
+def refuse_unlike(reports, rank):
     """End all processes, with one sentence, unless each has a device and all are of one kind.
 
-    reports: of each rank (refusal, kind of device, why it is the CPU, node). own: this rank.
+    Args:
+        reports: of each rank (refusal, kind of device, why it is the CPU, node).
+        rank: of this process.
     """
     sentence = next((refusal for refusal, *_ in reports if refusal), None)
     kinds = [kind for _, kind, _, _ in reports]
@@ -111,7 +161,7 @@ def refuse_unlike(reports, own):
         )
     if sentence:
         object_store.close()
-        raise SystemExit(sentence if own == 0 else 1)
+        raise SystemExit(sentence if rank == 0 else 1)
 
 
 def shorten_lost_connections(rank, hook):
@@ -135,10 +185,26 @@ def shorten_lost_connections(rank, hook):
     return say_who_is_lost
 
 
+@contextlib.contextmanager
+def say_refusals_once():
+    """A sentence (SystemExit) with which this process and the first one end is said by the first.
+
+    What only one process ends with is said by that one. No process waits for another for longer
+    than seconds.
+    """
+    try:
+        yield
+    except SystemExit as refusal:
+        is_sentence = isinstance(refusal.code, str)
+        if is_sentence and object_store and object_store.is_said_by_first(refusal.code):
+            raise SystemExit(1) from None
+        raise
+
+
 def hardware(device):
-    """In words, for the log."""
-    what = devices.describe(device)
-    return what if world_size() == 1 else f"{world_size()} x {what}"
+    """The devices of all processes in words, for the log."""
+    words = devices.describe(device)
+    return words if world_size() == 1 else f"{world_size()} x {words}"
 
 
 def stop():
@@ -150,16 +216,17 @@ def stop():
 
 
 def wrap(module, device):
-    """module, with gradients averaged over processes. Its buffers are left alone: see
-    average_buffers.
+    """Average the gradients of a module over processes, by DistributedDataParallel.
+
+    Its buffers are left alone: see `average_buffers`.
     """
     if world_size() == 1:
         return module
-    known = inspect.signature(DistributedDataParallel).parameters
+    parameters = inspect.signature(DistributedDataParallel).parameters
     names = ("forward_sync_buffers", "broadcast_buffers")  # newer and older torch
-    buffers = next(name for name in names if name in known)
+    name = next(name for name in names if name in parameters)
     ids = None if device.type == "cpu" else [device.index]
-    return DistributedDataParallel(module, device_ids=ids, **{buffers: False})
+    return DistributedDataParallel(module, device_ids=ids, **{name: False})
 
 
 def gradient_sync(model, is_last):
@@ -171,28 +238,31 @@ def gradient_sync(model, is_last):
     return model.no_sync()
 
 
-def say(*words, **how):
-    """print, on one process."""
+def say(*words, **options):
+    """Print, on the first process alone."""
     if is_main():
-        print(*words, **how, flush=True)
+        print(*words, **options, flush=True)
 
 
 def rank():
+    """The number of this process among all."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size():
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main():
+    """Is this the first process?"""
     return rank() == 0
 
 
 def barrier():
     """Wait for all processes, which must not be far apart: it is a collective, with its limit.
 
-    Where one of them works for the others there is run_on_first.
+    Where one of them works for the others there is `run_on_first`.
     """
     if dist.is_initialized():
         dist.barrier()
@@ -203,22 +273,27 @@ def barrier():
 
 @torch.no_grad()
 def gather(*tensors):
-    """(n, ...) of each process, n equal everywhere -> (world * n, ...) in the order of the ranks.
+    """Concatenate tensors over processes, by one message. It carries no gradient.
 
-    Of several tensors a tuple, by one message. It carries no gradient.
+    Args:
+        tensors: (n, ...) each, with n equal everywhere.
+
+    Returns:
+        (world * n, ...) in the order of the ranks; of several tensors a tuple.
     """
     if world_size() == 1:
         return tensors if len(tensors) > 1 else tensors[0]
-    flat = [as_bytes(x) for x in tensors]
-    mine = torch.cat(flat, 1) if len(flat) > 1 else flat[0]
-    parts = [torch.empty_like(mine) for _ in range(world_size())]
-    give(mine.nbytes * (world_size() - 1))
-    dist.all_gather(parts, mine)
-    whole = torch.cat(parts).split([x.shape[1] for x in flat], 1)  # (world * n, bytes) each
-    whole = tuple(
-        rows.contiguous().view(x.dtype).view(-1, *x.shape[1:]) for rows, x in zip(whole, tensors)
+    row_bytes = [as_bytes(x) for x in tensors]
+    local = torch.cat(row_bytes, 1) if len(row_bytes) > 1 else row_bytes[0]
+    parts = [torch.empty_like(local) for _ in range(world_size())]
+    give(local.nbytes * (world_size() - 1))
+    dist.all_gather(parts, local)
+    columns = torch.cat(parts).split([x.shape[1] for x in row_bytes], 1)  # (world * n, bytes) each
+    gathered = tuple(
+        column.contiguous().view(x.dtype).view(-1, *x.shape[1:])
+        for column, x in zip(columns, tensors)
     )
-    return whole if len(tensors) > 1 else whole[0]
+    return gathered if len(tensors) > 1 else gathered[0]
 
 
 def as_bytes(x):
@@ -236,29 +311,35 @@ def give(count):
 def exchange(x, order):
     """Deal the rows of all processes anew.
 
-    x: (n, ...). order: (world * n,) on the CPU, the same everywhere. -> (n, ...), those rows that
-    stand in order at this process's n places, where row i of rank r is r * n + i.
-    exchange(exchange(x, order), order.argsort()) is x.
+    Row i of rank r has the number r * n + i. Only the rows wanted travel: moco's code sends every
+    process's rows to every process. With `order.argsort()` the rows go back.
 
-    Only the rows wanted travel: moco's code sends every process's rows to every process.
+    Args:
+        x: (n, ...), the rows of this process.
+        order: (world * n,) on the CPU, the same everywhere: numbers of rows.
+
+    Returns:
+        (n, ...), the rows whose numbers stand in `order` at the n positions of this process.
     """
     n, world, r = len(x), world_size(), rank()
     if world == 1:
         return x[order.to(x.device)]
-    source = order // n  # (world n,)  whose row stands at each place
-    own = source[r * n : (r + 1) * n]  # (n,)  whose rows this process gets
-    place = (source == r).nonzero()[:, 0]  # (n,)  where its own rows go, by rank
-    out, into = (who.bincount(minlength=world).tolist() for who in (place // n, own))
-    flat = as_bytes(x[(order[place] - r * n).to(x.device)])
-    got = torch.empty_like(flat)
-    give((n - out[r]) * flat.shape[1])
-    dist.all_to_all_single(got, flat, into, out)
-    back = own.argsort(stable=True).argsort()  # the rows came by rank
-    return got[back.to(x.device)].view(x.dtype).view(x.shape)
+    source = order // n  # (world n,)  the rank that has the row of each position
+    wanted_from = source[r * n : (r + 1) * n]  # (n,)  the ranks whose rows this process gets
+    positions = (source == r).nonzero()[:, 0]  # (n,)  where the rows of this process go, by rank
+    send_counts = (positions // n).bincount(minlength=world).tolist()
+    receive_counts = wanted_from.bincount(minlength=world).tolist()
+    local_rows = as_bytes(x[(order[positions] - r * n).to(x.device)])
+    received = torch.empty_like(local_rows)
+    give((n - send_counts[r]) * local_rows.shape[1])
+    dist.all_to_all_single(received, local_rows, receive_counts, send_counts)
+    # The rows came sorted by rank.
+    back = wanted_from.argsort(stable=True).argsort()
+    return received[back.to(x.device)].view(x.dtype).view(x.shape)
 
 
 def gather_with_gradient(x):
-    """As gather, and the gradient of every process's use of x comes back to it.
+    """As `gather`, and the gradient of every process's use of x comes back to it.
 
     (DDP averages over processes, so each averages its own loss.)
     """
@@ -266,25 +347,20 @@ def gather_with_gradient(x):
 
 
 class Gather(torch.autograd.Function):
-    """gather; its gradient is the sum over the processes' losses, of which each keeps its part."""
+    """`gather`, and backwards the sum over all processes' losses."""
 
     @staticmethod
     def forward(ctx, x):
+        """(n, ...) -> (world * n, ...)."""
         return gather(x)
 
     @staticmethod
     def backward(ctx, gradient):
+        """(world * n, ...) -> (n, ...)."""
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         give(2 * gradient.nbytes * (world_size() - 1) // world_size())
         dist.all_reduce(gradient)
         return gradient.chunk(world_size())[rank()]
-
-
-def broadcast(x):
-    """Rank 0's x, on every rank."""
-    if world_size() > 1:
-        dist.broadcast(x, 0)
-    return x
 
 
 def mean(x):
@@ -300,9 +376,9 @@ def all_reduce_sum(x):
 
 
 def anywhere(device, *flags):
-    """Which of the flags are true on any process."""
-    mine = torch.tensor([float(flag) for flag in flags], device=device)
-    return [share > 0 for share in mean(mine).tolist()]
+    """Which of the flags are true on any process, as a list of booleans."""
+    local_flags = torch.tensor([float(flag) for flag in flags], device=device)
+    return [share > 0 for share in mean(local_flags).tolist()]
 
 
 @torch.no_grad()
@@ -317,8 +393,10 @@ def average_buffers(module):
 
 
 def running_statistics(*modules):
-    """BatchNorm's, the only part of a run's state in which the processes differ during an epoch
-    (their random numbers aside).
+    """The buffers of BatchNorm.
+
+    They are the only part of a run's state in which the processes differ during an epoch (their
+    random numbers aside).
     """
     return [
         buffer
@@ -332,8 +410,10 @@ def running_statistics(*modules):
 
 
 def agree(problem):
-    """Every process calls it. A sentence that one of them has, or else None, ends all of them; it
-    is said once.
+    """End all processes if one of them has a sentence, and say it once. Every process calls it.
+
+    Args:
+        problem: a sentence, or None.
     """
     problems = [p for p in gather_objects(problem) if p]
     if problems:
@@ -344,9 +424,10 @@ def agree(problem):
 
 @contextlib.contextmanager
 def agreeing():
-    """Every process comes here. What refuses on one of them ends all of them, by `agree`.
+    """What refuses (SystemExit) on one process ends all of them, by `agree`.
 
-    One may stay inside for as long as it needs, a slow disk included: see engine/store.py.
+    Every process comes here, and one may stay inside for as long as it needs, a slow disk included:
+    see engine/store.py.
     """
     problem = None
     try:
@@ -357,16 +438,16 @@ def agreeing():
 
 
 def gather_objects(x):
-    """A Python object of each process -> the list of them.
+    """The Python objects of all processes, as a list by rank.
 
     Through the store, however late a process comes. If one object has more than LARGEST_IN_STORE
     bytes, all of them go by a collective then, for which by that time every process is there.
     """
     if world_size() == 1:
         return [x]
-    mine = pack(x)
-    small = len(mine) <= LARGEST_IN_STORE
-    parts = object_store.gather_bytes(mine if small else b"")
+    packed = pack(x)
+    is_small = len(packed) <= LARGEST_IN_STORE
+    parts = object_store.gather_bytes(packed if is_small else b"")
     if all(parts):
         return [unpack(part) for part in parts]
     parts = [None] * world_size()
@@ -375,16 +456,22 @@ def gather_objects(x):
 
 
 def run_on_first(function, per_node=False):
-    """What function() returns, run by the first process alone while the others wait. Every process
-    calls it.
+    """Run a function by the first process alone, while the others wait. Every process calls it.
 
-    per_node: by the first process of each node, and each process gets what came out on its node:
-    for work on a disk that is not shared.
+    It may take hours: no collective is involved.
 
-    It may take hours: no collective is involved. What comes out is made of what store.pack takes,
-    and goes through the store, at some 100 MB/s. Within the function no other call may be made that
-    every process makes. Whatever the function raises ends all processes, none of them before all
-    nodes are done; a sentence (SystemExit) is said once.
+    Args:
+        function: takes no arguments, and calls nothing that every process must call. What it
+            returns is made of what store.pack takes, and goes through the store, at some 100 MB/s.
+        per_node: by the first process of each node, and each process gets what came out on its
+            node: for work on a disk that is not shared.
+
+    Returns:
+        What the function returned, on every process.
+
+    Raises:
+        SystemExit: on all processes, whatever the function raised on one, once all nodes are done;
+            a sentence is said once.
     """
     if world_size() == 1:
         return function()
@@ -400,14 +487,18 @@ def run_on_first(function, per_node=False):
     failed = [r for r in senders if outcomes[r][0]]
     if failed:
         object_store.leave()
-        raise error if rank() == failed[0] else SystemExit(outcomes[failed[0]][1])
+        if rank() == failed[0]:
+            raise error
+        raise SystemExit(outcomes[failed[0]][1])
     return value if rank() == runner else outcomes[runner][1]
 
 
 def attempt(function):
-    """Run function(). -> what it returns, bytes for the other processes, and what it raises.
+    """Run a function for other processes.
 
-    The bytes hold (False, the value), or (True, the code for the others to exit with).
+    Returns:
+        What it returned, bytes for the others, and the exception that it raised. The bytes hold
+        (False, the value), or (True, the code for the others to exit with).
     """
     try:
         value = function()

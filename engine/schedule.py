@@ -9,11 +9,21 @@ from .distributed import say
 
 
 class Schedule:
-    """lr = schedule(epoch), epoch a float: 12.5 is half-way through the 13th.
+    """lr = schedule(epoch), with epoch a float: 12.5 is half-way through the 13th.
 
-    lr and batch_size are global, as the papers print them. `cosine`: lr/2 (1 + cos(pi t)), t from 0 after the warm-up to 1 at the end,
-    at every step (moco's code: once an epoch). `step`: times gamma at each milestone. `constant`. warmup_epochs: linear from 0.
-    accumulate: a batch that does not fit is taken in so many parts, one after the other, their gradients summed; BatchNorm sees a part.
+    `cosine` is lr / 2 (1 + cos(pi t)), with t from 0 after the warm-up to 1 at the end, at every
+    step (moco's code: once an epoch).
+
+    Args:
+        epochs: to train for.
+        batch_size: of all processes together, as the papers print it.
+        lr: the largest learning rate, for all processes together.
+        schedule: `cosine`, `step` (times gamma at each milestone) or `constant`.
+        milestones: epochs after which `step` lowers the learning rate.
+        gamma: what it is multiplied with there.
+        warmup_epochs: of these it rises linearly from 0.
+        accumulate: a batch that does not fit is taken in so many parts, one after the other, their
+            gradients summed. BatchNorm sees a part.
     """
 
     def __init__(
@@ -23,14 +33,19 @@ class Schedule:
         batch_size: int,
         lr: float,
         schedule: Literal["cosine", "step", "constant"] = "cosine",
-        milestones: list[int] = [],
+        milestones: list[int] = [],  # noqa: B006  it is only read
         gamma: float = 0.1,
         warmup_epochs: int = 0,
         accumulate: int = 1,
     ):
-        for name, value in dict(
-            epochs=epochs, batch_size=batch_size, lr=lr, gamma=gamma, accumulate=accumulate
-        ).items():
+        positive = {
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "lr": lr,
+            "gamma": gamma,
+            "accumulate": accumulate,
+        }
+        for name, value in positive.items():
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; it must be above 0, and finite")
         if warmup_epochs < 0:
@@ -43,36 +58,48 @@ class Schedule:
             )
         if schedule == "step" and not milestones:
             raise ValueError(
-                "schedule is step, but there are no milestones; give the epochs after which lr falls, or write schedule: constant"
+                "schedule is step, but there are no milestones; give the epochs after which lr "
+                "falls, or write schedule: constant"
             )
         reached(milestones, epochs, "epochs")
-        self.epochs, self.batch_size, self.lr, self.warmup = epochs, batch_size, lr, warmup_epochs
-        self.schedule, self.milestones, self.gamma = schedule, milestones, gamma
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.lr = lr
+        self.schedule = schedule
+        self.milestones = milestones
+        self.gamma = gamma
+        self.warmup_epochs = warmup_epochs
 
     def __call__(self, epoch):
-        if epoch < self.warmup:
-            return self.lr * epoch / self.warmup
+        """The learning rate at an epoch, a float."""
+        if epoch < self.warmup_epochs:
+            return self.lr * epoch / self.warmup_epochs
         if self.schedule == "cosine":
-            return (
-                self.lr
-                * 0.5
-                * (1 + math.cos(math.pi * (epoch - self.warmup) / (self.epochs - self.warmup)))
-            )
-        return self.lr * self.gamma ** sum(epoch >= m for m in self.milestones)
+            t = (epoch - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
+            return self.lr * 0.5 * (1 + math.cos(math.pi * t))
+        return self.lr * self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
 
 
-def reached(milestones, end, what):
-    """Milestones make sense from 1; that of a run which was cut short lies behind its end."""
+def reached(milestones, end, key):
+    """Refuse milestones before 1, and say which of them lie behind the end of a short run.
+
+    Args:
+        milestones: epochs or iterations after which the learning rate falls.
+        end: of the run.
+        key: the key that sets the end, for sentences.
+    """
     if min(milestones, default=1) < 1:
         raise ValueError(f"milestones {milestones} must lie above 0")
     if max(milestones, default=0) >= end:
+        times = sum(milestone < end for milestone in milestones)
         say(
-            f"milestones {milestones}: {what} {end} end before the last of them is reached, and the learning rate falls {sum(m < end for m in milestones)} times; lower them too"
+            f"milestones {milestones}: {key} {end} end before the last of them is reached, and "
+            f"the learning rate falls {times} times; lower the milestones too"
         )
 
 
 def sensible(momentum, weight_decay):
-    """Before anything is loaded or trained, and more than torch would say."""
+    """Refuse what torch would refuse later, when data are loaded, and with fewer words."""
     if not 0 <= momentum < 1:
         raise ValueError(f"Invalid momentum value: {momentum}; it must lie in [0, 1)")
     if not 0 <= weight_decay < math.inf:

@@ -2,8 +2,8 @@
 
 Settings are checked against them (engine/config.py), and importing the modules that hold them
 imports torch and torchvision: three seconds before a misspelt key is named. What is not written
-plainly (a default that is computed, an unusual annotation) raises Unreadable, and config.py imports
-the module after all.
+plainly (a default that is computed, an unusual annotation) raises UnreadableError, and config.py
+imports the module after all.
 """
 
 import ast
@@ -17,7 +17,7 @@ TYPES = {"int": int, "float": float, "bool": bool, "str": str, "list": list, "An
 parsed_files = {}  # path -> (time of its last change, its ast.Module)
 
 
-class Unreadable(Exception):
+class UnreadableError(Exception):
     """This module cannot tell; importing can."""
 
 
@@ -43,13 +43,13 @@ def own_and_inherited(module, node):
     function = node
     if isinstance(node, ast.ClassDef):
         if node.decorator_list:
-            raise Unreadable(f"{node.name} has a decorator")
-        found = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
-        if not found:
-            raise Unreadable(f"{node.name} has no __init__ of its own")
-        function = found[0]
+            raise UnreadableError(f"{node.name} has a decorator")
+        methods = {n.name: n for n in node.body if isinstance(n, ast.FunctionDef)}
+        if "__init__" not in methods:
+            raise UnreadableError(f"{node.name} has no __init__ of its own")
+        function = methods["__init__"]
     if function.decorator_list:
-        raise Unreadable(f"{node.name} has a decorator")
+        raise UnreadableError(f"{node.name} has a decorator")
     keys = {}
     if function.args.kwarg is not None and function is not node:
         keys |= own_and_inherited(*parent(module, node))
@@ -79,7 +79,7 @@ def definition(module, name):
             for alias in statement.names:
                 if (alias.asname or alias.name) == name:
                     return definition(source_of(statement, module), alias.name)
-    raise Unreadable(f"{module} does not define {name}")
+    raise UnreadableError(f"{module} does not define {name}")
 
 
 def source_of(statement, module):
@@ -93,7 +93,7 @@ def source_of(statement, module):
 def parent(module, node):
     """-> (module, ast node) of a class's first parent."""
     if not node.bases or not isinstance(node.bases[0], ast.Name):
-        raise Unreadable(f"{node.name} has no parent that is a plain name")
+        raise UnreadableError(f"{node.name} has no parent that is a plain name")
     return definition(module, node.bases[0].id)
 
 
@@ -101,10 +101,10 @@ def class_attribute(node, name):
     """The name that a class attribute is set to, or None where there is no such attribute."""
     for statement in node.body if isinstance(node, ast.ClassDef) else ():
         if isinstance(statement, ast.ClassDef) and statement.name == name:
-            raise Unreadable(f"{name} is defined within {node.name}")
+            raise UnreadableError(f"{name} is defined within {node.name}")
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
             if not isinstance(statement.value, ast.Name):
-                raise Unreadable(f"{name} of {node.name} is not a plain name")
+                raise UnreadableError(f"{name} of {node.name} is not a plain name")
             return statement.value.id
     return None
 
@@ -118,7 +118,7 @@ def parse(module):
             with open(path, encoding="utf-8") as f:
                 parsed_files[path] = changed, ast.parse(f.read())
     except (OSError, ValueError, SyntaxError) as error:
-        raise Unreadable(f"{path}: {error}")
+        raise UnreadableError(f"{path}: {error}") from None
     return parsed_files[path][1]
 
 
@@ -127,7 +127,7 @@ def value_of(node):
     try:
         return ast.literal_eval(node)
     except ValueError:
-        raise Unreadable(f"{ast.unparse(node)} is computed")
+        raise UnreadableError(f"{ast.unparse(node)} is computed") from None
 
 
 def type_of(node):
@@ -146,4 +146,4 @@ def type_of(node):
         if node.value.id == "Literal":
             values = value_of(node.slice)
             return typing.Literal[values if isinstance(values, tuple) else (values,)]
-    raise Unreadable(f"{ast.unparse(node)} is no type that settings have")
+    raise UnreadableError(f"{ast.unparse(node)} is no type that settings have")

@@ -25,6 +25,7 @@ LONGEST_PAUSE = 0.1  # seconds between two looks, which begin at a millisecond
 BEAT = 10  # seconds from one sign of life to the next
 SILENCE = 180  # seconds without one, after which a process counts as gone
 LONGEST_GOODBYE = 5  # seconds that a first process with the store waits for the others to go
+LONGEST_ECHO = 2  # seconds that a process which ends waits for the same sentence of rank 0's
 LONGEST_START = 1800  # seconds until the first one: a large job takes its time to import torch
 
 
@@ -60,14 +61,18 @@ class ObjectStore:
 
     Every process makes the same calls in the same order, as with collectives.
 
-    store: of the process group. rank, world: as the process group's. in_first: the store is in the
-    process of rank 0 itself; torchrun keeps it in its agent.
+    Args:
+        store: of the process group.
+        rank: as the process group's.
+        world: as the process group's.
+        in_first: whether the store is in the process of rank 0 itself; torchrun keeps it in its
+            agent.
     """
 
     def __init__(self, store, rank, world, in_first=False):
         self.store, self.rank, self.world, self.in_first = store, rank, world, in_first
         self.calls = 0
-        self.mine = []  # (call, keys) of what this process has posted and not yet deleted
+        self.posted = []  # (call, keys) of what this process has posted and not yet deleted
         self.closed = threading.Event()
         if world > 1:
             threading.Thread(target=self.beat, name="sign of life", daemon=True).start()
@@ -78,8 +83,10 @@ class ObjectStore:
         self.closed.set()
 
     def leave(self):
-        """Before this process ends: a first process that has the store stays, for some seconds at
-        most, until the others have read what it last told them.
+        """Say that this process ends. To be called before it does.
+
+        A first process that has the store stays, for some seconds at most, until the others have
+        read what it last told them.
         """
         if not self.in_first:
             return
@@ -92,24 +99,47 @@ class ObjectStore:
                     return
                 sleep(0.01)
 
+    def is_said_by_first(self, sentence):
+        """Does rank 0 end with the same sentence as this process? Then rank 0 alone says it."""
+        is_said = False
+        with contextlib.suppress(RuntimeError):  # the store is gone, and rank 0 with it
+            if self.rank == 0:
+                self.store.set("last sentence", sentence)
+            end = monotonic() + LONGEST_ECHO
+            while self.rank > 0 and monotonic() < end:
+                if self.store.check(["last sentence"]):
+                    is_said = self.store.get("last sentence").decode() == sentence
+                    break
+                sleep(0.01)
+        self.leave()
+        return is_said
+
     def gather(self, x):
         """An object of each process -> the list of them, by rank, the same to all."""
-        return [unpack(one) for one in self.gather_bytes(pack(x))]
+        return [unpack(part) for part in self.gather_bytes(pack(x))]
 
     def gather_bytes(self, x):
         """As gather, of bytes. Rank 0 puts them together, so that each asks for one thing only."""
         call = self.next_call()
         self.post(call, f"{call}/{self.rank}", x)
         if self.rank == 0:
-            whole = [self.take(f"{call}/{r}", r) for r in range(self.world)]
-            self.post(call, f"{call}/all", join(whole))
+            parts = [self.take(f"{call}/{r}", r) for r in range(self.world)]
+            self.post(call, f"{call}/all", join(parts))
         else:
-            whole = split(self.take(f"{call}/all", 0))
+            parts = split(self.take(f"{call}/all", 0))
         self.tidy(call)
-        return whole
+        return parts
 
     def spread(self, senders, x=None):
-        """The bytes x of each rank in `senders`, to all -> {rank: bytes}."""
+        """Give the bytes x of each rank in `senders` to all.
+
+        Args:
+            senders: the ranks.
+            x: of this process, if it is one of them.
+
+        Returns:
+            {rank: bytes}.
+        """
         call = self.next_call()
         if self.rank in senders:
             self.post(call, f"{call}/{self.rank}", x)
@@ -118,6 +148,7 @@ class ObjectStore:
     # ---------------------------------------------------------------------------------- the store
 
     def next_call(self):
+        """The number of the next call, which is the same on every process."""
         self.calls += 1
         return self.calls
 
@@ -128,7 +159,7 @@ class ObjectStore:
         for name, piece in zip(keys, pieces[1:]):
             self.ask(self.store.set, name, piece)
         self.ask(self.store.set, key, b"%d\n" % len(pieces) + pieces[0])
-        self.mine.append((call, [key, *keys]))
+        self.posted.append((call, [key, *keys]))
 
     def take(self, key, sender):
         """The bytes that rank `sender` sets a key to, as soon as it does."""
@@ -159,15 +190,15 @@ class ObjectStore:
 
     def tidy(self, call):
         """Delete what this process posted before a call that every process has entered."""
-        for _, keys in (entry for entry in self.mine if entry[0] < call):
+        for _, keys in (entry for entry in self.posted if entry[0] < call):
             for key in keys:
                 self.ask(self.store.delete_key, key)
-        self.mine = [entry for entry in self.mine if entry[0] >= call]
+        self.posted = [entry for entry in self.posted if entry[0] >= call]
 
-    def ask(self, what, *arguments):
-        """Ask the store; where it is gone this process ends, with one sentence."""
+    def ask(self, method, *arguments):
+        """Call a method of the store; where it is gone this process ends, with one sentence."""
         try:
-            return what(*arguments)
+            return method(*arguments)
         except RuntimeError as error:  # torch's DistError is one
             if signals.stop_requested():  # and so was the process that keeps it
                 raise SystemExit(signals.EXIT_CODE) from None
@@ -175,7 +206,7 @@ class ObjectStore:
                 f"process {self.rank} has lost the store of the process group "
                 f"({str(error).splitlines()[0]}): the process that keeps it has ended; see what "
                 "it said last"
-            )
+            ) from None
 
     # --------------------------------------------------------------------------------- life signs
 
@@ -192,5 +223,6 @@ class ObjectStore:
                 return
 
     def last_sign(self, rank):
+        """The last sign of life of a rank, or None."""
         key = f"sign {rank}"
         return self.ask(self.store.get, key) if self.ask(self.store.check, [key]) else None

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from engine import distributed, signals
-from processes import ROOT, run
+from processes import ROOT, group, run
 
 
 @pytest.fixture(scope="module")
@@ -38,22 +38,38 @@ def two(tmp_path_factory):
         bn = nn.BatchNorm1d(2)
         bn.running_mean.fill_(float(r))
         distributed.average_buffers(bn)
-        loader = Loader(data, batch_size=8, n_views=2, seed=0, device=device, augment="cifar", image_size=32)
+        kinds = {"augment": "cifar", "image_size": 32}
+        loader = Loader(data, batch_size=8, n_views=2, seed=0, device=device, **kinds)
         x = torch.arange(3.0).add(10 * r).requires_grad_()
-        (distributed.gather_with_gradient(x) ** 2 * torch.tensor([1.0, 1, 1, 2, 2, 2]) * (r + 1)).sum().backward()
+        weight = torch.tensor([1.0, 1, 1, 2, 2, 2]) * (r + 1)
+        (distributed.gather_with_gradient(x) ** 2 * weight).sum().backward()
         before = distributed.sent
         pair = distributed.gather(torch.arange(6.0).view(3, 2) + 10 * r, torch.arange(3) - r)
         told = distributed.sent - before
-        rows = {n: torch.arange(n * 2, dtype=torch.bfloat16).view(n, 2, 1) + 100 * r for n in (2, 3, 1)}
-        order = {2: torch.tensor([0, 2, 1, 3]), 3: torch.tensor([4, 0, 2, 1, 5, 3]), 1: torch.tensor([1, 0])}
-        dealt = {n: distributed.exchange(x, order[n]) for n, x in rows.items()}
-        back = {n: torch.equal(distributed.exchange(x, order[n].argsort()), rows[n]) for n, x in dealt.items()}
-        saw = {"pair": pair, "told": told, "dealt": dealt, "back": back, "gradient": x.grad, "kmeans": kmeans(torch.arange(40.0).view(20, 2), 3), "sum": distributed.all_reduce_sum(torch.tensor([2 ** 60 + r])),
-               "gather": distributed.gather(torch.arange(3) + 10 * r), "broadcast": distributed.broadcast(torch.tensor([7 + r])),
-               "mean": distributed.mean(torch.tensor([float(r)])), "objects": distributed.gather_objects({"rank": r}), "bn": bn.running_mean,
-               "extract": extract(lambda x: x.flatten(1), data, 32, device),
-               "knn": knn(images.flatten(1).float(), labels, images[:9].flatten(1) + 0.5, 3, 0.1),
-               "views": [torch.stack(v) for v, _ in loader.epoch(3)], "index": [i for _, i in loader.epoch(3)]}
+        order = {2: [0, 2, 1, 3], 3: [4, 0, 2, 1, 5, 3], 1: [1, 0]}
+        dealt, back = {}, {}
+        for n in order:
+            order_n = torch.tensor(order[n])
+            rows = torch.arange(n * 2, dtype=torch.bfloat16).view(n, 2, 1) + 100 * r
+            dealt[n] = distributed.exchange(rows, order_n)
+            back[n] = torch.equal(distributed.exchange(dealt[n], order_n.argsort()), rows)
+        saw = {
+            "pair": pair,
+            "told": told,
+            "dealt": dealt,
+            "back": back,
+            "gradient": x.grad,
+            "kmeans": kmeans(torch.arange(40.0).view(20, 2), 3),
+            "sum": distributed.all_reduce_sum(torch.tensor([2 ** 60 + r])),
+            "gather": distributed.gather(torch.arange(3) + 10 * r),
+            "mean": distributed.mean(torch.tensor([float(r)])),
+            "objects": distributed.gather_objects({"rank": r}),
+            "bn": bn.running_mean,
+            "extract": extract(lambda x: x.flatten(1), data, 32, device),
+            "knn": knn(images.flatten(1).float(), labels, images[:9].flatten(1) + 0.5, 3, 0.1),
+            "views": [torch.stack(v) for v, _ in loader.epoch(3)],
+            "index": [i for _, i in loader.epoch(3)],
+        }
         torch.save(saw, f"saw{r}.pt")
         distributed.stop()
     """)
@@ -64,17 +80,13 @@ def two(tmp_path_factory):
 
 def test_collectives(two):
     for saw in two:
-        assert (
-            saw["gather"].tolist() == [0, 1, 2, 10, 11, 12]
-            and saw["broadcast"].item() == 7
-            and saw["mean"].item() == 0.5
-        )
+        assert saw["gather"].tolist() == [0, 1, 2, 10, 11, 12] and saw["mean"].item() == 0.5
         assert saw["sum"].item() == 2**61 + 1  # whole numbers, exactly
         assert saw["objects"] == [{"rank": 0}, {"rank": 1}] and saw["bn"].tolist() == [0.5, 0.5]
 
 
 def test_several_tensors_are_gathered_by_one_message(two):
-    for r, saw in enumerate(two):
+    for saw in two:
         values, index = saw["pair"]
         assert torch.equal(
             values, torch.cat([torch.arange(6.0).view(3, 2), torch.arange(6.0).view(3, 2) + 10])
@@ -86,7 +98,9 @@ def test_several_tensors_are_gathered_by_one_message(two):
 
 
 def test_an_exchange_deals_rows_in_any_order_and_takes_them_back(two):
-    first = lambda n: [[row[0, 0].item() for row in saw["dealt"][n]] for saw in two]
+    def first(n):
+        return [[row[0, 0].item() for row in saw["dealt"][n]] for saw in two]
+
     assert first(2) == [[0, 100], [2, 102]]  # one row to each
     assert first(3) == [[102, 0, 4], [2, 104, 100]]  # one from the other, which comes first; two
     assert first(1) == [[100], [0]]
@@ -357,9 +371,12 @@ ALONE = {
     ["moco", *(pytest.param(name, marks=pytest.mark.slow) for name in ALONE if name != "moco")],
 )
 def test_two_processes_train_as_one(name, tmp_path):
-    """Plain InfoNCE (and JCL) on all candidates draw nothing, so one process with split BN must equal two: weights, momentum net, queue and bank.
+    """Weights, momentum network, queue and bank of two processes are those of one with split BN.
 
-    (One epoch of four steps, and all but MoCo at a small lr: their gradients are steep, and the 3e-8 of the first step grow to 1e-4 in eight.)"""
+    Plain InfoNCE (and JCL) on all candidates draws nothing. One epoch of four steps, and all but
+    MoCo at a small lr: their gradients are steep, and the 3e-8 of the first step grow to 1e-4 in
+    eight.
+    """
     settings = [*TINY, *ALONE[name], "optim.epochs=1"]
     run(tmp_path, "train_pretrain.py", *settings, "name=two", processes=2)
     run(tmp_path, "train_pretrain.py", *settings, "name=one", "model.bn_splits=2")
@@ -378,8 +395,10 @@ def test_two_processes_train_as_one(name, tmp_path):
 
 @pytest.mark.slow
 def test_a_batch_in_parts_is_a_step(tmp_path):
-    """One process that takes a batch in four parts, and one with split BN, take the same steps, running statistics aside; two processes with two parts
-    each get through them."""
+    """One process that takes a batch in four parts, and one with split BN, take the same steps.
+
+    Running statistics differ. Two processes with two parts each get through them.
+    """
     settings = [*TINY, *ALONE["ir"]]
     run(tmp_path, "train_pretrain.py", *settings, "name=four", "optim.accumulate=2", processes=2)
     for more in (["name=split", "model.bn_splits=4"], ["name=parts", "optim.accumulate=4"]):
@@ -392,9 +411,10 @@ def test_a_batch_in_parts_is_a_step(tmp_path):
     for key, value in split["encoder"].items():
         if "running" not in key and "tracked" not in key:
             assert torch.allclose(value, parts["encoder"][key], atol=1e-5), key
-    line = lambda name: json.loads(
-        (tmp_path / "runs" / name / "log.jsonl").read_text().splitlines()[-1]
-    )
+
+    def line(name):
+        return json.loads((tmp_path / "runs" / name / "log.jsonl").read_text().splitlines()[-1])
+
     assert (
         line("parts")["loss"] == pytest.approx(line("split")["loss"], abs=1e-4)
         and line("parts")["K"] == line("split")["K"]
@@ -406,7 +426,10 @@ def test_a_batch_in_parts_is_a_step(tmp_path):
 
 @pytest.mark.slow
 def test_the_linear_probe_is_the_same_in_two_processes(tmp_path):
-    """kNN and the cached probe, figure for figure; the augmented one averages gradients over the same global batches."""
+    """kNN and the cached probe, figure for figure.
+
+    The augmented one averages gradients over the same global batches.
+    """
     run(tmp_path, "train_pretrain.py", *TINY, "name=a", "optim.epochs=1")
     for features in ("cached", "augmented"):
         settings = [
@@ -428,3 +451,79 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
         tmp_path, "train_pretrain.py", *TINY, "optim.batch_size=33", processes=2, check=False
     )
     assert done.returncode != 0 and "batch_size 33 does not divide by 2 processes" in done.stderr
+
+
+# -------------------------------------------------- what the processes say as they end
+
+
+def refusals():
+    """What each of two processes ends with that refuse alike, alone, and otherwise."""
+    distributed.start("cpu")
+    rank, ends = distributed.rank(), []
+    store = distributed.object_store.store
+    for sentences in (("alike", "alike"), (None, "alone"), ("one", "another")):
+        try:
+            with distributed.say_refusals_once():
+                if sentences[rank]:
+                    raise SystemExit(sentences[rank])
+            ends.append("none")
+        except SystemExit as refusal:
+            ends.append(refusal.code)
+        distributed.gather_objects(0)
+        if rank == 0:
+            for key in ("last sentence", "left 0", "left 1"):
+                store.delete_key(key)
+        distributed.gather_objects(0)
+    distributed.stop()
+    return ends
+
+
+def test_what_all_processes_refuse_the_first_says(tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.store.LONGEST_ECHO", 0.2)
+    first, second = in_processes(2, refusals, tmp_path)[0]
+    assert first == ["alike", "none", "one"]
+    assert second == [1, "alone", "another"]
+
+
+def test_one_process_says_what_it_refuses():
+    with pytest.raises(SystemExit, match="a sentence"), distributed.say_refusals_once():
+        raise SystemExit("a sentence")
+
+
+@pytest.mark.slow
+def test_a_script_in_two_processes_refuses_once(tmp_path):
+    quickstart = os.path.join(ROOT, "yaml", "quickstart.yaml")
+    arguments = ["--cfg", quickstart, "data.limit=24", "optim.batch_size=12", "model.bn_splits=5"]
+    done = run(tmp_path, "train_pretrain.py", *arguments, processes=2, check=False)
+    assert "which optim.accumulate 1 times model.bn_splits 5" in done.stderr.replace("\n", " ")
+    assert (tmp_path / "said1.err").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    "environment, sentence",
+    [
+        (
+            {"RANK": "0"},
+            "RANK=0, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start with torchrun",
+        ),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, "RANK=3, but not MASTER_ADDR, MASTER_PORT"),
+        (group(2)[0] | {"RANK": "2"}, "RANK=2, WORLD_SIZE=2 and .*RANK below WORLD_SIZE"),
+        (group(2)[0] | {"RANK": "zero"}, "RANK=zero, .* must be whole numbers"),
+        (group(2)[0] | {"MASTER_PORT": "http"}, "MASTER_PORT=http: they must be whole numbers"),
+    ],
+)
+def test_an_environment_with_half_a_process_group_is_refused(environment, sentence, monkeypatch):
+    for name in distributed.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match=sentence):
+        distributed.start("cpu")
+
+
+def test_torch_gets_no_more_threads_than_the_container_has_cores(monkeypatch):
+    limited = []
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(distributed, "limit_threads", lambda: limited.append(True))
+    distributed.start("cpu")
+    assert limited == [True]

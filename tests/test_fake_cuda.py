@@ -16,7 +16,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.cuda.amp.common
-from engine.kmeans import kmeans
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import ShapeEnv

@@ -1,7 +1,8 @@
-"""Settings: what a file or a command line says is taken as it stands there, or refused in one sentence that names the key or the file. Then what each key can
-bear alone, and what makes no sense together.
+"""Settings: each is taken as it stands, or refused in one sentence that names the key or the file.
 
-The first part throws whatever it can think of at the parser and at what is built from its settings; FULL=1 throws ten times as much.
+Then what each key can bear alone, and what makes no sense together. The first part throws whatever
+it can think of at the parser and at what is built from its settings; FULL=1 throws ten times as
+much.
 """
 
 import functools
@@ -321,7 +322,7 @@ FLOATS = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------- what is thrown
+# ----------------------------------------------------------------------------------- what is thrown
 
 
 def draw_run(chance):
@@ -381,7 +382,12 @@ def keys_of(section, name):
 
 
 def draw_key(chance, run):
-    """-> a key as on the command line, e.g. optim.lr or loss.ring.inner; what it lies in, a section or one of several losses; its kind."""
+    """Draw a key of a run.
+
+    Returns:
+        The key as on the command line, e.g. optim.lr or loss.ring.inner; what it lies in, a section
+        or one of several losses; and its kind.
+    """
     section = chance.choice([*run, "model", "loss", "loss", "name", "seed"])
     if section in ("name", "seed"):
         return section, run, str if section == "name" else int
@@ -407,7 +413,9 @@ def draw_value(chance, kind):
     if typing.get_origin(kind) is typing.Literal:
         return chance.choice(typing.get_args(kind))
     if typing.get_origin(kind) is list:
-        return f"[{', '.join(draw_value(chance, typing.get_args(kind)[0]) for _ in range(chance.choice([0, 1, 1, 2, 2, 3])))}]"
+        item = typing.get_args(kind)[0]
+        count = chance.choice([0, 1, 1, 2, 2, 3])
+        return f"[{', '.join(draw_value(chance, item) for _ in range(count))}]"
     return chance.choice(
         {int: INTEGERS, float: FLOATS, bool: ["true", "false"], str: WORDS}.get(kind, ANYTHING)
     )
@@ -432,11 +440,15 @@ class Tiny(nn.Module):
 
 
 def build(cfg, file, touched):
-    """What train_pretrain.py and the other scripts make of the settings, on DATA, and a step. The encoder is a Tiny unless its settings are `touched`."""
+    """What train_pretrain.py and the other scripts make of the settings, on DATA, and a step.
+
+    The encoder is a Tiny unless its settings are `touched`.
+    """
+
+    def make(target, section, **given):
+        return config.build(target, cfg[section], f"{file}: {section}", **given)
+
     torch.manual_seed(cfg["seed"])
-    make = lambda target, section, **given: config.build(
-        target, cfg[section], f"{file}: {section}", **given
-    )
     Host = config.chosen(cfg["model"], "model")
     if touched:
         encoder = make(
@@ -521,7 +533,7 @@ def build(cfg, file, touched):
     return True
 
 
-# ---------------------------------------------------------------------------------------------------- what must hold
+# ----------------------------------------------------------------------------------- what must hold
 
 
 def meant(raw, got):
@@ -541,7 +553,10 @@ def meant(raw, got):
 
 
 def alike(read, got):
-    """Is `got`, or the part of it that `read` speaks of, what PyYAML reads, but that 1e-4, a word in YAML 1.1, may be a number?"""
+    """Is `got`, or the part of it that `read` speaks of, what PyYAML reads?
+
+    But 1e-4, a word in YAML 1.1, may be a number.
+    """
     if isinstance(got, list):
         return isinstance(read, list) and len(read) == len(got) and all(map(alike, read, got))
     if isinstance(got, dict):
@@ -568,7 +583,10 @@ def flat(cfg):
 
 
 def outcome(call, *names):
-    """call()'s result, or None where it refuses, which it must do in one sentence that holds one of `names`. AssertionError for anything else."""
+    """call()'s result, or None where it refuses.
+
+    It must refuse in one sentence that holds one of `names`: AssertionError for anything else.
+    """
     try:
         return call()
     except SystemExit as refusal:
@@ -578,7 +596,7 @@ def outcome(call, *names):
         ), f"refused by {sentence!r:.300}"
         assert any(name in sentence for name in names), f"names none of {names}: {sentence:.300}"
     except Exception as error:
-        raise AssertionError(f"{type(error).__name__}: {error}"[:300])
+        raise AssertionError(f"{type(error).__name__}: {error}"[:300]) from error
 
 
 def same_as_saved(cfg):
@@ -591,19 +609,20 @@ def same_as_saved(cfg):
 
 
 class Tally:
-    """Cases, and what was wrong with them. check: -> accepted (true), refused (false), or an AssertionError."""
+    """Cases, and what was wrong with them."""
 
     def __init__(self):
         self.accepted, self.refused, self.faults = 0, 0, []
 
-    def case(self, what, check):
+    def case(self, given, check, *arguments):
+        """check(*arguments): accepted (true), refused (false), or an AssertionError."""
         try:
-            if check():
+            if check(*arguments):
                 self.accepted += 1
             else:
                 self.refused += 1
         except AssertionError as error:
-            self.faults.append(f"{str(what)[:300]}\n        {str(error).splitlines()[0]}")
+            self.faults.append(f"{str(given)[:300]}\n        {str(error).splitlines()[0]}")
 
     def __str__(self):
         return "\n".join(
@@ -625,7 +644,32 @@ def tally(tmp_path, monkeypatch):
     assert not tally.faults, tally
 
 
-# ---------------------------------------------------------------------------------------------------- whatever
+# ----------------------------------------------------------------------------------------- whatever
+
+
+def check_values(words, script, names, before, given, chance):
+    """Given keys have what was given, and the others what they had."""
+    arguments = config.command_line("").parse_args(["--cfg", "a.yaml", *words])
+    cfg = outcome(lambda: config.load(arguments.cfg, arguments.overrides, EXTRA[script]), *names)
+    if cfg is None:
+        return False
+    after = flat(cfg)
+    chosen = [key.split(".")[0] for key in given if key in ("model.host", "loss.name")]
+    for key, (raw, place) in given.items():
+        # Another host takes the file's keys away, but not the command line's.
+        if place == "command line" or key.split(".")[0] not in chosen:
+            message = f"{key}={raw:.100} became {after.get(key)!r:.100}"
+            assert key in after and meant(raw, after[key]), message
+    for key in {**before, **after}:
+        section = key.split(".")[0]
+        if key not in given and section not in chosen and section in before:
+            message = f"{key} was {before.get(key)} and is now {after.get(key)}"
+            assert before.get(key) == after.get(key), message
+    if chance.random() < 0.25:
+        same_as_saved(cfg)
+    encoders = ("host", *ENCODER, "head", "bn_splits")
+    touched = any(key.startswith("model.") and key.split(".")[1] in encoders for key in given)
+    return outcome(lambda: build(cfg, "a.yaml", touched), *names, "more memory")
 
 
 @pytest.mark.slow
@@ -659,44 +703,14 @@ def test_values_are_taken_as_they_stand_or_refused_and_what_follows_is_built_or_
                 given[key] = raw, "command line"
         save(run)
 
-        def check():
-            arguments = config.command_line("").parse_args(["--cfg", "a.yaml", *words])
-            cfg = outcome(
-                lambda: config.load(arguments.cfg, arguments.overrides, EXTRA[script]), *names
-            )
-            if cfg is None:
-                return False
-            after, chosen = (
-                flat(cfg),
-                [key.split(".")[0] for key in given if key in ("model.host", "loss.name")],
-            )
-            for key, (raw, place) in given.items():
-                if (
-                    place == "command line" or key.split(".")[0] not in chosen
-                ):  # another host takes the file's keys away, but not the command line's
-                    assert key in after and meant(raw, after[key]), (
-                        f"{key}={raw:.100} became {after.get(key)!r:.100}"
-                    )
-            for key in {**before, **after}:
-                if (
-                    key not in given
-                    and key.split(".")[0] not in chosen
-                    and key.split(".")[0] in before
-                ):
-                    assert before.get(key) == after.get(key), (
-                        f"{key} was {before.get(key)} and is now {after.get(key)}"
-                    )
-            if chance.random() < 0.25:
-                same_as_saved(cfg)
-            touched = any(
-                key.startswith("model.")
-                and key.split(".")[1] in ("host", *ENCODER, "head", "bn_splits")
-                for key in given
-            )
-            return outcome(lambda: build(cfg, "a.yaml", touched), *names, "more memory")
-
-        tally.case((given, written(run)), check)
+        tally.case((given, written(run)), check_values, words, script, names, before, given, chance)
     assert min(tally.accepted, tally.refused) > 200 * CASES
+
+
+def check_refused(words, wrong):
+    """A sentence names the key, or the file."""
+    names = wrong.split(".")[0].strip(), repr(wrong.strip())[1:-1], "a.yaml"
+    assert outcome(lambda: config.load("a.yaml", words), *names) is None, f"{wrong!r} was taken"
 
 
 def test_a_key_that_does_not_exist_is_never_taken(tally):
@@ -736,7 +750,8 @@ def test_a_key_that_does_not_exist_is_never_taken(tally):
             else wrong.strip() in ("name", "seed")
         ):
             continue
-        in_file, raw = chance.random() < 0.5, draw_value(chance, kind)
+        in_file = chance.random() < 0.5
+        draw_value(chance, kind)
         words = (
             [] if in_file else [".".join([*path, wrong]) + f"={chance.choice(['3', '0.5', 'a'])}"]
         )
@@ -744,21 +759,18 @@ def test_a_key_that_does_not_exist_is_never_taken(tally):
             one[wrong] = chance.choice(["3", "0.5", "a"])
         save(run)
 
-        def check():
-            cfg = outcome(
-                lambda: config.load("a.yaml", words),
-                wrong.split(".")[0].strip(),
-                repr(wrong.strip())[1:-1],
-                "a.yaml",
-            )
-            assert cfg is None, f"{wrong!r} was taken"
-
-        tally.case((words, wrong), check)
+        tally.case((words, wrong), check_refused, words, wrong)
     assert tally.refused > 200 * CASES
 
 
+def check_refused_twice(words, key):
+    """A sentence says so."""
+    sentence = f"{key} stands twice"
+    assert outcome(lambda: config.load("a.yaml", words), sentence) is None, "was taken"
+
+
 def test_a_key_twice_is_refused(tally):
-    """In the block form or the flow form, quoted or not, in the file or in a value on the command line."""
+    """In the block form or the flow form, quoted or not, in the file or on the command line."""
     chance = random.Random(3)
     for _ in range(100 * CASES):
         run = draw_run(chance)
@@ -784,16 +796,24 @@ def test_a_key_twice_is_refused(tally):
         with open("a.yaml", "w") as f:
             f.write(text)
 
-        def check():
-            cfg = outcome(lambda: config.load("a.yaml", words), f"{key} stands twice")
-            assert cfg is None, "was taken"
-
-        tally.case((kind, again, text, words), check)
+        tally.case((kind, again, text, words), check_refused_twice, words, key)
     assert tally.refused == 100 * CASES
 
 
+def check_as_pyyaml(text):
+    """What is taken is what PyYAML reads."""
+    cfg = outcome(lambda: config.load("a.yaml"), "a.yaml")
+    if cfg is None:
+        return False
+    assert alike(yaml.safe_load(text), cfg), f"PyYAML reads {yaml.safe_load(text)}"
+    return same_as_saved(cfg)
+
+
 def test_files_with_anything_in_them(tally):
-    """Lines and characters of a valid file are lost, doubled, moved and put in, bytes among them that are no text: the file is named, or means what PyYAML reads."""
+    """Lines and characters of a valid file are lost, doubled, moved and put in.
+
+    There are bytes among them that are no text. The file is named, or means what PyYAML reads.
+    """
     chance = random.Random(4)
     bits = [
         *"{}[]:,-#'\"&*!|>%@`?0.~= \n\r\t",
@@ -845,18 +865,11 @@ def test_files_with_anything_in_them(tally):
         with open("a.yaml", "wb") as f:
             f.write(text)
 
-        def check():
-            cfg = outcome(lambda: config.load("a.yaml"), "a.yaml")
-            if cfg is None:
-                return False
-            assert alike(yaml.safe_load(text), cfg), f"PyYAML reads {yaml.safe_load(text)}"
-            return same_as_saved(cfg)
-
-        tally.case(text, check)
+        tally.case(text, check_as_pyyaml, text)
     assert min(tally.accepted, tally.refused) > 50 * CASES
 
 
-# ---------------------------------------------------------------------------------------------------- one by one, and together
+# ------------------------------------------------------------------------- one by one, and together
 
 
 def schedule(**settings):
@@ -944,11 +957,13 @@ def test_what_no_run_can_bear_is_refused(make, message):
     [
         (
             lambda: schedule(schedule="step", milestones=[3, 5, 9]),
-            r"milestones \[3, 5, 9\]: epochs 5 end before the last of them is reached, and the learning rate falls 1 times; lower them too",
+            r"milestones \[3, 5, 9\]: epochs 5 end before the last of them is reached, "
+            "and the learning rate falls 1 times; lower the milestones too",
         ),
         (
             lambda: NCE(n_data=24, n_negatives=25),
-            "n_negatives 25 is larger than the data set of 24 images, so that each is drawn several times; lower it",
+            "n_negatives 25 is larger than the data set of 24 images, "
+            "so that each is drawn several times; lower it",
         ),
         (
             lambda: Ring(10, n_data=24, n_negatives=4095),
@@ -956,11 +971,13 @@ def test_what_no_run_can_bear_is_refused(make, message):
         ),
         (
             lambda: IFND(20, 24, clusters=[3]),
-            "reassign_every 20 leaves no clustering before the end, epochs 20: .* ifnd is nce; lower it",
+            "reassign_every 20 leaves no clustering before the end, epochs 20: "
+            ".* ifnd is nce; lower it",
         ),
         (
             lambda: IFND(30, 24, clusters=[3, 1]),
-            r"clusters \[3, 1\] has a level of 1, whose one cluster leaves no negatives .*; take 2 or more",
+            r"clusters \[3, 1\] has a level of 1, whose one cluster leaves no negatives "
+            ".*; take 2 or more",
         ),
         (
             lambda: Ring(5, anneal_epochs=6.0),
@@ -972,7 +989,8 @@ def test_what_no_run_can_bear_is_refused(make, message):
         ),
         (
             lambda: Detect(iterations=1000),
-            r"(?s)milestones \[60000, 80000\]: iterations 1000 end .* falls 0 times.*warmup_iterations 1000 leaves nothing of iterations 1000",
+            r"(?s)milestones \[60000, 80000\]: iterations 1000 end .* falls 0 times.*"
+            "warmup_iterations 1000 leaves nothing of iterations 1000",
         ),
     ],
     ids=[
@@ -987,7 +1005,7 @@ def test_what_no_run_can_bear_is_refused(make, message):
     ],
 )
 def test_what_does_less_than_it_says_is_said(make, said, capsys, recwarn):
-    """Not refused: a run cut short for a look, optim.epochs=10 on a paper's file, is one of these."""
+    """Not refused: a run cut short for a look is one of these (optim.epochs=10, a paper's file)."""
     make()
     warned = [str(warning.message) for warning in recwarn]
     assert re.search(said, "\n".join([capsys.readouterr().out, *warned]))
@@ -1025,7 +1043,10 @@ def contrast(K=5):
     ids=["nce", "ring", "thin ring", "mochi"],
 )
 def test_more_than_there_are_candidates_is_taken_as_it_is_meant(loss, K):
-    """n_negatives: draws with replacement, an estimate of the same mean, however many; a ring is never empty; hardest: all that there are."""
+    """n_negatives are draws with replacement, an estimate of the same mean, however many.
+
+    A ring is never empty. `hardest` takes all that there are.
+    """
     c = contrast()
     output = loss(c, 0.0)
     figures = step_diagnostics(loss, [c], [output], None, 0.0)
@@ -1035,7 +1056,10 @@ def test_more_than_there_are_candidates_is_taken_as_it_is_meant(loss, K):
 
 
 def test_neighbours_beyond_the_bank_and_a_small_temperature():
-    """k: all there are, of which the monitor lets a tenth vote. e^{s / T} overflows below T = 1 / 88, and all classes would tie at infinity: the first would win."""
+    """k is all that there are, of which the monitor lets a tenth vote.
+
+    e^{s / T} overflows below T = 1 / 88: all classes would tie at infinity, the first would win.
+    """
     bank, labels = (
         F.normalize(torch.tensor([[1.0, 0.1], [1.0, 0.0], [0.0, 1.0]]), dim=1),
         torch.tensor([0, 1, 2]),

@@ -1,4 +1,4 @@
-"""Every row of every table: it loads, is honest about itself, and takes one training step on tiny data."""
+"""Every row of every table: it loads, is honest about itself, and takes a step on tiny data."""
 
 import collections
 import glob
@@ -111,7 +111,10 @@ def test_no_row_is_missing_and_no_two_are_one_cell():
 
 
 def tiny(path):
-    """The row's own settings, on 40 images of 16 pixels, a network of width 4, and more queries than the log looks at."""
+    """The row's own settings, on 40 images of 16 pixels and a network of width 4.
+
+    There are more queries than the log looks at.
+    """
     cfg = config.load(path)
     overrides = [
         "data.name=shapes",
@@ -125,12 +128,11 @@ def tiny(path):
     ]
     if cfg["model"]["host"] == "moco":
         overrides.append("model.queue_size=32")
-    several = config.several(cfg["loss"])
-    for one in several:
-        if one["name"] == "ifnd":
-            overrides.append(
-                f"loss.{'ifnd.' if len(several) > 1 else ''}clusters={[2, 3, 4][: len(one['clusters'])]}"
-            )
+    methods = config.several(cfg["loss"])
+    for method in methods:
+        if method["name"] == "ifnd":
+            section = "loss.ifnd" if len(methods) > 1 else "loss"
+            overrides.append(f"{section}.clusters={[2, 3, 4][: len(method['clusters'])]}")
     return config.load(path, overrides)
 
 
@@ -162,18 +164,17 @@ def test_it_takes_a_step(path):
     )
     host = config.build(Host, cfg["model"], path, encoder=encoder, n_data=len(data))
     schedule = config.build(Schedule, cfg["optim"], path)
-    several = config.several(cfg["loss"])
     losses = [
         config.build(
-            config.chosen(one, "loss"),
-            one,
+            config.chosen(method, "loss"),
+            method,
             path,
             epochs=schedule.epochs,
             n_data=len(data),
             n_keys=host.n_keys,
             labels=data.labels,
         )
-        for one in several
+        for method in config.several(cfg["loss"])
     ]
     loss_fn = losses[0] if len(losses) == 1 else Together(losses)
     loader = config.build(
@@ -188,9 +189,9 @@ def test_it_takes_a_step(path):
     )
     now = schedule.epochs // 2
     if hasattr(loss_fn, "before_epoch"):
-        one = next(l for l in losses if hasattr(l, "reassign_every"))
+        ifnd = next(method for method in losses if hasattr(method, "reassign_every"))
         loss_fn.before_epoch(
-            now // one.reassign_every * one.reassign_every,
+            now // ifnd.reassign_every * ifnd.reassign_every,
             lambda: torch.nn.functional.normalize(torch.randn(40, encoder.dim), dim=1),
         )
     before = [p.clone() for p in encoder.parameters()]

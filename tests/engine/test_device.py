@@ -48,7 +48,7 @@ def driver(monkeypatch):
     def pretend(message, warned=True, built_for="13.0"):
         def is_available():
             if warned:
-                warnings.warn("CUDA initialization: " + message)
+                warnings.warn("CUDA initialization: " + message, stacklevel=2)
             return False
 
         def init():

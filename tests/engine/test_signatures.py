@@ -44,7 +44,7 @@ def test_what_is_read_is_what_is_imported(home):
 def test_what_cannot_be_read_is_left_to_the_import(text, reason, tmp_path, monkeypatch):
     (tmp_path / "m.py").write_text(text)
     monkeypatch.setattr(signatures, "ROOT", str(tmp_path))
-    with pytest.raises(signatures.Unreadable, match=reason):
+    with pytest.raises(signatures.UnreadableError, match=reason):
         signatures.keyword_only("m:a")
 
 
