@@ -231,7 +231,6 @@ class Classifier(nn.Module):
 
 
 @distributed.say_refusals_once()
-@distributed.say_refusals_once()
 def main():
     args = parse_arguments().parse_args()
     cfg = config.load(args.cfg, args.overrides, also=("finetune",))

@@ -52,7 +52,6 @@ from training.summary import (
 
 
 @distributed.say_refusals_once()
-@distributed.say_refusals_once()
 def main():
     args = parse_arguments().parse_args()
     cfg = config.load(args.cfg, args.overrides)
