@@ -484,7 +484,6 @@ def test_what_is_wrong_with_coco_files_is_said_before_training(
     assert message in refusal(monkeypatch, tmp_path, "--cfg", cfg, *RANDOM)
 
 
-@pytest.mark.slow
 def test_boxes_of_negative_width_are_left_out_and_drawn_nowhere(tmp_path, monkeypatch, capsys):
     def change(whole):
         whole["annotations"][0]["bbox"][2] = -5
