@@ -320,6 +320,22 @@ def log_of(folder, name):
     return [{key: value for key, value in line.items() if key != "images/s"} for line in log]
 
 
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL."""
+
+
+class KilledWhen:
+    """A function within which the program is killed, when its argument at a position is a value."""
+
+    def __init__(self, function, position, value):
+        self.function, self.position, self.value = function, position, value
+
+    def __call__(self, *arguments, **named):
+        if arguments[self.position] == self.value:
+            raise Killed
+        return self.function(*arguments, **named)
+
+
 @pytest.mark.parametrize("killed_at", [2, 3])
 def test_a_kill_within_an_evaluation_loses_nothing(
     voc_devkit, tmp_path, monkeypatch, capsys, killed_at
@@ -329,16 +345,7 @@ def test_a_kill_within_an_evaluation_loses_nothing(
     common = ["--cfg", cfg, *RANDOM]
     script(monkeypatch, tmp_path, *common, "name=whole")
 
-    class Killed(BaseException):
-        pass
-
-    plain_evaluate, plain_after_step = train_detect.evaluate, train_detect.Run.after_step
-    trained = []
-
-    def killed(run, model, val, device, done):
-        if done == killed_at:
-            raise Killed
-        plain_evaluate(run, model, val, device, done)
+    plain_after_step, trained = train_detect.Run.after_step, []
 
     def after_step(run, done, *more):
         trained.append(done)
@@ -346,6 +353,7 @@ def test_a_kill_within_an_evaluation_loses_nothing(
 
     monkeypatch.setattr(train_detect.Run, "after_step", after_step)
     with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed = KilledWhen(train_detect.evaluate, 4, killed_at)
         patch.setattr(train_detect, "evaluate", killed)
         script(patch, tmp_path, *common, "name=cut")
     saved = read_checkpoint(tmp_path, "cut")
@@ -371,16 +379,10 @@ def test_a_kill_within_an_evaluation_loses_nothing(
 def test_a_save_after_an_evaluation_asks_for_no_other(voc_devkit, tmp_path, monkeypatch, capsys):
     cfg = settings(tmp_path, **VOC, data=voc_devkit, iterations=4, eval_every=2, save_every=3)
     common = ["--cfg", cfg, *RANDOM, "name=a"]
-    plain = train_detect.checkpoint.save
-
-    def save(path, settings, epoch, **parts):
-        if epoch == 4:
-            raise SystemExit("killed")
-        plain(path, settings, epoch, **parts)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_detect.checkpoint, "save", save)
-        assert refusal(patch, tmp_path, *common) == "killed"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed = KilledWhen(train_detect.checkpoint.save, 2, 4)
+        patch.setattr(train_detect.checkpoint, "save", killed)
+        script(patch, tmp_path, *common)
     script(monkeypatch, tmp_path, *common)
     said = capsys.readouterr().out
     assert "going on from runs/a/detect/last.pt after iteration 3 of 4" in said
@@ -484,7 +486,6 @@ def test_what_is_wrong_with_coco_files_is_said_before_training(
     assert message in refusal(monkeypatch, tmp_path, "--cfg", cfg, *RANDOM)
 
 
-@pytest.mark.slow
 def test_boxes_of_negative_width_are_left_out_and_drawn_nowhere(tmp_path, monkeypatch, capsys):
     def change(whole):
         whole["annotations"][0]["bbox"][2] = -5

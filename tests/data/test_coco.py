@@ -56,6 +56,13 @@ def text_id_of_the_first_image(whole):
     whole["images"][0]["id"] = whole["annotations"][0]["image_id"] = "1"
 
 
+def leave_out(whole):
+    del whole["annotations"][0]["area"], whole["annotations"][0]["iscrowd"]
+    whole["annotations"][1].update(area=None, iscrowd=None)
+    for image, annotation in zip(whole["images"], whole["annotations"]):
+        image["id"] = annotation["image_id"] = f"image {image['id']}"
+
+
 def no_images(whole):
     whole["images"].clear()
     whole["annotations"].clear()
@@ -202,13 +209,6 @@ def test_a_byte_order_mark_is_no_fault(tmp_path):
 
 def test_what_may_be_left_out_is_filled_in(tmp_path):
     """Area and iscrowd; and ids may be texts."""
-
-    def leave_out(whole):
-        del whole["annotations"][0]["area"], whole["annotations"][0]["iscrowd"]
-        whole["annotations"][1].update(area=None, iscrowd=None)
-        for image, annotation in zip(whole["images"], whole["annotations"]):
-            image["id"] = annotation["image_id"] = f"image {image['id']}"
-
     root = make_coco(tmp_path, "box", leave_out)
     train, _ = detection.load("coco", root, "train", "val", "box")
     assert [(a["area"], a["iscrowd"]) for a in train["annotations"]] == [(16, 0), (16, 0)]

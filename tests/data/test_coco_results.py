@@ -83,13 +83,15 @@ def test_targets_through_the_models_own_records_have_ap_100(task):
     assert all(value == pytest.approx(100, abs=1e-6) for value in figures.values()), figures
 
 
-def test_ids_that_are_texts_give_the_same(tmp_path):
-    def to_text(whole):
-        for image, annotation in zip(whole["images"], whole["annotations"]):
-            image["id"] = annotation["image_id"] = f"image {image['id']}"
-            annotation["category_id"] = "person"
-        whole["categories"][0]["id"] = "person"
+def to_text(whole):
+    """Make the ids in a file texts."""
+    for image, annotation in zip(whole["images"], whole["annotations"]):
+        image["id"] = annotation["image_id"] = f"image {image['id']}"
+        annotation["category_id"] = "person"
+    whole["categories"][0]["id"] = "person"
 
+
+def test_ids_that_are_texts_give_the_same(tmp_path):
     for change in (None, to_text):
         root = make_coco(tmp_path, "mask", change, change)
         _, truth = detection.load("coco", root, "train", "val", "mask")
