@@ -221,11 +221,7 @@ class Detect:
 
 @distributed.say_refusals_once()
 def main():
-    args = command_line().parse_args()
-    cfg = config.load(args.cfg, args.overrides, also=("detect",))
-    if args.print_config:
-        return print(config.text(cfg), end="")
-
+    args, cfg = config.read_command_line(command_line(), also=("detect",))
     # ------------------------------------------------------------------------------------------------ who takes part
     device = distributed.start(args.device)
     torch.backends.cudnn.benchmark = (

@@ -188,11 +188,7 @@ class Classifier(nn.Module):
 
 @distributed.say_refusals_once()
 def main():
-    args = command_line().parse_args()
-    cfg = config.load(args.cfg, args.overrides, also=("finetune",))
-    if args.print_config:
-        return print(config.text(cfg), end="")
-
+    args, cfg = config.read_command_line(command_line(), also=("finetune",))
     # ------------------------------------------------------------------------------------------------ who takes part
     device = distributed.start(args.device)
     main_process = distributed.is_main()

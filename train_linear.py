@@ -163,11 +163,7 @@ class Probe:
 
 @distributed.say_refusals_once()
 def main():
-    args = command_line().parse_args()
-    cfg = config.load(args.cfg, args.overrides)
-    if args.print_config:
-        return print(config.text(cfg), end="")
-
+    args, cfg = config.read_command_line(command_line())
     device = distributed.start(args.device)
     main_process = distributed.is_main()
     build = lambda target, section, **given: config.build(

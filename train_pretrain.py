@@ -57,11 +57,7 @@ from models.resnet import Encoder
 
 @distributed.say_refusals_once()
 def main():
-    args = command_line().parse_args()
-    cfg = config.load(args.cfg, args.overrides)
-    if args.print_config:
-        return print(config.text(cfg), end="")
-
+    args, cfg = config.read_command_line(command_line())
     # ------------------------------------------------------------------------------------------------ who takes part
     device = distributed.start(args.device)
     folder = os.path.join("runs", cfg["name"])
