@@ -31,7 +31,7 @@ from typing import Literal
 from engine import config
 
 
-def command_line():
+def make_parser():
     """The parser of this script's arguments."""
     parser = config.command_line(__doc__)
     parser.add_argument(
@@ -47,7 +47,7 @@ def command_line():
 
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
-    config.answer_early(command_line(), also=("detect",))
+    config.answer_early(make_parser(), also=("detect",))
 
 import torch
 from torch import nn
@@ -233,13 +233,7 @@ def check_settings(detect):
 
 @distributed.say_refusals_once()
 def main():
-    """Fine-tune a detector and evaluate it."""
-    args = command_line().parse_args()
-    cfg = config.load(args.cfg, args.overrides, also=("detect",))
-    if args.print_config:
-        return print(config.text(cfg), end="")
-
-    # ------------------------------------------------------------------------------- setup
+    args, cfg = config.read_command_line(make_parser(), also=("detect",))
     device = distributed.start(args.device)
     # Every batch has another shape, so that kernels would be measured at each step.
     torch.backends.cudnn.benchmark = False

@@ -22,8 +22,8 @@ from typing import Literal
 from engine import config, signals
 
 
-def parse_arguments():
-    """The command line's arguments."""
+def make_parser():
+    """The command line."""
     parser = config.command_line(__doc__)
     parser.add_argument(
         "--weights",
@@ -38,7 +38,7 @@ def parse_arguments():
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
     signals.listen()
-    config.answer_early(parse_arguments(), also=("finetune",))
+    config.answer_early(make_parser(), also=("finetune",))
 
 import torch
 from torch import nn
@@ -232,11 +232,7 @@ class Classifier(nn.Module):
 
 @distributed.say_refusals_once()
 def main():
-    args = parse_arguments().parse_args()
-    cfg = config.load(args.cfg, args.overrides, also=("finetune",))
-    if args.print_config:
-        return print(config.text(cfg), end="")
-
+    args, cfg = config.read_command_line(make_parser(), also=("finetune",))
     device = distributed.start(args.device)
     build = Builder(cfg, args.cfg)
     protocol = build("finetune", Finetune)

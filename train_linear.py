@@ -25,8 +25,8 @@ from typing import Literal
 from engine import config, signals
 
 
-def parse_arguments():
-    """The command line's arguments."""
+def make_parser():
+    """The command line."""
     parser = config.command_line(__doc__)
     parser.add_argument(
         "--weights",
@@ -50,7 +50,7 @@ def parse_arguments():
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
     signals.listen()
-    config.answer_early(parse_arguments())
+    config.answer_early(make_parser())
 
 import torch
 from torch import nn
@@ -190,12 +190,7 @@ def check_learning_rates(lrs):
 
 @distributed.say_refusals_once()
 def main():
-    args = parse_arguments().parse_args()
-    cfg = config.load(args.cfg, args.overrides)
-    if args.print_config:
-        return print(config.text(cfg), end="")
-
-    # ------------------------------------------------------------------------------------- set-up
+    args, cfg = config.read_command_line(make_parser())
     device = distributed.start(args.device)
     build = Builder(cfg, args.cfg)
     probe = build("linear", Probe)

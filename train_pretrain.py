@@ -19,8 +19,8 @@ import os
 from engine import config, signals
 
 
-def parse_arguments():
-    """The command line's arguments."""
+def make_parser():
+    """The command line."""
     parser = config.command_line(__doc__)
     parser.add_argument(
         "--fresh", action="store_true", help="start over, though there is a last.pt"
@@ -31,7 +31,7 @@ def parse_arguments():
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
     signals.listen()
-    config.answer_early(parse_arguments())
+    config.answer_early(make_parser())
 
 import torch
 
@@ -53,11 +53,7 @@ from training.summary import (
 
 @distributed.say_refusals_once()
 def main():
-    args = parse_arguments().parse_args()
-    cfg = config.load(args.cfg, args.overrides)
-    if args.print_config:
-        return print(config.text(cfg), end="")
-
+    args, cfg = config.read_command_line(make_parser())
     device = distributed.start(args.device)
     folder = os.path.join("runs", cfg["name"])
     epochs = cfg["optim"]["epochs"]

@@ -78,27 +78,32 @@ def command_line(description):
 
 
 def answer_early(parser, also=()):
-    """Prepare this process and read its command line, before torch is imported.
+    """Prepare this process and look at its command line, before torch is imported.
 
     Importing torch takes seconds. --help, --print-config and a refusal of the settings, which the
-    first process of each machine says, end the program here.
-
-    Args:
-        parser: command_line's.
-        also: see `load`.
-
-    Returns:
-        The arguments and the settings.
+    first process of each machine says, end the program here. The arguments are those of
+    `read_command_line`.
     """
     console.accept_any_character()
     console.show_warnings_plainly()
     orphans.end_with_torchrun()
-    args = parser.parse_args()
     try:
-        settings = load(args.cfg, args.overrides, also)
+        read_command_line(parser, also)
     except SystemExit as refusal:
         # Processes know nothing of one another yet. A file may be missing on one machine alone.
-        raise SystemExit(refusal.code if os.environ.get("LOCAL_RANK", "0") == "0" else 1) from None
+        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+        raise SystemExit(refusal.code if is_first or not refusal.code else 1) from None
+
+
+def read_command_line(parser, also=()):
+    """The arguments of the command line and the settings; --print-config ends the program here.
+
+    Args:
+        parser: what `command_line` returns, with a script's own arguments.
+        also: see `load`.
+    """
+    args = parser.parse_args()
+    settings = load(args.cfg, args.overrides, also)
     if args.print_config:
         print(text(settings), end="")
         raise SystemExit

@@ -369,7 +369,9 @@ def test_another_runs_folder_is_refused_and_fresh_starts_over(tmp_path):
 def test_print_config_prints_and_does_nothing(script, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["script.py", "--cfg", QUICK, "seed=3", "--print-config"])
-    script.main()
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    assert end.value.code is None
     assert yaml.safe_load(capsys.readouterr().out)["seed"] == 3 and not os.listdir(tmp_path)
 
 
