@@ -629,7 +629,7 @@ def asked_otherwise(cfg, metric, protocol, file):
     if stem not in cfg or stem not in EVALUATIONS:
         return []
     words, where = [], ""
-    protocol_class = config.find(config.SECTIONS[stem][0])
+    protocol_class = config.import_object(config.SECTIONS[stem][0])
     if "__str__" in vars(protocol_class) and key != "knn":
         words.append(str(config.build(protocol_class, cfg[stem], f"{file}: {stem}")))
     if stem == "linear":
@@ -764,7 +764,7 @@ def group_figure(group, metric, notes):
     runs = [run for run, _ in seeds.values()]
     note = (
         f"{', '.join(run.label for run in runs)}: {metric} after {effort(runs)}; "
-        f"protocol {mark(notes, protocol)}{oracle(*config.several(run.cfg['loss']))}"
+        f"protocol {mark(notes, protocol)}{oracle(*config.loss_settings(run.cfg['loss']))}"
     )
     values = [value for _, value in seeds.values()]
     return f"{spread(values)} (n {len(seeds)}) {mark(notes, note)}"
@@ -947,7 +947,7 @@ def hardware_of(run):
 
 def losses(cfg):
     """The names of a run's losses."""
-    return " + ".join(loss["name"] + oracle(loss) for loss in config.several(cfg["loss"]))
+    return " + ".join(loss["name"] + oracle(loss) for loss in config.loss_settings(cfg["loss"]))
 
 
 def oracle(*losses):
@@ -1159,7 +1159,7 @@ def curve(runs, key):
 def method(cfg):
     """A run's method: its row in a paper's table, or host and losses."""
     if "paper" in cfg:
-        return f"{cfg['paper']['row']}{oracle(*config.several(cfg['loss']))}"
+        return f"{cfg['paper']['row']}{oracle(*config.loss_settings(cfg['loss']))}"
     return f"{cfg['model']['host']}, {losses(cfg)}"
 
 

@@ -28,7 +28,7 @@ import os
 import time
 from typing import Literal
 
-from engine import config
+from engine import config, signals
 
 
 def make_parser():
@@ -59,13 +59,12 @@ from data.image_files import say_if_dark
 from data.workers import or_say_what_is_kept, say_what_is_kept
 from engine import checkpoint, distributed
 from engine import device as devices
-from engine.distributed import say
+from engine.distributed import print_main
 from engine.log import Log, lines
-from engine.schedule import reached, sensible, sgd
+from engine.schedule import check_milestones, check_optimizer_settings, sgd
 from engine.weights import load_backbone, of_run
 from models.rcnn import build_rcnn
 from models.resnet import ResNet
-from train_finetune import file_digest
 
 LOG_EVERY = 20  # iterations
 PRINT_EVERY = 1000
@@ -212,10 +211,10 @@ def check_settings(detect):
             f"workers is {detect.workers}; it must be {MOST_WORKERS} at most, or null for as many "
             "as there are cores"
         )
-    sensible(detect.momentum, detect.weight_decay)
-    reached(detect.milestones, detect.iterations, "iterations")
+    check_optimizer_settings(detect.momentum, detect.weight_decay)
+    check_milestones(detect.milestones, detect.iterations, "iterations")
     if detect.warmup_iterations >= detect.iterations:
-        say(
+        print_main(
             f"warmup_iterations {detect.warmup_iterations} leaves nothing of iterations "
             f"{detect.iterations}: the learning rate does not get up to lr {detect.lr:g}; lower "
             "warmup_iterations"
@@ -234,7 +233,7 @@ def check_settings(detect):
 @distributed.say_refusals_once()
 def main():
     args, cfg = config.read_command_line(make_parser(), also=("detect",))
-    device = distributed.start(args.device)
+    device = distributed.init_distributed(args.device)
     # Every batch has another shape, so that kernels would be measured at each step.
     torch.backends.cudnn.benchmark = False
     detect = config.build(Detect, cfg["detect"], f"{args.cfg}: detect")
@@ -243,18 +242,23 @@ def main():
     torch.manual_seed(cfg["seed"])  # every process begins with the same weights
     model = build_model(cfg["model"], weights, detect, n_classes=len(val.label)).to(device)
     optimizer = build_optimizer(model, detect)
-    wrapped = distributed.wrap(model, device)
+    wrapped = distributed.wrap_ddp(model, device)
     # Now each process draws image sizes and proposals of its own.
     torch.manual_seed(cfg["seed"] + 2**20 * distributed.rank())
 
-    run = Run(cfg, detect, weights)
-    run.resume(args.fresh, model, optimizer)
-    run.open_log()
-    run.describe(model, train, val, device)
-    if run.evaluation_is_missing:
-        evaluate(run, model, val, device, run.start)
+    with Run(cfg, detect, weights) as run:
+        run.resume(args.fresh, model, optimizer)
+        run.open_log()
+        run.describe(model, train, val, device)
+        if run.evaluation_is_missing:
+            evaluate(run, model, val, device, run.start)
+        with signals.deferred():  # a signal is obeyed after a step, by run.stop_if_told
+            fine_tune(run, detect, model, wrapped, optimizer, train, val, device)
+    distributed.cleanup()
 
-    # ------------------------------------------------------------------------------- training
+
+def fine_tune(run, detect, model, wrapped, optimizer, train, val, device):
+    """Train, and now and then save and evaluate."""
     model.train()
     run.progress.restart_clock()
     for iteration, batch in enumerate(run.batches(train, device), run.start):
@@ -277,11 +281,12 @@ def main():
         if detect.save_is_due(done):
             distributed.average_buffers(model)  # of BatchNorm, where each process has its own
             run.save(done)
+        else:
+            run.stop_if_told(done, device)
         if detect.evaluation_is_due(done):
-            evaluate(run, model, val, device, done)
+            with signals.interruptible():
+                evaluate(run, model, val, device, done)
             model.train()
-
-    distributed.stop()
 
 
 # ------------------------------------------------------------------------------- setup
@@ -306,7 +311,7 @@ def find_weights(args, cfg, detect):
 
 def load_images(detect, cfg_file):
     """The training and the validation images, checked as far as can be before training."""
-    with distributed.agreeing():
+    with distributed.same_exit_on_all_ranks():
         parts = detection.load(detect.layout, detect.data, detect.train, detect.val, detect.task)
         train = detection.Images(parts[0], detect.task, training=True, limit=detect.limit)
         val = detection.Images(parts[1], detect.task)
@@ -377,7 +382,7 @@ class Progress:
 
     def means(self):
         """{name: the mean over the steps and over all processes}."""
-        means = distributed.mean(torch.stack(list(self.sums.values()))) / self.steps
+        means = distributed.all_reduce_mean(torch.stack(list(self.sums.values()))) / self.steps
         return dict(zip(self.sums, means.tolist()))
 
     def state_dict(self):
@@ -413,9 +418,18 @@ class Run:
         self.progress = Progress()
         self.log = None
 
+    def __enter__(self):
+        self.lock = checkpoint.lock_run_folder(self.folder)
+        self.lock.__enter__()
+        signals.say_when_stopped(self.describe_saved_state)
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.lock.__exit__(kind, error, trace)
+
     def resume(self, fresh, model, optimizer):
         """Load the last checkpoint into model and optimizer, if there is one."""
-        digest = self.weights if self.weights == "none" else file_digest(self.weights)
+        digest = self.weights if self.weights == "none" else checkpoint.file_digest(self.weights)
         network = {key: self.cfg["model"][key] for key in ("backbone", "stem", "width")}
         fixed = {key: v for key, v in self.cfg["detect"].items() if key not in MAY_CHANGE}
         self.settings = {
@@ -435,10 +449,10 @@ class Run:
         if distributed.is_main():
             with checkpoint.writing(self.folder):
                 os.makedirs(self.folder, exist_ok=True)
-            config.keep(self.cfg, self.parent)
+            config.save_if_missing(self.cfg, self.parent)
             self.log = Log(self.folder, self.start)
             is_logged = any(line["epoch"] == self.start for line in lines(self.log.path))
-        if distributed.gather_objects(is_logged)[0]:
+        if distributed.all_gather_object(is_logged)[0]:
             self.progress.unlogged = None
 
     @property
@@ -454,7 +468,7 @@ class Run:
         weights = "random weights" if self.weights == "none" else self.weights
         parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         world = distributed.world_size()
-        say(
+        print_main(
             f"{self.folder}: {weights}; {len(train)} training and {len(val)} validation images, "
             f"{len(val.label)} classes; {world} processes x {self.detect.batch_size // world} "
             f"images; {device}, {parameters:.1f} M parameters\n{self.detect}"
@@ -463,11 +477,11 @@ class Run:
             return
         iterations = self.detect.iterations
         if self.evaluation_is_missing:
-            say(f"{self.last} is at iteration {self.start}, which is evaluated first")
+            print_main(f"{self.last} is at iteration {self.start}, which is evaluated first")
         if self.start < iterations:
-            say(f"going on from {self.last} after iteration {self.start} of {iterations}")
+            print_main(f"going on from {self.last} after iteration {self.start} of {iterations}")
         elif not self.evaluation_is_missing:
-            say(
+            print_main(
                 f"{self.last} is at iteration {self.start}, and detect.iterations is {iterations}: "
                 "nothing is left to do; --fresh starts over"
             )
@@ -488,6 +502,20 @@ class Run:
             disable=None if distributed.is_main() else True,
         )
         return self.bar
+
+    def stop_if_told(self, done, device):
+        """Save and end the program if it was told to stop.
+
+        Several processes must stop at the same iteration: they look at every LOG_EVERY-th.
+        """
+        signals.step_finished()
+        if distributed.world_size() > 1 and done % LOG_EVERY:
+            return
+        if distributed.any_rank(device, signals.stop_requested())[0]:
+            distributed.average_buffers(self.state["model"])
+            self.save(done)
+            distributed.cleanup()
+            signals.raise_once()
 
     def stop_if_diverged(self, loss, iteration):
         """End the program where a loss is not finite."""
@@ -515,7 +543,7 @@ class Run:
         progress.clear()
         self.bar.set_postfix(loss=f"{figures['loss']:.3f}", refresh=False)
         if is_evaluated or (done - 1) % PRINT_EVERY == 0:
-            say(
+            print_main(
                 f"iteration {done}/{self.detect.iterations}  loss {figures['loss']:.3f}  "
                 f"lr {lr:.5f}  {figures['images/s']:.1f} images/s"
             )
@@ -538,9 +566,14 @@ class Run:
     def save(self, done):
         """Write the checkpoint. Every process calls it."""
         began = time.time()
-        checkpoint.save(self.last, self.settings, done, **self.state)
-        self.saved = done
+        with signals.deferred(signals.PATIENCE_OF_A_SAVE):
+            checkpoint.save(self.last, self.settings, done, **self.state)
+            self.saved = done
         self.progress.since += time.time() - began  # images/s are of training alone
+
+    def describe_saved_state(self):
+        """Which checkpoint holds what; None where there is none."""
+        return self.describe_saved() if self.saved else None
 
     def describe_saved(self, how_on=True):
         """Which checkpoint holds what, and how to go on, as half a sentence."""
@@ -590,7 +623,7 @@ def evaluate(run, model, val, device, done):
     detections = [record for of_image in found.values() for record in of_image]
     # It takes minutes on COCO, for which a collective would not wait.
     figures = distributed.run_on_first(lambda: average_precision(val.part, detections, task))
-    say(as_table(figures, task))
+    print_main(as_table(figures, task))
     if distributed.is_main():
         run.record_evaluation(done, figures)
         path = os.path.join(run.folder, "detections.png")
@@ -629,7 +662,7 @@ def predictions(model, val, task, device, workers=None):
         image_id: records(model([image])[0], image_id, categories, task)
         for ((image, image_id),) in bar
     }
-    parts = distributed.gather_objects(of_process)
+    parts = distributed.all_gather_object(of_process)
     found = {image_id: of_image for part in parts for image_id, of_image in part.items()}
     if len(found) != len(val) or sum(map(len, parts)) != len(val):
         raise SystemExit(
@@ -640,4 +673,4 @@ def predictions(model, val, task, device, workers=None):
 
 
 if __name__ == "__main__":
-    main()
+    signals.run(main)

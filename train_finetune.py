@@ -37,7 +37,6 @@ def make_parser():
 
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
-    signals.listen()
     config.answer_early(make_parser(), also=("finetune",))
 
 import torch
@@ -49,9 +48,9 @@ from data.datasets import balanced_rows, find_obstacle, load
 from data.image_files import say_if_dark
 from data.loader import Loader, check_image_size
 from engine import checkpoint, distributed
-from engine.distributed import say
+from engine.distributed import print_main
 from engine.log import lines
-from engine.schedule import Schedule, sensible, sgd
+from engine.schedule import Schedule, check_optimizer_settings, sgd
 from engine.weights import load_backbone, of_run
 from evaluation.features import accuracy_percent, extract
 from models.checks import check_batch
@@ -116,7 +115,7 @@ class Finetune:
             milestones=milestones,
             gamma=gamma,
         )
-        sensible(momentum, weight_decay)
+        check_optimizer_settings(momentum, weight_decay)
         self.labels, self.list, self.augment = labels, list, augment
         self.lrs = lr, lr_classifier
         self.epochs, self.batch_size = epochs, batch_size
@@ -233,7 +232,7 @@ class Classifier(nn.Module):
 @distributed.say_refusals_once()
 def main():
     args, cfg = config.read_command_line(make_parser(), also=("finetune",))
-    device = distributed.start(args.device)
+    device = distributed.init_distributed(args.device)
     build = Builder(cfg, args.cfg)
     protocol = build("finetune", Finetune)
     run_folder = os.path.join("runs", cfg["name"])
@@ -264,7 +263,7 @@ def main():
         advice="try a lower finetune.lr or finetune.lr_classifier with --fresh",
     ) as run:
         finetune(run, build, protocol, weights, train, test, rows, device)
-    distributed.stop()
+    distributed.cleanup()
 
 
 def load_labelled(build, file):
@@ -292,7 +291,7 @@ def finetune(run, build, protocol, weights, train, test, rows, device):
     if weights != "none":
         load_backbone(weights, encoder.backbone)
     net = Classifier(encoder, size, classes, device)
-    model = distributed.wrap(net, device)
+    model = distributed.wrap_ddp(net, device)
     optimizer = make_optimizer(build, protocol, net)
     scaler = loss_scaler(encoder, optimizer, device)
     loader = make_loader(build, protocol, subset, encoder, device)
@@ -343,8 +342,8 @@ def finetune(run, build, protocol, weights, train, test, rows, device):
     figures = {"top-1": accuracy_percent(hits[:, 0]), "top-5": accuracy_percent(hits.any(1))}
     start = "from random weights " if weights == "none" else ""
     words = f"all layers and a linear classifier fine-tuned {start}on {share}; {protocol}"
-    say(f"\n{words}\n\n{'':24}{'top-1':>10}{'top-5':>10}")
-    say(f"{cfg['name']:24}{figures['top-1']:10.2f}{figures['top-5']:10.2f}")
+    print_main(f"\n{words}\n\n{'':24}{'top-1':>10}{'top-5':>10}")
+    print_main(f"{cfg['name']:24}{figures['top-1']:10.2f}{figures['top-5']:10.2f}")
     if distributed.is_main():
         line = {
             "weights": weights,
@@ -399,21 +398,21 @@ def make_loader(build, protocol, subset, encoder, device):
 def describe_start(run, cfg, loader, weights, share, test, encoder, device):
     """Print what is trained on what, and begin the log."""
     if run.is_finished:
-        return say(
+        return print_main(
             f"{run.last} is finished, all {run.epochs} epochs; its figures are in "
             f"{figures_file(run)}; --fresh starts it over"
         )
     run.open_log()
     if distributed.is_main():
-        config.keep(cfg, os.path.dirname(run.folder))
-    say(config.text(cfg), end="")
-    say(
+        config.save_if_missing(cfg, os.path.dirname(run.folder))
+    print_main(config.to_yaml(cfg), end="")
+    print_main(
         f"{weights} on {cfg['data']['name']}: {share}; {len(test)} test images, "
         f"{len(test.classes)} classes; {run.steps} steps an epoch of {loader.batch} = "
         f"{distributed.world_size()} processes x {loader.local}; {device}, {encoder.precision}"
     )
     if run.is_resumed:
-        say(f"going on after {run.position(run.start_epoch, run.progress.step)}")
+        print_main(f"going on after {run.position(run.start_epoch, run.progress.step)}")
     figures = run.unlogged_figures()
     if figures:
         log_epoch(run, run.start_epoch, figures)
@@ -421,7 +420,7 @@ def describe_start(run, cfg, loader, weights, share, test, encoder, device):
 
 def log_epoch(run, epoch, figures):
     """Print the figures of the epoch with that number, from 1, and write them into the log."""
-    say(
+    print_main(
         f"epoch {epoch:3d}/{run.epochs}  loss {figures['loss']:.3f}  right "
         f"{figures['train top-1']:.1f} % of the augmented training images  "
         f"{figures['seconds']:.1f} s"

@@ -49,7 +49,6 @@ def make_parser():
 
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
-    signals.listen()
     config.answer_early(make_parser())
 
 import torch
@@ -63,8 +62,8 @@ from data.image_files import say_if_dark
 from data.loader import Loader, check_image_size
 from engine import checkpoint, distributed
 from engine import device as devices
-from engine.distributed import say
-from engine.schedule import Schedule, sensible, sgd
+from engine.distributed import print_main
+from engine.schedule import Schedule, check_optimizer_settings, sgd
 from engine.weights import export, load_backbone, of_run
 from evaluation.features import KNN, KNN_BYTES, accuracy_percent, extract, knn, where_features_fit
 from evaluation.svm import svm
@@ -146,7 +145,7 @@ class Probe:
             milestones=milestones,
             gamma=gamma,
         )
-        sensible(momentum, weight_decay)
+        check_optimizer_settings(momentum, weight_decay)
         get_recipe(augment)  # or there is none
         self.epochs, self.batch_size = epochs, batch_size
         self.momentum, self.weight_decay = momentum, weight_decay
@@ -191,7 +190,7 @@ def check_learning_rates(lrs):
 @distributed.say_refusals_once()
 def main():
     args, cfg = config.read_command_line(make_parser())
-    device = distributed.start(args.device)
+    device = distributed.init_distributed(args.device)
     build = Builder(cfg, args.cfg)
     probe = build("linear", Probe)
     run_folder = os.path.join("runs", cfg["name"])
@@ -206,7 +205,7 @@ def main():
     untrained = copy.deepcopy(encoder)  # the very weights that the run began with
     preprocessing = load_backbone(weights, encoder.backbone)
     if args.export:
-        return say(export(*args.export, encoder.backbone, weights, preprocessing))
+        return print_main(export(*args.export, encoder.backbone, weights, preprocessing))
     refuse_unfit_data(train, test, source, args.cfg)
     checkpoint.check_writable(run_folder)
     before = copy.deepcopy(encoder.backbone.state_dict())
@@ -216,7 +215,7 @@ def main():
     encoders[cfg["name"]] = lambda x: encoder(x, "backbone")  # (b, 3, S, S) -> (b, F)
     parts = train.to(device), test.to(device)
     evaluation = Evaluation(build, probe, source, encoders, *parts, device)
-    say(
+    print_main(
         f"{weights} on {describe_data(source)}: {len(train)} training and {len(test)} test images, "
         f"{len(train.classes)} classes"
     )
@@ -233,7 +232,7 @@ def main():
     print_table(rows, probe, evaluation.knn, not args.no_baselines)
     if distributed.is_main():
         os.makedirs(run_folder, exist_ok=True)
-        config.keep(cfg, run_folder)
+        config.save_if_missing(cfg, run_folder)
         line = {
             "weights": weights,
             "data": describe_data(source),
@@ -246,7 +245,7 @@ def main():
             "rows": rows,
         }
         append_line(os.path.join(run_folder, "linear.jsonl"), line)
-    distributed.stop()
+    distributed.cleanup()
 
 
 # ------------------------------------------------------------------------------------------ set-up
@@ -390,9 +389,9 @@ class Evaluation:
                 f"{width} numbers an image ({name}), need {(needed + KNN_BYTES) / 1e9:.3g} GB of "
                 f"memory, but {lacking}; {self.ways_to_fit(has_baselines)}"
             )
-        distributed.agree(problem)
+        distributed.exit_all_ranks(problem)
         if self.keep_on.type != self.device.type:
-            say(
+            print_main(
                 f"the features, {needed / 1e9:.3g} GB, are kept in the machine's memory: "
                 f"{self.device} has {devices.free_memory(self.device) / 1e9:.3g} GB free"
             )
@@ -509,8 +508,8 @@ class Evaluation:
         run.resume(progress, len(loader), self.device, layers=layers, **parts)
         run.open_log()
         if run.is_resumed:
-            say(f"going on after {run.position(run.start_epoch, progress.step)}")
-        model = distributed.wrap(layers, self.device)
+            print_main(f"going on after {run.position(run.start_epoch, progress.step)}")
+        model = distributed.wrap_ddp(layers, self.device)
         for epoch in range(run.start_epoch, self.probe.epochs):
             first_step = run.begin_epoch(epoch)
             with signals.deferred():  # a signal is obeyed after a step, by run.after_step
@@ -639,7 +638,7 @@ class LinearLayers(nn.Module):
                 if torch.stack(norms).isfinite().all():
                     continue
                 if not self.diverged[row, i]:
-                    say(
+                    print_main(
                         f"WARNING: linear.lr {self.lrs[i]:g} diverges in epoch {epoch + 1} ({name})"
                     )
                 self.diverged[row, i] = True
@@ -686,15 +685,15 @@ def print_table(rows, probe, knn, has_baselines):
         words += f"\nkNN: {knn.neighbours()}, T {knn.temperature:g}, on the pooled features"
     if has_baselines:
         words += "; raw pixels at most 32 x 32"
-    say(f"\n{words}; the encoder's weights did not move\n")
+    print_main(f"\n{words}; the encoder's weights did not move\n")
     columns = list(next(iter(rows.values())))
-    say(f"{'':24}" + "".join(f"{column:>16}" for column in columns))
+    print_main(f"{'':24}" + "".join(f"{column:>16}" for column in columns))
     for name, row in rows.items():
         cells = [
             f"{'diverged':>16}" if row[column] is None else f"{row[column]:16.2f}"
             for column in columns
         ]
-        say(f"{name:24}" + "".join(cells))
+        print_main(f"{name:24}" + "".join(cells))
 
 
 def reported_figures(row, probe):

@@ -30,7 +30,6 @@ def make_parser():
 
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
-    signals.listen()
     config.answer_early(make_parser())
 
 import torch
@@ -54,13 +53,13 @@ from training.summary import (
 @distributed.say_refusals_once()
 def main():
     args, cfg = config.read_command_line(make_parser())
-    device = distributed.start(args.device)
+    device = distributed.init_distributed(args.device)
     folder = os.path.join("runs", cfg["name"])
     epochs = cfg["optim"]["epochs"]
     build = Builder(cfg, args.cfg)
     with build("log", Run, folder=folder, settings=cfg, epochs=epochs, fresh=args.fresh) as run:
         pretrain(run, build, args, cfg, device)
-    distributed.stop()
+    distributed.cleanup()
 
 
 def pretrain(run, build, args, cfg, device):
@@ -71,7 +70,7 @@ def pretrain(run, build, args, cfg, device):
     labels = data.labels(device)  # for the log alone
     encoder, host = build.host(data.pretrain, device)
     loss_fn = build.loss(data.pretrain, host, device)
-    model = distributed.wrap(encoder, device)
+    model = distributed.wrap_ddp(encoder, device)
     optimizer, schedule, scaler = build.optimizer(encoder, device)
     loader = build.loader(data.pretrain, host, encoder, schedule, device)
     knn = build.knn(data, loader, device)
@@ -162,7 +161,7 @@ def evaluate_at_start(run, knn, encoder, loss_fn):
         evaluate(run, run.start_epoch, figures, knn, encoder, loss_fn)
     if not run.is_resumed and knn.due(0, run.epochs):
         accuracy = knn(encoder)
-        distributed.say(f"untrained: kNN {accuracy:.1f} %")
+        distributed.print_main(f"untrained: kNN {accuracy:.1f} %")
         if run.log:
             run.log.write(0, {"knn": accuracy, "knn voters": knn.voters})
 

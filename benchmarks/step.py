@@ -30,7 +30,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data.datasets import STATISTICS, ArraySet
 from data.loader import Loader
 from engine import distributed
-from engine.distributed import say
+from engine.distributed import print_main
 from engine.schedule import Schedule, sgd
 from losses import Contrast
 from losses.diagnostics import step_diagnostics
@@ -68,7 +68,7 @@ def ours(loader, encoder, model, host, loss_fn, labels, device):
             fine += total["loss"].isfinite()
             if step % 20 == 0 or step == steps - 1:
                 weights = torch.stack(torch._foreach_norm(list(encoder.parameters()), math.inf))
-                if distributed.anywhere(device, not (total["loss"] + weights).isfinite().all())[0]:
+                if distributed.any_rank(device, not (total["loss"] + weights).isfinite().all())[0]:
                     raise SystemExit("the loss is not finite")
             yield
 
@@ -83,7 +83,7 @@ def loss_and_queue(loss_fn, queue, q, k, index):
     loss_fn(
         Contrast(q.clone().requires_grad_(), k, queue.keys, index, queue.index), 0.0
     ).loss.backward()
-    queue.enqueue(distributed.gather(k.mean(1)), distributed.gather(index))
+    queue.enqueue(distributed.all_gather(k.mean(1)), distributed.all_gather(index))
 
 
 def lightly(batches, backbone, stem, queue_size, device):
@@ -132,7 +132,7 @@ def profile(step, path, device):
         step()
         synchronize(device)
     own = f"self_{where}_time_total"
-    say("\n" + p.key_averages().table(sort_by=own, row_limit=20))
+    print_main("\n" + p.key_averages().table(sort_by=own, row_limit=20))
     if distributed.is_main() and not path.endswith(".png"):
         p.export_chrome_trace(path)
     elif distributed.is_main():
@@ -148,7 +148,7 @@ def profile(step, path, device):
         axis = page.subplots()
         axis.barh([name[:50] for name in top], [ms[name] for name in top])
         axis.set_xlabel(
-            f"ms of the {sum(ms.values()):.0f} that one step takes on {distributed.hardware(device)}, in each operation itself"
+            f"ms of the {sum(ms.values()):.0f} that one step takes on {distributed.describe_devices(device)}, in each operation itself"
         )
         page.savefig(path, dpi=110)
 
@@ -171,7 +171,7 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     device, world, stem = (
-        distributed.start(),
+        distributed.init_distributed(),
         distributed.world_size(),
         "cifar" if args.size <= 64 else "imagenet",
     )
@@ -203,7 +203,15 @@ def main():
         cases[precision, ALONE] = partial(networks, encoder, host, x, y)
         cases[precision, OURS] = partial(
             next,
-            ours(loader, encoder, distributed.wrap(encoder, device), host, loss_fn, labels, device),
+            ours(
+                loader,
+                encoder,
+                distributed.wrap_ddp(encoder, device),
+                host,
+                loss_fn,
+                labels,
+                device,
+            ),
         )
     why = "they are for one process" if world > 1 else None
     try:
@@ -257,8 +265,8 @@ def main():
             seconds[case].append((time.perf_counter() - began) / steps)
     median = {case: statistics.median(times[1:]) for case, times in seconds.items()}
 
-    say(
-        f"MoCo, {args.backbone}, {args.batch} images of {args.size} pixels, queue {args.queue}, recipe {RECIPE}; {distributed.hardware(device)}, torch "
+    print_main(
+        f"MoCo, {args.backbone}, {args.batch} images of {args.size} pixels, queue {args.queue}, recipe {RECIPE}; {distributed.describe_devices(device)}, torch "
         f"{torch.__version__}; medians of {args.rounds} rounds\n\n{'':33}{'ms a step':>10}{'ratio':>8}{'images/s':>10}"
         + ("" if why else f"{'to lightly':>12}")
     )
@@ -269,38 +277,38 @@ def main():
             if precision
             else ""
         )
-        say(f"{precision:6}{name:27}{1000 * t:10.1f}{beside}")
-    say()
+        print_main(f"{precision:6}{name:27}{1000 * t:10.1f}{beside}")
+    print_main()
     for precision in precisions:
         whole, parts = (
             median[precision, OURS],
             [median["", "augmentation alone"], median["", "loss and queue alone"]],
         )
         parts = [100 * t / whole for t in (*parts, whole - median[precision, ALONE] - sum(parts))]
-        say(
+        print_main(
             "of our {} step: augmentation {:.1f} %, loss and queue {:.1f} %, the rest (SGD, moving average, figures{}) {:.1f} %".format(
                 precision, *parts[:2], ", sending" if world > 1 else "", parts[2]
             )
         )
-    say(
+    print_main(
         f"augmentation alone: {2 * args.batch / median['', 'augmentation alone']:.0f} views/s"
         + (f"\nno rows of lightly: {why}" if why else "")
     )
     if world > 1:
-        before = getattr(distributed, "sent", None)
+        before = getattr(distributed, "bytes_sent", None)
         cases["fp32", OURS]()
-        say(
+        print_main(
             "a step, each process gives "
             + (
                 "a number of bytes that is not counted"
                 if before is None
-                else f"{(distributed.sent - before) / 1024:.1f} KiB"
+                else f"{(distributed.bytes_sent - before) / 1024:.1f} KiB"
             )
             + f" to collectives, and {sum(p.nbytes for p in encoder.parameters()) / 2**20:.1f} MiB of gradients to DDP"
         )
     if args.profile:
         profile(cases[precisions[-1], OURS], args.profile, device)
-    distributed.stop()
+    distributed.cleanup()
 
 
 if __name__ == "__main__":

@@ -251,10 +251,10 @@ def look_alike(name, other):
 def refuse_settings(part, name, split, limit, cache, on_error, check_files):
     """SystemExit where settings of `load` make no sense, with its names for them."""
     if name not in NAMES:
-        from engine.config import nearest
+        from engine.config import did_you_mean
 
         raise SystemExit(
-            f"data.name is {name!r}{nearest(name, NAMES)}; there are {', '.join(NAMES)}"
+            f"data.name is {name!r}{did_you_mean(name, NAMES)}; there are {', '.join(NAMES)}"
         )
     if split != "train" and not (name == "stl10" and split in ("unlabeled", "train+unlabeled")):
         raise SystemExit(

@@ -177,7 +177,7 @@ def drop(part, source, keep, why):
     file = next(i["file"] for i in part["images"] if i["id"] == first["image_id"])
     name = f"annotation {first['id']}" if "id" in first else "a box"
     box = ", ".join(f"{value:g}" for value in first["bbox"])
-    distributed.say(
+    distributed.print_main(
         f"{source}: {len(dropped)} of its {len(keep)} boxes {why} and are left out of training and "
         f"evaluation; the first is {name} of {file}: x, y, width, height {box}"
     )

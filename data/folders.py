@@ -12,7 +12,7 @@ import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from engine.distributed import is_main, say
+from engine.distributed import is_main, print_main
 
 from .image_files import printable
 from .paths import Paths
@@ -126,12 +126,12 @@ def list_images(path, name, only=None, empty="refuse"):
         others += [below + file for file in content.others]
         hidden += [below + file for file in content.hidden]
     if hidden:
-        say(
+        print_main(
             f"{name}: {len(hidden)} hidden or system folders and files under {path} left out; "
             f"the first: {printable(hidden[0])}"
         )
     if others:
-        say(
+        print_main(
             f"{name}: {len(others)} files under {path} left out, not named {EXTENSIONS_IN_WORDS}; "
             f"the first: {printable(others[0])}"
         )
@@ -279,7 +279,7 @@ def folder_of_part(path, name, part):
     if part == "test":
         return parts.get("val", parts.get("test")) if "train" in parts else None
     if note:
-        say(f"{name}: {note}")
+        print_main(f"{name}: {note}")
     return parts.get("train", path)
 
 

@@ -259,7 +259,7 @@ def say_if_dark(dataset):
     if file is None or not 0 < highest[file] < BRIGHT_ENOUGH:
         return
     factor = 2 ** (16 - highest[file].bit_length())
-    distributed.say(
+    distributed.print_main(
         f"WARNING: {printable(file)} has 16 bits a value, of which the upper 8 are "
         f"taken, but its highest value is {highest[file]} of 65535, the highest in "
         f"{len(highest)} such images that were looked at: they come out nearly black; "

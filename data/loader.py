@@ -104,7 +104,7 @@ class Loader:
             reader = Reader(dataset, self.augment, augment_backend, n_views, device)
             self.running, self.in_flight = reader.workers_that_fit(self.workers, self.local)
         if self.running < self.workers:
-            distributed.say(
+            distributed.print_main(
                 f"memory has room for {self.running} image workers, not {self.workers}; "
                 "lower data.workers or batch_size"
             )
@@ -151,7 +151,7 @@ class Loader:
         if not getattr(self.dataset, "skip", False):
             return None
         replaced = []
-        for broken in distributed.gather_objects(self.broken):
+        for broken in distributed.all_gather_object(self.broken):
             replaced += broken.items()
         if not replaced:
             return None

@@ -14,7 +14,7 @@ import torch
 
 from . import config, distributed
 from . import device as devices
-from .distributed import say
+from .distributed import print_main
 
 try:
     import fcntl
@@ -67,7 +67,7 @@ def write(path, value, keep=None):
     try:
         with writing(path), open(aside, "w+b") as f:
             torch.save(value, f)
-            seal(f)
+            append_checksum(f)
             f.flush()
             os.fsync(f.fileno())  # on the disk before it takes the name
     except BaseException:
@@ -92,7 +92,7 @@ def write(path, value, keep=None):
         os.replace(aside, path)
 
 
-def seal(f):
+def append_checksum(f):
     """Put a checksum of the file into its end: a zip's comment, which every reader skips. (torch.load leaves zip's own checksums unread, and
     these do not cover all of a file.)
     """
@@ -112,7 +112,7 @@ def checksum(f, size=None):
     return f"crc32 {crc:08x}".encode()
 
 
-def whole(path):
+def has_valid_checksum(path):
     """False for a file that ends with a checksum, and not with its own. Other people's files end with none."""
     with open(path, "rb") as f:
         size = f.seek(0, os.SEEK_END)
@@ -126,10 +126,10 @@ def whole(path):
         )
 
 
-def read(path):
+def read_checkpoint(path):
     """torch.load without code, onto the CPU."""
     try:
-        if not whole(path):
+        if not has_valid_checksum(path):
             raise ValueError("it is damaged: its bytes are not those that were written")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -162,7 +162,7 @@ def check_writable(folder):
 
     The folder need not be there yet. Scripts ask before work whose figures they write at its end.
     """
-    with distributed.agreeing():
+    with distributed.same_exit_on_all_ranks():
         if distributed.is_main():
             with writing(folder):
                 is_new = not os.path.isdir(folder)
@@ -175,30 +175,30 @@ def check_writable(folder):
 
 
 @contextlib.contextmanager
-def claim(folder):
+def lock_run_folder(folder):
     """Make a run's folder, and let no other process train there until the block has ended.
 
     Every process calls it; the first one locks. A run that is refused leaves no lock behind, and no
     folder that it made for nothing: the program may be a notebook, which lives on.
     """
     held, made = None, False
-    with distributed.agreeing():
+    with distributed.same_exit_on_all_ranks():
         if distributed.is_main():
             with writing(folder):
                 made = not os.path.isdir(folder)
                 os.makedirs(folder, exist_ok=True)
-                held = lock(folder)
+                held = acquire_lock(folder)
     try:
         yield
     finally:
         if held:
-            unlock(held)
+            release_lock(held)
         if made:
             with contextlib.suppress(OSError):  # it is not empty: the run has begun
                 os.rmdir(folder)
 
 
-def lock(folder):
+def acquire_lock(folder):
     """-> the locked file, or None on a disk without locks.
 
     lockf, not flock: workers that decode images do not inherit it, and they may live on for some
@@ -217,7 +217,7 @@ def lock(folder):
             )
         except (AttributeError, OSError) as error:  # Windows, or a network disk without locks
             file.close()
-            say(
+            print_main(
                 f"{folder} cannot be locked ({error}): see to it yourself that no second process trains there"
             )
             return None
@@ -231,8 +231,8 @@ def lock(folder):
     return file
 
 
-def unlock(file):
-    """Remove a locked file while it is still locked: whoever opened it before sees in `lock` that it
+def release_lock(file):
+    """Remove a locked file while it is still locked: whoever opened it before sees in `acquire_lock` that it
     is gone, whoever comes later makes a new one.
     """
     with contextlib.suppress(OSError):
@@ -269,22 +269,26 @@ def move_aside(folder):
         os.replace(path, path + ".before")
 
 
-def before(path):
+def previous_checkpoint(path):
     """Where the checkpoint before the last one is kept."""
     return os.path.join(os.path.dirname(path), "previous.pt")
 
 
 def exists(path):
     """Is there a checkpoint to resume? To every process the same."""
-    return any(distributed.gather_objects(os.path.exists(path) or os.path.exists(before(path))))
+    return any(
+        distributed.all_gather_object(
+            os.path.exists(path) or os.path.exists(previous_checkpoint(path))
+        )
+    )
 
 
 def save(path, settings, epoch, **parts):
     """Everything that training holds, after `epoch` epochs. parts: modules, optimizer, scaler. Every process must call it; none returns before
     the file is there. What is not finite is never saved.
     """
-    rng = distributed.gather_objects(devices.rng_state())
-    with distributed.agreeing():
+    rng = distributed.all_gather_object(devices.rng_state())
+    with distributed.same_exit_on_all_ranks():
         if distributed.is_main():
             value = {k: v.state_dict() for k, v in parts.items()}
             broken = not_finite(
@@ -298,7 +302,7 @@ def save(path, settings, epoch, **parts):
             write(
                 path,
                 {"epoch": epoch, "settings": settings, "rng": rng, "precision": precision, **value},
-                keep=before(path),
+                keep=previous_checkpoint(path),
             )
 
 
@@ -324,22 +328,22 @@ def not_finite(value, name=""):
 def resume(path, settings, may_change=MAY_CHANGE, **parts):
     """Put a checkpoint's state into parts, on every process. -> the number of epochs done. If it is damaged the one before is taken."""
     problems = []
-    for candidate in (path, before(path)):
+    for candidate in (path, previous_checkpoint(path)):
         saved = problem = None
         try:
-            saved = read(candidate)
+            saved = read_checkpoint(candidate)
         except SystemExit as refusal:
             problem = refusal.code
         found = [
-            p for p in distributed.gather_objects(problem) if p
+            p for p in distributed.all_gather_object(problem) if p
         ]  # all processes take the same file
         if not found:
             break
         problems.append(found[0])
     else:
-        distributed.agree(f"{problems[0]}, and {problems[1]}: start over with --fresh")
+        distributed.exit_all_ranks(f"{problems[0]}, and {problems[1]}: start over with --fresh")
     if problems:
-        say(f"{problems[0]}; going on from the one before, {candidate}")
+        print_main(f"{problems[0]}; going on from the one before, {candidate}")
         if distributed.is_main() and os.path.exists(path):
             with writing(path):
                 os.replace(
@@ -380,7 +384,7 @@ def resume(path, settings, may_change=MAY_CHANGE, **parts):
 def say_other_precision(path, old, new):
     """old: None in a file of before it was noted."""
     if None not in (old, new) and old != new:
-        say(f"{path} was trained in {old} so far, and goes on in {new}")
+        print_main(f"{path} was trained in {old} so far, and goes on in {new}")
 
 
 def resume_random_numbers(path, states):
@@ -389,7 +393,7 @@ def resume_random_numbers(path, states):
     Other processes or another kind of device have other random numbers. That is no fault, and said.
     """
     if len(states) != distributed.world_size():
-        say(
+        print_main(
             f"{path} is of {len(states)} processes, now there are {distributed.world_size()}: it goes on with fresh random numbers"
         )
         return
@@ -400,6 +404,6 @@ def resume_random_numbers(path, states):
     except (RuntimeError, TypeError):  # of a generator that keeps another state
         old = f"another kind of {old}"
     if old != new:
-        say(
+        print_main(
             f"{path} was written on {old}, and goes on on {new}: from here on its random numbers are others"
         )

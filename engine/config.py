@@ -21,7 +21,7 @@ import typing
 
 import yaml
 
-from . import console, orphans, signatures
+from . import console, orphans, signals, signatures
 
 # Each section, and whose keyword-only arguments its keys are ("module:name"). {key} is filled in
 # from the section itself.
@@ -86,6 +86,7 @@ def answer_early(parser, also=()):
     """
     console.accept_any_character()
     console.show_warnings_plainly()
+    signals.listen()
     orphans.end_with_torchrun()
     try:
         read_command_line(parser, also)
@@ -105,7 +106,7 @@ def read_command_line(parser, also=()):
     args = parser.parse_args()
     settings = load(args.cfg, args.overrides, also)
     if args.print_config:
-        print(text(settings), end="")
+        print(to_yaml(settings), end="")
         raise SystemExit
     return args, settings
 
@@ -127,22 +128,24 @@ def load(path, overrides=(), also=()):
     Raises:
         SystemExit: one sentence that names what is wrong.
     """
-    settings = merge_base(path)
+    settings = load_with_base(path)
     # What chooses other keys comes first: it would take those given before it along.
     for words in sorted(overrides, key=is_no_choice):
         override(settings, words)
-    unknown(settings, TOP, f"{path}:")
+    refuse_unknown_keys(settings, TOP, f"{path}:")
     resolved = {
-        "name": fit(settings.get("name", default_name(path)), str, f"{path}: name"),
-        "seed": fit(settings.get("seed", 0), int, f"{path}: seed"),
+        "name": coerce(settings.get("name", default_name(path)), str, f"{path}: name"),
+        "seed": coerce(settings.get("seed", 0), int, f"{path}: seed"),
     }
     check_name(resolved["name"], path)
     if resolved["seed"] < 0:
         raise SystemExit(f"{path}: seed is {resolved['seed']}; it must be at least 0")
     if "paper" in settings:
-        unknown(mapping(settings["paper"], f"{path}: paper"), PAPER, f"{path}: paper.")
+        refuse_unknown_keys(
+            require_mapping(settings["paper"], f"{path}: paper"), PAPER, f"{path}: paper."
+        )
         resolved["paper"] = {
-            key: fit(value, str | int | float | None, f"{path}: paper.{key}")
+            key: coerce(value, str | int | float | None, f"{path}: paper.{key}")
             for key, value in settings["paper"].items()
         }
     for section in SECTIONS:
@@ -171,7 +174,7 @@ def check_name(name, path):
     is_one_folder = name not in ("", ".", "..") and not set("/\\") & set(name)
     if not is_one_folder or len(name.encode()) > 200:
         raise SystemExit(
-            f"{path}: name {brief(name)} must name one folder in runs/, in at most 200 bytes"
+            f"{path}: name {shorten(name)} must name one folder in runs/, in at most 200 bytes"
         )
 
 
@@ -192,7 +195,7 @@ def resolve(section, given, where):
         given: {key: value}, as the file and the command line have it.
         where: file and section, for sentences.
     """
-    mapping(given, where)
+    require_mapping(given, where)
     parameters = {}
     for home in SECTIONS[section]:
         if "{" in home:
@@ -202,17 +205,17 @@ def resolve(section, given, where):
                 raise SystemExit(f"{where}.{key} is missing; there are {', '.join(choices)}")
             if given[key] not in choices:
                 raise SystemExit(
-                    f"{where}.{key} is {brief(given[key])}{nearest(given[key], choices)}; "
+                    f"{where}.{key} is {shorten(given[key])}{did_you_mean(given[key], choices)}; "
                     f"there are {', '.join(choices)}"
                 )
             parameters[key] = inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=str)
             home = home.replace("{" + key + "}", given[key])
         parameters.update(keys_at(home))
-    unknown(given, parameters, where + ".")
+    refuse_unknown_keys(given, parameters, where + ".")
     resolved = {}
     for key, parameter in parameters.items():
         if key in given:
-            resolved[key] = fit(given[key], parameter.annotation, f"{where}.{key}")
+            resolved[key] = coerce(given[key], parameter.annotation, f"{where}.{key}")
         elif parameter.default is inspect.Parameter.empty:
             raise SystemExit(
                 f"{where}.{key} is missing; add it to the file, or {section}.{key}=... "
@@ -254,18 +257,18 @@ def build(target, section, file, **given):
         ) from None
 
 
-def chosen(settings, section):
+def method_class(settings, section):
     """The class that a section's settings choose: the host of `model`, the method of `loss`."""
     name = settings[CHOICE[section]]
-    return find(f"{PACKAGE[section]}.{name}:{name}")
+    return import_object(f"{PACKAGE[section]}.{name}:{name}")
 
 
-def several(loss):
+def loss_settings(loss):
     """The settings of `loss`, one method or a list of them, as a list."""
     return loss if isinstance(loss, list) else [loss]
 
 
-def find(home):
+def import_object(home):
     """Import "module:name".
 
     A method's class has its file's name, in any capitals: losses/ring.py has Ring.
@@ -299,7 +302,7 @@ def keys_at(home):
     try:
         return signatures.keyword_only(home)
     except signatures.UnreadableError:
-        return keys_of_choice(find(home))
+        return keys_of_choice(import_object(home))
 
 
 def keys_of_choice(target):
@@ -335,18 +338,18 @@ def yaml_keys(target):
 # ---------------------------------------------------------------------------------------- reading
 
 
-def merge_base(path):
+def load_with_base(path):
     """The settings of a file, put over those of its base, if it has one."""
-    settings = read(path)
+    settings = read_yaml(path)
     if "base" not in settings:
         return settings
     base = settings.pop("base")
     if not isinstance(base, str) or os.path.isabs(base) or not base.endswith(".yaml"):
         raise SystemExit(
-            f"{path}: base is {brief(base)}; it must name a .yaml file, from this one's folder"
+            f"{path}: base is {shorten(base)}; it must name a .yaml file, from this one's folder"
         )
     base_path = os.path.join(os.path.dirname(path), base)
-    base = read(base_path)
+    base = read_yaml(base_path)
     if "base" in base:
         raise SystemExit(
             f"{base_path}: is itself built on a base ({base['base']}); base goes one level deep, "
@@ -359,13 +362,13 @@ def merge_base(path):
         if isinstance(value, dict) and isinstance(base.get(section), dict):
             # The choice of host or method comes first.
             for key in sorted(value, key=lambda key: key != CHOICE.get(section)):
-                put(base[section], section, key, value[key])
+                set_option(base[section], section, key, value[key])
         else:
             base[section] = value
     return base
 
 
-class Plain(yaml.SafeLoader):
+class PlainLoader(yaml.SafeLoader):
     """YAML without what is easily misread, and without what settings do not need.
 
     A key that stands twice, 010 (which is 8) and 1:30 (which is 90) would be taken otherwise than
@@ -395,7 +398,7 @@ class Plain(yaml.SafeLoader):
         is_octal = re.fullmatch("[-+]?0[0-7_]+", node.value)
         if is_number and (":" in node.value or is_octal):
             raise ValueError(
-                f"{brief(node.value)}{in_line(node)} would be read to the base of "
+                f"{shorten(node.value)}{in_line(node)} would be read to the base of "
                 f"{60 if ':' in node.value else 8}; write the number that is meant, "
                 "and a word in quotes"
             )
@@ -409,7 +412,7 @@ class Plain(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode) and first.setdefault(key.value, key) is not key:
                 lines = sorted({first[key.value].start_mark.line + 1, key.start_mark.line + 1})
                 raise ValueError(
-                    f"{shown(key.value)} stands twice, in line "
+                    f"{quote(key.value)} stands twice, in line "
                     f"{' and '.join(map(str, lines))}; keep one"
                 )
         return node
@@ -421,10 +424,10 @@ def in_line(node):
     return "" if mark.name.startswith("<") else f" in line {mark.line + 1}"
 
 
-def parse(stream, where):
+def parse_yaml(stream, where):
     """Read YAML from a string or an open file. where: what it is, for sentences."""
     try:
-        return yaml.load(stream, Plain)
+        return yaml.load(stream, PlainLoader)
     except yaml.YAMLError as error:
         raise SystemExit(f"{where} is not YAML: {' '.join(str(error).split())[:300]}") from None
     except RecursionError:
@@ -435,29 +438,29 @@ def parse(stream, where):
         raise SystemExit(f"{where} cannot be read: {error}") from None
 
 
-def read(path):
+def read_yaml(path):
     """The settings in a YAML file, as they stand there."""
     try:
         with open(path, encoding="utf-8") as file:
-            settings = parse(file, path)
+            settings = parse_yaml(file, path)
     except FileNotFoundError:
         folder = os.path.dirname(path) or "."
         files = os.listdir(folder) if os.path.isdir(folder) else []
         yaml_files = sorted(file for file in files if file.endswith(".yaml"))
-        guess = nearest(os.path.basename(path), yaml_files)
+        guess = did_you_mean(os.path.basename(path), yaml_files)
         raise SystemExit(f"{path} does not exist{guess}") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise SystemExit(f"{shown(path)} cannot be read: {error}") from None
-    return mapping(settings if settings is not None else {}, path)
+        raise SystemExit(f"{quote(path)} cannot be read: {error}") from None
+    return require_mapping(settings if settings is not None else {}, path)
 
 
 def override(settings, words):
     """Put an override of the command line, `key.sub=value`, into the settings."""
     key, equals, value = words.partition("=")
-    where = f"{brief(words)} on the command line"
+    where = f"{shorten(words)} on the command line"
     if not equals or not key:
         raise SystemExit(f"{where} is not key=value, e.g. optim.epochs=10")
-    value = parse(value, f"{where}: the value")
+    value = parse_yaml(value, f"{where}: the value")
     *path, last = key.split(".")
     if key == "loss" and isinstance(value, list):  # loss=[{name: ifnd}, {name: ring}]
         settings[key] = value
@@ -474,10 +477,10 @@ def override(settings, words):
         return
     if path[0] not in (*SECTIONS, "paper"):
         raise SystemExit(
-            f"command line: {shown(path[0])} is not a section{nearest(path[0], SECTIONS)}; "
+            f"command line: {quote(path[0])} is not a section{did_you_mean(path[0], SECTIONS)}; "
             f"there are {', '.join(SECTIONS)}"
         )
-    put(mapping(settings.setdefault(path[0], {}), path[0]), path[0], last, value)
+    set_option(require_mapping(settings.setdefault(path[0], {}), path[0]), path[0], last, value)
 
 
 def override_in_list(methods, path, key, value, where):
@@ -490,12 +493,12 @@ def override_in_list(methods, path, key, value, where):
     if len(path) != 1 or path[0] not in by_name or key == "name":
         raise SystemExit(
             f"{where}: loss is a list, so a key of it is loss.<name>.key, "
-            f"with one of {', '.join(map(shown, by_name))}"
+            f"with one of {', '.join(map(quote, by_name))}"
         )
-    put(by_name[path[0]], "loss", key, value)
+    set_option(by_name[path[0]], "loss", key, value)
 
 
-def put(section, name, key, value):
+def set_option(section, name, key, value):
     """Set a key of a section.
 
     Another host takes none of the old host's keys along (MoCo's `momentum` is not IR's); another
@@ -519,20 +522,20 @@ def put(section, name, key, value):
     section[key] = value
 
 
-def mapping(value, where):
+def require_mapping(value, where):
     """The value, if it holds keys and values; where: what it is, for the sentence."""
     if not isinstance(value, dict):
-        raise SystemExit(f"{where} is {brief(value)}; it must hold keys and values")
+        raise SystemExit(f"{where} is {shorten(value)}; it must hold keys and values")
     return value
 
 
-def unknown(given, known, where):
+def refuse_unknown_keys(given, known, where):
     """Refuse keys in `given` that are not in `known`."""
     for key in given:
         if key not in known:
             space = "" if where.endswith(".") else " "
             raise SystemExit(
-                f"{where}{space}{shown(key)} is not a setting{nearest(key, known)}; "
+                f"{where}{space}{quote(key)} is not a setting{did_you_mean(key, known)}; "
                 f"there are {', '.join(known)}"
             )
 
@@ -540,7 +543,7 @@ def unknown(given, known, where):
 # ----------------------------------------------------------------------------- words of sentences
 
 
-def nearest(name, names):
+def did_you_mean(name, names):
     """`; did you mean ...?` if one of the names is similar, else nothing."""
     if not isinstance(name, str):
         return ""
@@ -548,7 +551,7 @@ def nearest(name, names):
     return f"; did you mean {similar[0]}?" if similar else ""
 
 
-def brief(value):
+def shorten(value):
     """A value in a sentence: its repr, cut where it is long."""
     try:
         words = repr(value)
@@ -557,16 +560,16 @@ def brief(value):
     return words if len(words) <= 200 else f"{words[:120]} ... {words[-40:]}"
 
 
-def shown(key):
+def quote(key):
     """A key in a sentence: as it is, if it is a word."""
     is_word = isinstance(key, str) and key and key.isprintable() and len(key) <= 200
-    return key if is_word else brief(key)
+    return key if is_word else shorten(key)
 
 
 # ------------------------------------------------------------------------------------------ types
 
 
-def fit(value, kind, where):
+def coerce(value, kind, where):
     """A value as the type that its key has.
 
     Args:
@@ -581,58 +584,62 @@ def fit(value, kind, where):
         return value
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
-        return fit_literal(value, inner, where)
+        return coerce_literal(value, inner, where)
     if origin is list:
         if not isinstance(value, list):
-            raise SystemExit(f"{where} is {brief(value)}; it must be {word(kind)}")
-        return [fit(item, inner[0], f"{where}[{i}]") for i, item in enumerate(value)]
+            raise SystemExit(f"{where} is {shorten(value)}; it must be {type_name(kind)}")
+        return [coerce(item, inner[0], f"{where}[{i}]") for i, item in enumerate(value)]
     if inner:  # a union: the first that fits
         for member in inner:
             try:
-                return fit(value, member, where)
+                return coerce(value, member, where)
             except SystemExit:
                 pass
-        raise SystemExit(f"{where} is {brief(value)}; it must be {' or '.join(map(word, inner))}")
-    return fit_plain(value, kind, where)
+        raise SystemExit(
+            f"{where} is {shorten(value)}; it must be {' or '.join(map(type_name, inner))}"
+        )
+    return coerce_plain(value, kind, where)
 
 
-def fit_literal(value, choices, where):
-    """As `fit`, of one of several values."""
+def coerce_literal(value, choices, where):
+    """As `coerce`, of one of several values."""
     # 1 == True, but a number is no yes or no.
     is_choice = any(value == c and isinstance(value, bool) == isinstance(c, bool) for c in choices)
     if not is_choice:
         names = [str(choice) for choice in choices]
         raise SystemExit(
-            f"{where} is {brief(value)}{nearest(value, names)}; "
+            f"{where} is {shorten(value)}{did_you_mean(value, names)}; "
             f"it must be one of {', '.join(names)}"
         )
     return value
 
 
-def fit_plain(value, kind, where):
-    """As `fit`, of int, float, bool, str or None."""
+def coerce_plain(value, kind, where):
+    """As `coerce`, of int, float, bool, str or None."""
     if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4, without a point, as a word
         with contextlib.suppress(ValueError):
             value = float(value)
     # Beyond 2 ** 53 a float is not exact, and no count or seed needs it.
     if kind in (int, float) and type(value) is int and abs(value) > 2**53:
-        raise SystemExit(f"{where} is {brief(value)}; it must be {word(kind)}, of 2 ** 53 at most")
+        raise SystemExit(
+            f"{where} is {shorten(value)}; it must be {type_name(kind)}, of 2 ** 53 at most"
+        )
     if kind is float and type(value) is int:
         value = float(value)
     # NaN and infinity are no numbers here.
     if type(value) is not kind or kind is float and not math.isfinite(value):
-        raise SystemExit(f"{where} is {brief(value)}; it must be {word(kind)}")
+        raise SystemExit(f"{where} is {shorten(value)}; it must be {type_name(kind)}")
     if kind is str and not (value.isprintable() and len(value) <= 1000):
         raise SystemExit(
-            f"{where} is {brief(value)}; it must be printable, and 1000 characters at most"
+            f"{where} is {shorten(value)}; it must be printable, and 1000 characters at most"
         )
     return value
 
 
-def word(kind):
+def type_name(kind):
     """A type in a sentence."""
     if typing.get_origin(kind) is list:
-        item = word(typing.get_args(kind)[0]).split(" ", 1)[1]
+        item = type_name(typing.get_args(kind)[0]).split(" ", 1)[1]
         return f"a list of {item}s"
     words = {
         int: "a whole number",
@@ -647,7 +654,7 @@ def word(kind):
 # ---------------------------------------------------------------------------------------- writing
 
 
-def text(settings):
+def to_yaml(settings):
     """Resolved settings as YAML, a line a section."""
     lines = []
     for section, value in settings.items():
@@ -657,7 +664,7 @@ def text(settings):
     return "".join(lines)
 
 
-def keep(settings, folder):
+def save_if_missing(settings, folder):
     """Write config.yaml, where training has not written one.
 
     A file that evaluates another run's weights is a row of its own.
@@ -665,7 +672,7 @@ def keep(settings, folder):
     path = os.path.join(folder, "config.yaml")
     if not os.path.exists(path):
         with open(path, "w") as file:
-            file.write(text(settings))
+            file.write(to_yaml(settings))
 
 
 def difference(old, new, ignore=()):

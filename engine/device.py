@@ -26,17 +26,19 @@ INSTALL_CUDA_12_6 = (
 )
 INSTALL_NEWEST = f"{UNINSTALL} && pip install -r requirements.txt"
 
-current = torch.device("cpu")  # the device that use() was given; set once, by distributed.start()
+current = torch.device(
+    "cpu"
+)  # the device that use() was given; set once, by distributed.init_distributed()
 
 
 # ------------------------------------------------------------------------------------ the choice
 
 
-def choose(asked=None, process=0, processes=1):
+def choose(device_name=None, process=0, processes=1):
     """The device of one of the processes of this machine.
 
     Args:
-        asked: what --device says (cpu, cuda, cuda:1, mps ...), or None for the best there is.
+        device_name: what --device says (cpu, cuda, cuda:1, mps ...), or None for the best there is.
         process: the number of this process among those that torchrun started on this machine, each
             of which takes an accelerator of its own.
         processes: how many these are.
@@ -45,15 +47,15 @@ def choose(asked=None, process=0, processes=1):
         SystemExit: one sentence, for a device that is not there and for a GPU that the installed
             torch has no kernels for.
     """
-    if asked in ("cpu", "cpu:0"):  # whatever else there is stays untouched
+    if device_name in ("cpu", "cpu:0"):  # whatever else there is stays untouched
         return torch.device("cpu")
     kind, count = accelerator()
-    if asked is None:
+    if device_name is None:
         # Apple's MPS has no collectives, so that several processes compute on the CPU there.
         alone = processes == 1 or kind is None or has_collectives(kind)
         device = torch.device(kind if kind and alone else "cpu")
     else:
-        device = named(asked, kind, count)
+        device = parse_device(device_name, kind, count)
     if device.type == "cpu":
         return device
     if processes > 1:
@@ -62,7 +64,7 @@ def choose(asked=None, process=0, processes=1):
         return torch.device("mps")
     device = torch.device(device.type, process if device.index is None else device.index)
     if device.type == "cuda":
-        refuse_unserved(device)
+        refuse_unsupported(device)
     return device
 
 
@@ -76,22 +78,22 @@ def accelerator():
         return device.type, torch.accelerator.device_count()
 
 
-def named(asked, kind, count):
+def parse_device(device_name, kind, count):
     """What --device says, as a torch.device without a number where none was given."""
     names = ["cpu"]
     if kind:
         names += [kind] if kind == "mps" else [f"{kind}:{i}" for i in range(count)]
     listed = ", ".join(names)
     try:
-        device = torch.device(asked)
+        device = torch.device(device_name)
     except RuntimeError:
         raise SystemExit(
-            f"--device {asked} is no device of torch's; here it sees {listed}"
+            f"--device {device_name} is no device of torch's; here it sees {listed}"
         ) from None
     if device.type != kind or (device.index or 0) >= count:
         problem = device.type == "cuda" and cuda_problem()
         why = f": {problem}" if problem else f"; torch {torch.__version__} sees {listed} here"
-        raise SystemExit(f"--device {asked} is not there{why}")
+        raise SystemExit(f"--device {device_name} is not there{why}")
     return device
 
 
@@ -200,15 +202,15 @@ def release(version):
     return int(major), int(minor)
 
 
-def refuse_unserved(device):
+def refuse_unsupported(device):
     """Refuse a GPU for which the installed torch has no kernels."""
     kernels = torch.cuda.get_arch_list()
     if torch.version.cuda is None or not kernels:  # AMD's ROCm has names of its own
         return
     capability = torch.cuda.get_device_capability(device)
-    if serves(kernels, capability):
+    if supports(kernels, capability):
         return
-    if serves(KERNELS_OF_CUDA_12_6, capability):
+    if supports(KERNELS_OF_CUDA_12_6, capability):
         way_out = (
             "the official builds of torch 2.11 to 2.14 for CUDA 12.6 have them: "
             f"{INSTALL_CUDA_12_6}; or give --device cpu"
@@ -224,7 +226,7 @@ def refuse_unserved(device):
     )
 
 
-def serves(kernels, capability):
+def supports(kernels, capability):
     """Does a build with these kernels run on a GPU of this capability (major, minor)?
 
     sm_86 is machine code: it runs on an equal or higher minor of the same major. compute_90 is

@@ -33,18 +33,18 @@ LARGEST_IN_STORE = 2**20  # bytes of a packed object; a larger one goes by a col
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 # Bytes that this process has given to others, DDP's gradients aside: for benchmarks/step.py.
-sent = 0
+bytes_sent = 0
 # This process's ObjectStore; None where no process group was joined.
 object_store = None
 # For each rank, the first rank on its node.
 node_firsts = [0]
 
 
-def start(asked=None, timeout=None):
+def init_distributed(device_name=None, timeout=None):
     """Join the process group that torchrun announces, if it does.
 
     Args:
-        asked: what --device says; see engine/device.py.
+        device_name: what --device says; see engine/device.py.
         timeout: a datetime.timedelta for collectives, None for torch's own.
 
     Returns:
@@ -56,17 +56,17 @@ def start(asked=None, timeout=None):
     """
     limit_threads()
     if "RANK" not in os.environ:  # the one test: torchrun sets it
-        device = devices.choose(asked)
+        device = devices.choose(device_name)
         devices.use(device)
     else:
         check_environment()
-        device = join(asked, timeout)
-    problem = why_cpu(asked, device)
+        device = join(device_name, timeout)
+    problem = why_cpu(device_name, device)
     if problem:
-        say(f"WARNING: {problem}; until then everything runs on the CPU")
+        print_main(f"WARNING: {problem}; until then everything runs on the CPU")
     problem = busy_cores() if device.type == "cpu" else None
     if problem:
-        say(f"WARNING: {problem}")
+        print_main(f"WARNING: {problem}")
     return device
 
 
@@ -87,12 +87,12 @@ def check_environment():
         )
 
 
-def why_cpu(asked, device):
+def why_cpu(device_name, device):
     """What keeps a process on the CPU that was not asked to compute there, or None."""
-    return devices.cuda_problem() if asked is None and device.type == "cpu" else None
+    return devices.cuda_problem() if device_name is None and device.type == "cpu" else None
 
 
-def join(asked, timeout):
+def join(device_name, timeout):
     """Join the process group. -> the device of this process."""
     global object_store, node_firsts
     store, rank, world = next(rendezvous("env://"))
@@ -105,11 +105,11 @@ def join(asked, timeout):
     local = int(os.environ.get("LOCAL_RANK", "0"))
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     try:
-        device = devices.choose(asked, local, processes)
+        device = devices.choose(device_name, local, processes)
     except SystemExit as end:
         refusal = end.code
     node = os.environ.get("GROUP_RANK", socket.gethostname())
-    kind, why = (None, None) if refusal else (device.type, why_cpu(asked, device))
+    kind, why = (None, None) if refusal else (device.type, why_cpu(device_name, device))
     reports = object_store.gather((refusal, kind, why, node))
     refuse_unlike(reports, rank)
     nodes = [node for *_, node in reports]
@@ -201,13 +201,13 @@ def say_refusals_once():
         raise
 
 
-def hardware(device):
+def describe_devices(device):
     """The devices of all processes in words, for the log."""
     words = devices.describe(device)
     return words if world_size() == 1 else f"{world_size()} x {words}"
 
 
-def stop():
+def cleanup():
     """Leave the process group, if this process is in one."""
     if object_store:
         object_store.close()
@@ -215,7 +215,7 @@ def stop():
         dist.destroy_process_group()
 
 
-def wrap(module, device):
+def wrap_ddp(module, device):
     """Average the gradients of a module over processes, by DistributedDataParallel.
 
     Its buffers are left alone: see `average_buffers`.
@@ -238,7 +238,7 @@ def gradient_sync(model, is_last):
     return model.no_sync()
 
 
-def say(*words, **options):
+def print_main(*words, **options):
     """Print, on the first process alone."""
     if is_main():
         print(*words, **options, flush=True)
@@ -272,7 +272,7 @@ def barrier():
 
 
 @torch.no_grad()
-def gather(*tensors):
+def all_gather(*tensors):
     """Concatenate tensors over processes, by one message. It carries no gradient.
 
     Args:
@@ -286,7 +286,7 @@ def gather(*tensors):
     row_bytes = [as_bytes(x) for x in tensors]
     local = torch.cat(row_bytes, 1) if len(row_bytes) > 1 else row_bytes[0]
     parts = [torch.empty_like(local) for _ in range(world_size())]
-    give(local.nbytes * (world_size() - 1))
+    count_bytes(local.nbytes * (world_size() - 1))
     dist.all_gather(parts, local)
     columns = torch.cat(parts).split([x.shape[1] for x in row_bytes], 1)  # (world * n, bytes) each
     gathered = tuple(
@@ -301,14 +301,14 @@ def as_bytes(x):
     return x.detach().contiguous().view(len(x), -1).view(torch.uint8)
 
 
-def give(count):
+def count_bytes(count):
     """Count bytes that this process sends."""
-    global sent
-    sent += count
+    global bytes_sent
+    bytes_sent += count
 
 
 @torch.no_grad()
-def exchange(x, order):
+def all_to_all_rows(x, order):
     """Deal the rows of all processes anew.
 
     Row i of rank r has the number r * n + i. Only the rows wanted travel: moco's code sends every
@@ -331,39 +331,39 @@ def exchange(x, order):
     receive_counts = wanted_from.bincount(minlength=world).tolist()
     local_rows = as_bytes(x[(order[positions] - r * n).to(x.device)])
     received = torch.empty_like(local_rows)
-    give((n - send_counts[r]) * local_rows.shape[1])
+    count_bytes((n - send_counts[r]) * local_rows.shape[1])
     dist.all_to_all_single(received, local_rows, receive_counts, send_counts)
     # The rows came sorted by rank.
     back = wanted_from.argsort(stable=True).argsort()
     return received[back.to(x.device)].view(x.dtype).view(x.shape)
 
 
-def gather_with_gradient(x):
-    """As `gather`, and the gradient of every process's use of x comes back to it.
+def all_gather_with_gradient(x):
+    """As `all_gather`, and the gradient of every process's use of x comes back to it.
 
     (DDP averages over processes, so each averages its own loss.)
     """
-    return x if world_size() == 1 else Gather.apply(x)
+    return x if world_size() == 1 else AllGather.apply(x)
 
 
-class Gather(torch.autograd.Function):
-    """`gather`, and backwards the sum over all processes' losses."""
+class AllGather(torch.autograd.Function):
+    """`all_gather`, and backwards the sum over all processes' losses."""
 
     @staticmethod
     def forward(ctx, x):
         """(n, ...) -> (world * n, ...)."""
-        return gather(x)
+        return all_gather(x)
 
     @staticmethod
     def backward(ctx, gradient):
         """(world * n, ...) -> (n, ...)."""
         gradient = gradient.clone(memory_format=torch.contiguous_format)
-        give(2 * gradient.nbytes * (world_size() - 1) // world_size())
+        count_bytes(2 * gradient.nbytes * (world_size() - 1) // world_size())
         dist.all_reduce(gradient)
         return gradient.chunk(world_size())[rank()]
 
 
-def mean(x):
+def all_reduce_mean(x):
     """The mean over processes of a tensor."""
     return x if world_size() == 1 else all_reduce_sum(x.clone()) / world_size()
 
@@ -375,10 +375,10 @@ def all_reduce_sum(x):
     return x
 
 
-def anywhere(device, *flags):
+def any_rank(device, *flags):
     """Which of the flags are true on any process, as a list of booleans."""
     local_flags = torch.tensor([float(flag) for flag in flags], device=device)
-    return [share > 0 for share in mean(local_flags).tolist()]
+    return [share > 0 for share in all_reduce_mean(local_flags).tolist()]
 
 
 @torch.no_grad()
@@ -389,7 +389,7 @@ def average_buffers(module):
     """
     if world_size() > 1:
         for buffer in running_statistics(module):
-            buffer.copy_(mean(buffer))
+            buffer.copy_(all_reduce_mean(buffer))
 
 
 def running_statistics(*modules):
@@ -409,13 +409,13 @@ def running_statistics(*modules):
 # ------------------------------------------------------------------- Python objects: the store
 
 
-def agree(problem):
+def exit_all_ranks(problem):
     """End all processes if one of them has a sentence, and say it once. Every process calls it.
 
     Args:
         problem: a sentence, or None.
     """
-    problems = [p for p in gather_objects(problem) if p]
+    problems = [p for p in all_gather_object(problem) if p]
     if problems:
         if object_store:
             object_store.leave()
@@ -423,8 +423,8 @@ def agree(problem):
 
 
 @contextlib.contextmanager
-def agreeing():
-    """What refuses (SystemExit) on one process ends all of them, by `agree`.
+def same_exit_on_all_ranks():
+    """What refuses (SystemExit) on one process ends all of them, by `exit_all_ranks`.
 
     Every process comes here, and one may stay inside for as long as it needs, a slow disk included:
     see engine/store.py.
@@ -434,10 +434,10 @@ def agreeing():
         yield
     except SystemExit as refusal:
         problem = refusal.code
-    agree(problem)
+    exit_all_ranks(problem)
 
 
-def gather_objects(x):
+def all_gather_object(x):
     """The Python objects of all processes, as a list by rank.
 
     Through the store, however late a process comes. If one object has more than LARGEST_IN_STORE
@@ -480,7 +480,7 @@ def run_on_first(function, per_node=False):
     value = error = None
     outcome = b""
     if rank() == runner:
-        value, outcome, error = attempt(function)
+        value, outcome, error = run_for_others(function)
     senders = sorted(set(firsts))
     outcomes = object_store.spread(senders, outcome)
     outcomes = {r: unpack(outcomes[r]) for r in senders}
@@ -493,7 +493,7 @@ def run_on_first(function, per_node=False):
     return value if rank() == runner else outcomes[runner][1]
 
 
-def attempt(function):
+def run_for_others(function):
     """Run a function for other processes.
 
     Returns:

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from .distributed import say
+from .distributed import print_main
 
 
 class Schedule:
@@ -61,7 +61,7 @@ class Schedule:
                 "schedule is step, but there are no milestones; give the epochs after which lr "
                 "falls, or write schedule: constant"
             )
-        reached(milestones, epochs, "epochs")
+        check_milestones(milestones, epochs, "epochs")
         self.epochs = epochs
         self.batch_size = batch_size
         self.lr = lr
@@ -80,7 +80,7 @@ class Schedule:
         return self.lr * self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
 
 
-def reached(milestones, end, key):
+def check_milestones(milestones, end, key):
     """Refuse milestones before 1, and say which of them lie behind the end of a short run.
 
     Args:
@@ -92,13 +92,13 @@ def reached(milestones, end, key):
         raise ValueError(f"milestones {milestones} must lie above 0")
     if max(milestones, default=0) >= end:
         times = sum(milestone < end for milestone in milestones)
-        say(
+        print_main(
             f"milestones {milestones}: {key} {end} end before the last of them is reached, and "
             f"the learning rate falls {times} times; lower the milestones too"
         )
 
 
-def sensible(momentum, weight_decay):
+def check_optimizer_settings(momentum, weight_decay):
     """Refuse what torch would refuse later, when data are loaded, and with fewer words."""
     if not 0 <= momentum < 1:
         raise ValueError(f"Invalid momentum value: {momentum}; it must lie in [0, 1)")
@@ -108,5 +108,5 @@ def sensible(momentum, weight_decay):
 
 def sgd(parameters, lr, *, momentum: float = 0.9, weight_decay: float = 1e-4):
     """SGD on all parameters alike, as in the four papers; the fused kernel."""
-    sensible(momentum, weight_decay)
+    check_optimizer_settings(momentum, weight_decay)
     return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay, fused=True)

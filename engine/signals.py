@@ -153,6 +153,19 @@ def deferred(patience=PATIENCE):
         raise_once()
 
 
+@contextlib.contextmanager
+def interruptible():
+    """A part of a deferred block in which a signal ends the program at once, as outside of it."""
+    depth, state.deferred = state.deferred, 0
+    if stop_requested():
+        raise_once()
+    try:
+        yield
+    finally:
+        state.deferred = depth
+        state.last_progress = time.monotonic()
+
+
 def step_finished():
     """Note that training goes on; see PATIENCE."""
     state.last_progress = time.monotonic()

@@ -18,7 +18,7 @@ import torchvision
 from torch import Tensor
 
 from . import checkpoint, config
-from .distributed import say
+from .distributed import print_main
 
 # What stands before `conv1.weight`, once every `module.` is gone.
 LAYOUTS = {
@@ -117,7 +117,7 @@ def stand_in(name):
 
 
 def read_safely(path):
-    """Read a file by checkpoint.read, the settings that trainers store in it as inert objects.
+    """Read a file by checkpoint.read_checkpoint, the settings that trainers store in it as inert objects.
 
     Raises:
         SystemExit: says in one sentence what the file is instead, and what to do.
@@ -136,7 +136,7 @@ def read_safely(path):
     allowed = [(stand_in(name), name) for name in sorted(settings)]
     try:
         with torch.serialization.safe_globals(allowed):
-            return checkpoint.read(path)
+            return checkpoint.read_checkpoint(path)
     except SystemExit as refusal:
         # torch's own sentence is a page of advice on how to run what the file holds.
         if not isinstance(refusal.__context__, pickle.UnpicklingError):
@@ -158,7 +158,7 @@ def refuse_other_formats(path):
         size = os.path.getsize(path)
         with open(path, "rb") as f:
             head = f.read(512)
-    except OSError:  # checkpoint.read tells it
+    except OSError:  # checkpoint.read_checkpoint tells it
         return
     problem = None
     if size == 0:
@@ -216,7 +216,7 @@ def pickled_names(path):
                         names.append(".".join(words[-2:]))
                     elif isinstance(argument, str):
                         words.append(argument)
-    # The end of the file, bytes that are no pickle, a damaged zip: checkpoint.read tells it.
+    # The end of the file, bytes that are no pickle, a damaged zip: checkpoint.read_checkpoint tells it.
     except Exception:
         pass
     return names
@@ -433,7 +433,7 @@ def load_backbone(path, backbone):
             f"{path} has {extra[0]}, which the network has not: it is of a larger model.backbone"
         )
     backbone.load_state_dict(loaded, strict=False)
-    say(sentence)
+    print_main(sentence)
     return preprocessing
 
 
@@ -513,7 +513,7 @@ def refuse_other_settings(path, saved):
         settings = saved["settings"]
     if not isinstance(settings, dict) or not os.path.exists(beside):
         return
-    other = config.difference(settings, config.read(beside), checkpoint.MAY_CHANGE)
+    other = config.difference(settings, config.read_yaml(beside), checkpoint.MAY_CHANGE)
     if other:
         raise SystemExit(
             f"{path} was not trained with the settings of {beside}: {other}; finish that run, or "

@@ -51,7 +51,7 @@ def extract(
             shape = world, each, *features.shape[1:]
             whole = torch.empty(shape, dtype=features.dtype, device=keep_on or features.device)
         stop = start + len(features)
-        whole[:, start:stop] = distributed.gather(features).unflatten(0, (world, -1))
+        whole[:, start:stop] = distributed.all_gather(features).unflatten(0, (world, -1))
         start = stop
     return whole.flatten(0, 1)[:n]
 
@@ -131,7 +131,7 @@ def knn(bank, labels, queries, k, temperature):
         # The nearest has weight 1: e^{1 / T} itself is infinite from T = 0.011 on down.
         weight = ((similarity - similarity[:, :1]) / temperature).exp()
         predictions.append(votes.scatter_add_(1, labels[neighbours], weight).argmax(1))
-    return distributed.gather(torch.cat(predictions))[:m]
+    return distributed.all_gather(torch.cat(predictions))[:m]
 
 
 def nearest(bank, queries, k, device):
@@ -272,7 +272,7 @@ class KNN:
                 f"{lacking}; take fewer training images with data.limit or test images with "
                 "knn.limit, train without kNN (knn.every=0), or allow more memory"
             )
-        distributed.agree(problem)
+        distributed.exit_all_ranks(problem)
         return keep_on
 
     def neighbours(self):

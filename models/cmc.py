@@ -204,7 +204,7 @@ class CMC(nn.Module):
         L, ab = z_L.detach(), z_ab.detach()
 
         # the rows move towards the mean of the views when the step is done, of all processes
-        self.pending.append(distributed.gather(L.mean(1), ab.mean(1), index))
+        self.pending.append(distributed.all_gather(L.mean(1), ab.mean(1), index))
 
         # contrast each with the other's bank
         return [self.ab.contrast(z_L, ab, index), self.L.contrast(z_ab, L, index)]

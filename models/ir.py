@@ -66,7 +66,7 @@ class IR(nn.Module):
 
         # v_i moves towards the mean of the views when the step is done, of all processes
         f_mean = f.detach().mean(1)  # (N, D)
-        self.pending.append(distributed.gather(f_mean, index))
+        self.pending.append(distributed.all_gather(f_mean, index))
 
         # positive pairs: f with v_i; negative pairs: f with all other rows
         return [self.bank.contrast(f, f.detach(), index)]

@@ -65,7 +65,7 @@ class MoCo(nn.Module):
         k = k.unflatten(0, (-1, self.n_keys))  # (N, M, D)
 
         # one key an image enters the queue, of all processes, when the step is done
-        self.pending.append(distributed.gather(k.mean(1), index))
+        self.pending.append(distributed.all_gather(k.mean(1), index))
 
         # positive pairs: q with k; negative pairs: q with the queue
         return [Contrast(q, k, self.queue.keys, index, self.queue.index)]

@@ -59,8 +59,8 @@ class MomentumEncoder(nn.Module):
         order = deal_rows(world, splits, len(x))  # (world n,)
         if world > 1:  # images travel in the precision in which the first convolution reads them
             x = x.to(self.net.dtype)
-        k = self.net(distributed.exchange(x, order))  # (n, D)
-        return distributed.exchange(k, order.argsort())
+        k = self.net(distributed.all_to_all_rows(x, order))  # (n, D)
+        return distributed.all_to_all_rows(k, order.argsort())
 
 
 def deal_rows(world: int, splits: int, n: int) -> Tensor:

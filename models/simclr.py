@@ -48,11 +48,11 @@ class SimCLR(nn.Module):
         z_j = torch.stack(other_views(z), 2)  # (n, V, V - 1, D)
 
         # all pairs: z_i with every view of the global batch
-        z_k = distributed.gather_with_gradient(z.flatten(0, 1))  # (W n V, D)
+        z_k = distributed.all_gather_with_gradient(z.flatten(0, 1))  # (W n V, D)
 
         # negative pairs: those of different images
         index_i = index.repeat_interleave(self.n_views)  # (n V,)
-        index_k = distributed.gather(index_i)  # (W n V,)
+        index_k = distributed.all_gather(index_i)  # (W n V,)
         mask = index_i[:, None] != index_k  # (n V, W n V)
 
         return [Contrast(z.flatten(0, 1), z_j.flatten(0, 1), z_k, index_i, index_k, mask)]

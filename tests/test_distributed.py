@@ -31,7 +31,7 @@ def two(tmp_path_factory):
         from engine import distributed
         from evaluation.features import extract, knn
         from losses.kmeans import kmeans
-        device = distributed.start()
+        device = distributed.init_distributed()
         r = distributed.rank()
         images, labels = map(torch.from_numpy, shapes(21))
         data = ArraySet(images, labels, None, (0.0,) * 3, (1.0,) * 3)
@@ -42,17 +42,17 @@ def two(tmp_path_factory):
         loader = Loader(data, batch_size=8, n_views=2, seed=0, device=device, **kinds)
         x = torch.arange(3.0).add(10 * r).requires_grad_()
         weight = torch.tensor([1.0, 1, 1, 2, 2, 2]) * (r + 1)
-        (distributed.gather_with_gradient(x) ** 2 * weight).sum().backward()
-        before = distributed.sent
-        pair = distributed.gather(torch.arange(6.0).view(3, 2) + 10 * r, torch.arange(3) - r)
-        told = distributed.sent - before
+        (distributed.all_gather_with_gradient(x) ** 2 * weight).sum().backward()
+        before = distributed.bytes_sent
+        pair = distributed.all_gather(torch.arange(6.0).view(3, 2) + 10 * r, torch.arange(3) - r)
+        told = distributed.bytes_sent - before
         order = {2: [0, 2, 1, 3], 3: [4, 0, 2, 1, 5, 3], 1: [1, 0]}
         dealt, back = {}, {}
         for n in order:
             order_n = torch.tensor(order[n])
             rows = torch.arange(n * 2, dtype=torch.bfloat16).view(n, 2, 1) + 100 * r
-            dealt[n] = distributed.exchange(rows, order_n)
-            back[n] = torch.equal(distributed.exchange(dealt[n], order_n.argsort()), rows)
+            dealt[n] = distributed.all_to_all_rows(rows, order_n)
+            back[n] = torch.equal(distributed.all_to_all_rows(dealt[n], order_n.argsort()), rows)
         saw = {
             "pair": pair,
             "told": told,
@@ -61,9 +61,9 @@ def two(tmp_path_factory):
             "gradient": x.grad,
             "kmeans": kmeans(torch.arange(40.0).view(20, 2), 3),
             "sum": distributed.all_reduce_sum(torch.tensor([2 ** 60 + r])),
-            "gather": distributed.gather(torch.arange(3) + 10 * r),
-            "mean": distributed.mean(torch.tensor([float(r)])),
-            "objects": distributed.gather_objects({"rank": r}),
+            "gather": distributed.all_gather(torch.arange(3) + 10 * r),
+            "mean": distributed.all_reduce_mean(torch.tensor([float(r)])),
+            "objects": distributed.all_gather_object({"rank": r}),
             "bn": bn.running_mean,
             "extract": extract(lambda x: x.flatten(1), data, 32, device),
             "knn": knn(images.flatten(1).float(), labels, images[:9].flatten(1) + 0.5, 3, 0.1),
@@ -71,7 +71,7 @@ def two(tmp_path_factory):
             "index": [i for _, i in loader.epoch(3)],
         }
         torch.save(saw, f"saw{r}.pt")
-        distributed.stop()
+        distributed.cleanup()
     """)
     )
     run(folder, folder / "job.py", processes=2)
@@ -202,7 +202,7 @@ def in_processes(world, job, folder, nodes=1):
 
 def first_and_others():
     """Run every kind of function by the first process; -> what this one saw."""
-    distributed.start("cpu")
+    distributed.init_distributed("cpu")
     r, saw, run = distributed.rank(), {}, distributed.run_on_first
 
     def ending(function, per_node=False):
@@ -226,18 +226,18 @@ def first_and_others():
     saw["both nodes"] = ending(refuse, per_node=True)
     saw["no pickle"] = ending(lambda: lambda: 0)[0]
     saw["still"] = run(lambda: r)
-    saw["objects"] = distributed.gather_objects(r)
-    mixed = distributed.gather_objects(bytes(2**21 if r == 1 else r))
+    saw["objects"] = distributed.all_gather_object(r)
+    mixed = distributed.all_gather_object(bytes(2**21 if r == 1 else r))
     saw["mixed"] = [len(part) for part in mixed]
     saw["agree"] = []
     for problem in (None, f"{r} disagrees" if r in (1, 2) else None):
         try:
-            saw["agree"].append(distributed.agree(problem))
+            saw["agree"].append(distributed.exit_all_ranks(problem))
         except SystemExit as end:
             saw["agree"].append(end.code)
     saw["told"], saw["first told"] = told_to_stop(ending)
     saw["outlasts"], saw["barrier"] = outlast_the_limit(run)
-    distributed.stop()
+    distributed.cleanup()
     return saw
 
 
@@ -458,7 +458,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
 
 def refusals():
     """What each of two processes ends with that refuse alike, alone, and otherwise."""
-    distributed.start("cpu")
+    distributed.init_distributed("cpu")
     rank, ends = distributed.rank(), []
     store = distributed.object_store.store
     for sentences in (("alike", "alike"), (None, "alone"), ("one", "another")):
@@ -469,12 +469,12 @@ def refusals():
             ends.append("none")
         except SystemExit as refusal:
             ends.append(refusal.code)
-        distributed.gather_objects(0)
+        distributed.all_gather_object(0)
         if rank == 0:
             for key in ("last sentence", "left 0", "left 1"):
                 store.delete_key(key)
-        distributed.gather_objects(0)
-    distributed.stop()
+        distributed.all_gather_object(0)
+    distributed.cleanup()
     return ends
 
 
@@ -518,12 +518,12 @@ def test_an_environment_with_half_a_process_group_is_refused(environment, senten
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match=sentence):
-        distributed.start("cpu")
+        distributed.init_distributed("cpu")
 
 
 def test_torch_gets_no_more_threads_than_the_container_has_cores(monkeypatch):
     limited = []
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(distributed, "limit_threads", lambda: limited.append(True))
-    distributed.start("cpu")
+    distributed.init_distributed("cpu")
     assert limited == [True]

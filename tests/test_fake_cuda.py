@@ -275,9 +275,9 @@ def program(script, folder, monkeypatch, *arguments):
     name = os.path.basename(script.__file__)
     monkeypatch.setattr(sys, "argv", [name, "--cfg", f"{ROOT}/yaml/quickstart.yaml", *arguments])
     monkeypatch.setattr(script, "load", functools.wraps(script.load)(small))
-    monkeypatch.setattr(distributed, "start", lambda asked: GPU)
+    monkeypatch.setattr(distributed, "init_distributed", lambda asked: GPU)
     monkeypatch.setattr(checkpoint, "write", write)
-    monkeypatch.setattr(checkpoint, "read", saved.__getitem__)
+    monkeypatch.setattr(checkpoint, "read_checkpoint", saved.__getitem__)
     monkeypatch.setattr(Loader, "epoch", steps)
     for Host in (IR, CMC, MoCo, SimCLR):
         monkeypatch.setattr(Host, "forward", checked(Host.forward))
@@ -498,6 +498,6 @@ def test_gather_forward_and_backward(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x)
     with fake_gpu() as gpu:
         x = torch.zeros(5, 4, device=GPU)
-        y = distributed.Gather.forward(Context(), x)
-        gradient = distributed.Gather.backward(Context(), torch.zeros_like(y))
+        y = distributed.AllGather.forward(Context(), x)
+        gradient = distributed.AllGather.backward(Context(), torch.zeros_like(y))
         assert y.device == gradient.device == GPU and gradient.shape == x.shape and not gpu.waits

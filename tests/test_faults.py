@@ -325,7 +325,7 @@ def readable(folder, name):
     """No file of a run with a checkpoint's name is half a one."""
     for file in ("last.pt", "previous.pt", "backbone.pt"):
         if os.path.exists(path := folder / "runs" / name / file):
-            checkpoint.read(str(path))
+            checkpoint.read_checkpoint(str(path))
 
 
 @pytest.mark.parametrize("pair", SOME)
@@ -385,7 +385,9 @@ def save_and_die(line):
 
     sys.settrace(
         lambda frame, event, argument: (
-            trace if frame.f_code in (checkpoint.write.__code__, checkpoint.seal.__code__) else None
+            trace
+            if frame.f_code in (checkpoint.write.__code__, checkpoint.append_checksum.__code__)
+            else None
         )
     )
     checkpoint.save("last.pt", {}, 3, **parts(3))
@@ -415,7 +417,7 @@ def dies_at_every_line(folder, links):
         checkpoint.save("last.pt", {}, 3, **parts(3))  # what was left over is in nobody's way
         assert (
             checkpoint.resume("last.pt", {}, **parts(0)) == 3
-            and checkpoint.read("previous.pt")["epoch"] >= 2
+            and checkpoint.read_checkpoint("previous.pt")["epoch"] >= 2
         )
         assert sorted(os.listdir()) == ["last.pt", "previous.pt"]
     assert found == {2, 3} and line > 15 and (gaps > 0) != links
@@ -748,12 +750,12 @@ def test_every_flipped_bit_is_noticed(tmp_path):
         with open(path, "wb") as f:
             f.write(good[:i] + bytes([good[i] ^ 1 << bit]) + good[i + 1 :])
         with pytest.raises(SystemExit, match="read safely"):
-            checkpoint.read(path)
+            checkpoint.read_checkpoint(path)
     for size in (*range(0, len(good), 200), *range(len(good) - 60, len(good))):
         with open(path, "wb") as f:
             f.write(good[:size])
         with pytest.raises(SystemExit, match="read safely"):
-            checkpoint.read(path)
+            checkpoint.read_checkpoint(path)
 
 
 def damage(path):
@@ -910,7 +912,7 @@ def others_may_lock(folder):
     """Does a process of its own get the lock? (To this one its own locks are no obstacle.)"""
     if not (child := os.fork()):
         try:
-            checkpoint.lock(folder)
+            checkpoint.acquire_lock(folder)
         except SystemExit:
             os._exit(1)
         os._exit(0)
@@ -920,22 +922,22 @@ def others_may_lock(folder):
 def test_a_lock_that_is_removed_does_not_let_two_in(tmp_path, monkeypatch):
     """One process has opened the file when its owner removes it; another comes and makes a new one."""
     folder, path = str(tmp_path), str(tmp_path / "lock")
-    owner, plain, opened = checkpoint.lock(folder), checkpoint.fcntl.lockf, []
+    owner, plain, opened = checkpoint.acquire_lock(folder), checkpoint.fcntl.lockf, []
     assert not others_may_lock(folder)
 
     def owner_ends_first(file, how):
         opened.append(os.fstat(file.fileno()).st_ino)
         if len(opened) == 1:
-            checkpoint.unlock(owner)
+            checkpoint.release_lock(owner)
             assert not os.path.exists(path)
         plain(file, how)
 
     monkeypatch.setattr(checkpoint.fcntl, "lockf", owner_ends_first)
-    held = checkpoint.lock(folder)
+    held = checkpoint.acquire_lock(folder)
     monkeypatch.undo()
     assert len(opened) == 2 and os.stat(path).st_ino == opened[1] == os.fstat(held.fileno()).st_ino
     assert not others_may_lock(folder)  # as it would, if that first file counted
-    checkpoint.unlock(held)
+    checkpoint.release_lock(held)
     assert os.listdir(folder) == [] and others_may_lock(folder)
 
 
@@ -944,7 +946,7 @@ def test_a_disk_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(checkpoint.fcntl, "lockf", no_locks)
-    with checkpoint.claim(str(tmp_path / "a")):
+    with checkpoint.lock_run_folder(str(tmp_path / "a")):
         pass
     assert (
         "cannot be locked ([Errno 37] No locks available): see to it yourself that no second process trains there"
@@ -1113,7 +1115,7 @@ def test_random_states_of_another_device_are_no_obstacle(old, new, tmp_path, mon
     """Those of the CPU are taken, the others left alone; a state that does not fit its generator is too."""
     path = str(tmp_path / "last.pt")
     checkpoint.save(path, {}, 1, **parts(1))
-    expected, saved = torch.rand(3), checkpoint.read(path)
+    expected, saved = torch.rand(3), checkpoint.read_checkpoint(path)
     if old != "cpu":
         saved["rng"][0][old] = torch.zeros(16, dtype=torch.uint8)
         torch.save(saved, path)

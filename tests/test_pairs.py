@@ -74,8 +74,8 @@ JOB = """
     from engine import checkpoint, distributed
     import train_pretrain
 
-    device, stop, saved = distributed.start(), distributed.stop, None
-    distributed.start, distributed.stop = lambda asked: device, lambda: None
+    device, stop, saved = distributed.init_distributed(), distributed.cleanup, None
+    distributed.init_distributed, distributed.cleanup = lambda asked: device, lambda: None
     plain = checkpoint.save
 
     def save(path, settings, epoch, **parts):              # every rank keeps its own state; the first epoch's file is what a kill would leave
@@ -115,7 +115,7 @@ JOB = """
     for name, settings in {pairs!r}.items():
         whole = run(name, settings)
         distributed.barrier()
-        found[name] = distributed.gather_objects((whole, run(name + "-cut", settings, shuffled)))
+        found[name] = distributed.all_gather_object((whole, run(name + "-cut", settings, shuffled)))
     if distributed.is_main():
         json.dump(found, open("found.json", "w"))
     stop()

@@ -451,7 +451,7 @@ def rows_of(facts):
 
 
 def loss_settings(cfg):
-    return config.several(cfg["loss"])
+    return config.loss_settings(cfg["loss"])
 
 
 @functools.cache
@@ -692,7 +692,7 @@ def test_difficult_images_are_negatives_as_in_pcls_code():
 def built(name, **changes):
     """The encoder of a row."""
     cfg = settings_of(name)
-    kind = getattr(config.chosen(cfg["model"], "model"), "Encoder", Encoder)
+    kind = getattr(config.method_class(cfg["model"], "model"), "Encoder", Encoder)
     return config.build(
         kind, {**cfg["model"], **changes}, name, device=CPU, mean=(0.0,) * 3, std=(1.0,) * 3
     )

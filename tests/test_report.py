@@ -60,7 +60,7 @@ def train(file, name, *overrides, done=None, linear=None, knn=None, losses=1.0, 
     cfg = config.load(f"yaml/{file}.yaml", [f"name={name}", *overrides])
     os.makedirs(f"runs/{name}")
     with open(f"runs/{name}/config.yaml", "w") as f:
-        f.write(config.text(cfg))
+        f.write(config.to_yaml(cfg))
     done = cfg["optim"]["epochs"] if done is None else done
     log = [
         {"epoch": e, "loss": losses / e, "seconds": 30, "chance": 2.0, "hardware": hardware}

@@ -48,8 +48,8 @@ def child(work, argument, folder, environment):
     multiprocessing.set_start_method(
         "fork", force=True
     )  # image workers are forked, as in a program of its own; else each gets a server that imports torch anew
-    device, stop = distributed.start(), distributed.stop
-    distributed.start, distributed.stop = (
+    device, stop = distributed.init_distributed(), distributed.cleanup
+    distributed.init_distributed, distributed.cleanup = (
         lambda asked: device,
         lambda: None,
     )  # one group for several runs of a script
@@ -104,7 +104,7 @@ def pretrain(runs):
             for key, value in parts[part].state_dict().items()
         }
         found[name].append(
-            distributed.gather_objects(
+            distributed.all_gather_object(
                 {
                     key: hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
                     for key, value in state.items()

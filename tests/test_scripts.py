@@ -200,7 +200,7 @@ def test_the_backbone_of_a_run_says_how_its_images_are_made(finished):
     expected = {"resize": 37, "image_size": 32, "mean": [0.5] * 3, "std": [0.25] * 3}
     weights = torch.load(folder / "backbone.pt", weights_only=True)
     assert weights.preprocessing == expected
-    assert config.read(str(folder / "backbone.preprocessing.yaml")) == expected
+    assert config.read_yaml(str(folder / "backbone.preprocessing.yaml")) == expected
 
 
 @pytest.mark.slow

@@ -377,7 +377,7 @@ def keys_of(section, name):
     return choice | {
         k: p.annotation
         for home in homes
-        for k, p in config.keys_of_choice(config.find(home)).items()
+        for k, p in config.keys_of_choice(config.import_object(home)).items()
     }
 
 
@@ -449,7 +449,7 @@ def build(cfg, file, touched):
         return config.build(target, cfg[section], f"{file}: {section}", **given)
 
     torch.manual_seed(cfg["seed"])
-    Host = config.chosen(cfg["model"], "model")
+    Host = config.method_class(cfg["model"], "model")
     if touched:
         encoder = make(
             getattr(Host, "Encoder", Encoder), "model", device=CPU, mean=DATA.mean, std=DATA.std
@@ -457,10 +457,10 @@ def build(cfg, file, touched):
     else:
         encoder = Tiny(cfg["model"]["dim"], 2 if cfg["model"]["host"] == "cmc" else 1)
     host = make(Host, "model", encoder=encoder, n_data=len(DATA))
-    several = config.several(cfg["loss"])
+    several = config.loss_settings(cfg["loss"])
     losses = [
         config.build(
-            config.chosen(one, "loss"),
+            config.method_class(one, "loss"),
             one,
             f"{file}: loss",
             epochs=cfg["optim"]["epochs"],
@@ -602,7 +602,7 @@ def outcome(call, *names):
 def same_as_saved(cfg):
     """What is printed and saved as config.yaml means the same when it is read again."""
     with open("again.yaml", "w") as f:
-        f.write(config.text(cfg))
+        f.write(config.to_yaml(cfg))
     again = config.load("again.yaml")
     assert again == cfg, f"reads otherwise when it was saved: {config.difference(cfg, again)}"
     return True

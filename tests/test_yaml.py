@@ -128,7 +128,7 @@ def tiny(path):
     ]
     if cfg["model"]["host"] == "moco":
         overrides.append("model.queue_size=32")
-    methods = config.several(cfg["loss"])
+    methods = config.loss_settings(cfg["loss"])
     for method in methods:
         if method["name"] == "ifnd":
             section = "loss.ifnd" if len(methods) > 1 else "loss"
@@ -153,7 +153,7 @@ def test_it_takes_a_step(path):
     cfg, device = tiny(path), torch.device("cpu")
     torch.manual_seed(0)
     data = config.build(load, cfg["data"], path, part="pretrain", seed=0)
-    Host = config.chosen(cfg["model"], "model")
+    Host = config.method_class(cfg["model"], "model")
     encoder = config.build(
         getattr(Host, "Encoder", Encoder),
         cfg["model"],
@@ -166,7 +166,7 @@ def test_it_takes_a_step(path):
     schedule = config.build(Schedule, cfg["optim"], path)
     losses = [
         config.build(
-            config.chosen(method, "loss"),
+            config.method_class(method, "loss"),
             method,
             path,
             epochs=schedule.epochs,
@@ -174,7 +174,7 @@ def test_it_takes_a_step(path):
             n_keys=host.n_keys,
             labels=data.labels,
         )
-        for method in config.several(cfg["loss"])
+        for method in config.loss_settings(cfg["loss"])
     ]
     loss_fn = losses[0] if len(losses) == 1 else Together(losses)
     loader = config.build(

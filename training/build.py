@@ -62,14 +62,14 @@ class Builder:
 
     def host(self, dataset, device):
         """The encoder and the host around it."""
-        host_class = config.chosen(self.settings["model"], "model")
+        host_class = config.method_class(self.settings["model"], "model")
         encoder = self.encoder(dataset, device)
         host = self("model", host_class, encoder=encoder, n_data=len(dataset))
         return encoder, host.to(device)
 
     def encoder(self, dataset, device):
         """The encoder, which normalises images by the data set's mean and std."""
-        host_class = config.chosen(self.settings["model"], "model")
+        host_class = config.method_class(self.settings["model"], "model")
         encoder_class = getattr(host_class, "Encoder", Encoder)  # CMC brings its own
         return self("model", encoder_class, device=device, mean=dataset.mean, std=dataset.std)
 
@@ -83,8 +83,8 @@ class Builder:
         }
         file = f"{self.file}: loss"
         losses = [
-            config.build(config.chosen(settings, "loss"), settings, file, **given)
-            for settings in config.several(self.settings["loss"])
+            config.build(config.method_class(settings, "loss"), settings, file, **given)
+            for settings in config.loss_settings(self.settings["loss"])
         ]
         for loss in losses:
             if hasattr(loss, "progress"):  # IFND's clusters take a while

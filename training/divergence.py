@@ -41,9 +41,9 @@ class DivergenceCheck:
             what_now: which checkpoint holds what, and what to try.
         """
         value = float(sum_of_losses)
-        n_finite, value = min(distributed.gather_objects((int(self.finite_steps), value)))
+        n_finite, value = min(distributed.all_gather_object((int(self.finite_steps), value)))
         failed = self.first_step + n_finite
         problem = f"the loss is {value}" if failed <= step else "a weight is not finite"
-        distributed.agree(
+        distributed.exit_all_ranks(
             f"{problem} at epoch {epoch + 1}, step {min(failed, step) + 1} of {steps}; {what_now}"
         )

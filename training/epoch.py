@@ -69,7 +69,7 @@ class EpochProgress:
     def means(self, device):
         """{name: mean of a figure over the epoch's steps and over all processes}, as floats."""
         means = [torch.as_tensor(self.sums[name] / n).to(device) for name, n in self.counts.items()]
-        means = distributed.mean(torch.stack([mean.float() for mean in means]))
+        means = distributed.all_reduce_mean(torch.stack([mean.float() for mean in means]))
         return dict(zip(self.counts, means.tolist()))
 
     # -------------------------------------------------------------------------------- checkpoints
@@ -82,7 +82,7 @@ class EpochProgress:
             "count": self.counts,
             "running": {i: buffer.cpu() for i, buffer in enumerate(running)},
         }
-        self.of_each_process = distributed.gather_objects(state)
+        self.of_each_process = distributed.all_gather_object(state)
 
     def forget_record(self):
         """Let state_dict() be of an epoch's end again."""

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from data.workers import InputLost
 from engine import checkpoint, config, distributed, signals
-from engine.distributed import say
+from engine.distributed import print_main
 from engine.log import Log, lines
 
 from .divergence import DivergenceCheck
@@ -73,7 +73,7 @@ class Run:
         self.log = None
 
     def __enter__(self):
-        self.lock = checkpoint.claim(self.folder)
+        self.lock = checkpoint.lock_run_folder(self.folder)
         self.lock.__enter__()
         signals.say_when_stopped(self.describe_saved)
         return self
@@ -118,7 +118,7 @@ class Run:
         names = [f"{launcher}_RESTART_COUNT" for launcher in launchers]
         name = next((name for name in names if os.environ.get(name, "0") != "0"), None)
         if name and checkpoint.exists(self.last):
-            say(f"--fresh was obeyed at the first start; this is restart {os.environ[name]}")
+            print_main(f"--fresh was obeyed at the first start; this is restart {os.environ[name]}")
         return name is not None
 
     def open_log(self, cfg=None):
@@ -136,7 +136,7 @@ class Run:
                 checkpoint.move_aside(self.folder)
             if cfg is not None:
                 with open(os.path.join(self.folder, "config.yaml"), "w") as f:
-                    f.write(config.text(cfg))
+                    f.write(config.to_yaml(cfg))
             self.log = Log(self.folder, self.start_epoch, within=self.progress.step > 0)
 
     def unlogged_figures(self):
@@ -145,7 +145,7 @@ class Run:
         is_logged = self.log and any(
             line["epoch"] == self.start_epoch for line in lines(self.log.path)
         )
-        is_logged = distributed.gather_objects(bool(is_logged))[0]
+        is_logged = distributed.all_gather_object(bool(is_logged))[0]
         return None if is_logged else figures
 
     # ------------------------------------------------------------------------------ during training
@@ -189,7 +189,7 @@ class Run:
         bar.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
         has_diverged = self.divergence.has_diverged(sum_of_losses)
         is_due = distributed.is_main() and self.save_is_due()
-        diverged, stop, save = distributed.anywhere(self.device, has_diverged, is_told, is_due)
+        diverged, stop, save = distributed.any_rank(self.device, has_diverged, is_told, is_due)
         if diverged:
             saved = self.describe_saved(how_on=False) or "nothing was saved yet"
             what_now = f"{saved}; {self.advice}"
@@ -198,7 +198,7 @@ class Run:
             self.progress.record()
             self.save(self.epoch, step + 1)
         if stop:
-            distributed.stop()
+            distributed.cleanup()
             signals.raise_once()
 
     def save_is_due(self):
@@ -216,7 +216,7 @@ class Run:
         cost = SAVE_SHARE * (time.monotonic() - self.saved_at)
         is_cheap = self.save_took <= max(CHEAP_SAVE, cost)
         is_due = is_cheap or done == self.epochs or self.save_is_due()
-        if distributed.gather_objects(is_due)[0]:
+        if distributed.all_gather_object(is_due)[0]:
             self.save(done)
 
     @property
@@ -232,7 +232,7 @@ class Run:
     def remove_checkpoints(self):
         """Forget the state of a run that has its figures, so that the next one begins anew."""
         if distributed.is_main():
-            for path in (checkpoint.before(self.last), self.last):
+            for path in (checkpoint.previous_checkpoint(self.last), self.last):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(path)
 

@@ -5,7 +5,7 @@ import os
 import shlex
 
 from engine import config, distributed
-from engine.distributed import say
+from engine.distributed import print_main
 from engine.log import lines
 from engine.weights import preprocessing_of, save_backbone
 from losses.diagnostics import chance
@@ -17,23 +17,23 @@ MAX_DIGITS = 6
 
 def describe_start(run, cfg, loader, schedule, encoder, knn, device):
     """Print the settings, the sizes, and where the run stands."""
-    say(config.text(cfg), end="")
+    print_main(config.to_yaml(cfg), end="")
     world, parameters = distributed.world_size(), sum(p.numel() for p in encoder.parameters())
-    say(
+    print_main(
         f"{run.folder}: {len(loader.dataset)} images, {run.steps} steps an epoch of {loader.batch} "
         f"= {world} processes x {loader.local}; lr {schedule.lr:g}, both global; {device}, "
         f"{encoder.precision}, {parameters / 1e6:.1f} M parameters"
     )
-    say(f"{knn}" if knn.possible else f"no kNN: {knn.obstacle}")
+    print_main(f"{knn}" if knn.possible else f"no kNN: {knn.obstacle}")
     skips = cfg["data"]["on_error"] == "skip" and hasattr(knn.train, "files")
     if skips and knn.due(run.epochs, run.epochs):
-        say(
+        print_main(
             "data.on_error=skip is for training alone: kNN stops the run at the first image that "
             "cannot be read, as another one in its place would be counted under its label; "
             "knn.every=0 trains without kNN"
         )
     if run.is_resumed:
-        say(f"going on after {run.position(run.start_epoch, run.progress.step)}")
+        print_main(f"going on after {run.position(run.start_epoch, run.progress.step)}")
 
 
 def epoch_figures(run, loss_fn, learning_rate, images):
@@ -58,7 +58,7 @@ def epoch_figures(run, loss_fn, learning_rate, images):
 def log_epoch(run, epoch, figures, loss_fn):
     """Print the figures of the epoch with that number, from 1, and write them into the log."""
     knn = f"  kNN {figures['knn']:.1f} %" if "knn" in figures else ""
-    say(
+    print_main(
         f"epoch {epoch:3d}/{run.epochs}  loss {figures['loss']:.3f} "
         f"(chance: {describe_chance(figures, loss_fn)})  lr {figures['lr']:.4f}  "
         f"{figures['seconds']:.1f} s, {figures['images/s']:.0f} images/s{knn}"
@@ -67,9 +67,9 @@ def log_epoch(run, epoch, figures, loss_fn):
         return
     warned = any(line.get("spread", 1.0) < COLLAPSED for line in lines(run.log.path))
     rounded = {name: float(f"{value:.{MAX_DIGITS}g}") for name, value in figures.items()}
-    run.log.write(epoch, rounded | {"hardware": distributed.hardware(run.device)})
+    run.log.write(epoch, rounded | {"hardware": distributed.describe_devices(run.device)})
     if figures["spread"] < COLLAPSED and not warned:
-        say(
+        print_main(
             f"WARNING: the embeddings collapse: their spread is {figures['spread']:.3f}, of 1 at "
             "best, so all images look alike; try a lower optim.lr or weight_decay"
         )
@@ -90,7 +90,7 @@ def warn_of_replaced_images(loader):
     """Say how many images could not be read in this epoch (data.on_error=skip)."""
     problem = loader.replaced()
     if problem:
-        say(f"WARNING: {problem}")
+        print_main(f"WARNING: {problem}")
 
 
 def finish(run, cfg, encoder, dataset, knn_obstacle, args):
@@ -106,9 +106,9 @@ def finish(run, cfg, encoder, dataset, knn_obstacle, args):
     path = os.path.join(run.folder, "backbone.pt")
     preprocessing = preprocessing_of(dataset, cfg["data"]["image_size"])
     save_backbone(path, encoder.backbone, cfg, preprocessing)
-    say(knn_summary(lines(run.log.path)), end="")
-    say(f"{path}: the encoder, torchvision's keys")
-    say(f"next: {probe_command(cfg, knn_obstacle, args.cfg, args.overrides)}")
+    print_main(knn_summary(lines(run.log.path)), end="")
+    print_main(f"{path}: the encoder, torchvision's keys")
+    print_main(f"next: {probe_command(cfg, knn_obstacle, args.cfg, args.overrides)}")
 
 
 def knn_summary(log):

@@ -305,7 +305,7 @@ import os, pickle, numpy as np, torch
 from data import cache
 from data.datasets import load
 from engine import distributed
-distributed.start()
+distributed.init_distributed()
 rank, did, write, hash_files = distributed.rank(), [], cache.write, cache.hash_files
 cache.write = lambda *a: did.append("write") or write(*a)
 cache.hash_files = lambda *a: did.append("hash") or hash_files(*a)
@@ -321,7 +321,7 @@ node = seen("jpegs")
 few = pickle.load(open("test.pkl", "rb"))
 few = [torch.from_numpy(np.array(few.decode(i))) for i in range(2)]
 torch.save((shared, own, node, few), f"saw{rank}.pt")
-distributed.stop()
+distributed.cleanup()
 """
 
 
@@ -558,7 +558,7 @@ def test_a_truncated_image_ends_two_processes_with_one_sentence(jpegs, tmp_path)
         textwrap.dedent(f"""
         from data.datasets import load
         from engine import distributed
-        distributed.start()
+        distributed.init_distributed()
         load("pretrain", 0, name="folder", root={jpegs!r}, cache=24)
     """)
     )

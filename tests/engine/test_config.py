@@ -34,7 +34,9 @@ def test_defaults_are_the_signatures_and_1e_2_is_a_number(file):
     )
     expected = {"name": "nce", "temperature": 0.2, "n_negatives": None, "base_temperature": None}
     assert cfg["loss"] == expected
-    assert yaml.safe_load(config.text(cfg)) == cfg  # what is printed is what is saved, and it loads
+    assert (
+        yaml.safe_load(config.to_yaml(cfg)) == cfg
+    )  # what is printed is what is saved, and it loads
 
 
 def test_overrides(file):
@@ -87,7 +89,7 @@ def test_a_list_of_losses(file):
         and cfg["loss"][0]["temperature"] == 1.0
     )
     assert cfg["loss"][1]["inner"] == 0.05 and cfg["loss"][1]["outer"] == 0.1
-    assert yaml.safe_load(config.text(cfg)) == cfg
+    assert yaml.safe_load(config.to_yaml(cfg)) == cfg
     assert config.difference(cfg, config.load(file, [several])).startswith("loss was [")
     for overrides, message in [
         (["loss=[]"], "loss is an empty list"),
@@ -260,7 +262,7 @@ def test_a_host_may_bring_keys_of_its_own_encoder(file):
         and config.load(file, ["model.host=cmc"])["model"]["colour_space"] == "lab"
     )
     encoder = config.build(
-        config.chosen(cfg["model"], "model").Encoder,
+        config.method_class(cfg["model"], "model").Encoder,
         cfg["model"] | {"width": 4},
         "a",
         device=torch.device("cpu"),
@@ -287,9 +289,9 @@ def test_a_host_may_bring_keys_of_its_own_encoder(file):
 def test_defaults_are_not_shared(file):
     """Two equal lists in YAML would be one, by an alias, which is not read again."""
     cfg = config.load(file, ["loss=[{name: ifnd}, {name: ifnd}]"])
-    assert cfg["loss"][0]["clusters"] is not cfg["loss"][1]["clusters"] and "*" not in config.text(
-        cfg
-    )
+    assert cfg["loss"][0]["clusters"] is not cfg["loss"][1][
+        "clusters"
+    ] and "*" not in config.to_yaml(cfg)
 
 
 def test_more_memory_than_there_is_is_a_sentence_and_other_errors_stay_as_they_are():

@@ -188,7 +188,7 @@ def test_processes_without_a_device_or_of_two_kinds_end_with_one_sentence(
     ],
 )
 def test_which_gpus_a_build_serves(kernels, capability, served):
-    assert devices.serves(kernels, capability) == served
+    assert devices.supports(kernels, capability) == served
 
 
 def test_a_v100_beside_a_build_for_cuda_13_is_refused_with_the_way_out(machine):
@@ -253,9 +253,9 @@ def test_an_old_driver_that_nvml_hides_is_noticed(driver, monkeypatch):
 def test_training_on_the_cpu_because_of_the_driver_is_said_once(driver, monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
     driver(TOO_OLD.format(12080))
-    assert distributed.start() == torch.device("cpu")
+    assert distributed.init_distributed() == torch.device("cpu")
     assert capsys.readouterr().out.count("WARNING: the NVIDIA driver") == 1
-    assert distributed.start("cpu") == torch.device("cpu")
+    assert distributed.init_distributed("cpu") == torch.device("cpu")
     assert capsys.readouterr().out == ""
 
 
@@ -268,9 +268,9 @@ def test_a_machine_without_a_gpu_is_silent(driver, monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
     for message in (NO_DRIVER, "No CUDA GPUs are available"):
         driver(message, warned=False)
-        assert distributed.start() == torch.device("cpu")
+        assert distributed.init_distributed() == torch.device("cpu")
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
-    assert distributed.start() == torch.device("cpu")
+    assert distributed.init_distributed() == torch.device("cpu")
     assert capsys.readouterr() == ("", "")
 
 

@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 import torch
-from engine.place import Place
+from engine.place import EpochProgress
 from torch import nn
 
 from data.datasets import ArraySet, load
@@ -146,9 +146,9 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path):
     checkpoint.write(path, {"a": torch.ones(2)})
     with pytest.raises(Exception):
         checkpoint.write(path, {"a": lambda: None})  # cannot be pickled
-    assert torch.equal(checkpoint.read(path)["a"], torch.ones(2)) and os.listdir(tmp_path) == [
-        "last.pt"
-    ]
+    assert torch.equal(checkpoint.read_checkpoint(path)["a"], torch.ones(2)) and os.listdir(
+        tmp_path
+    ) == ["last.pt"]
 
 
 def test_a_file_with_a_checksum_is_a_zip_like_others(tmp_path):
@@ -159,7 +159,7 @@ def test_a_file_with_a_checksum_is_a_zip_like_others(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "theirs.pt")
     torch.save({"a": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert all(
-        torch.equal(checkpoint.read(str(tmp_path / f"{name}.pt"))["a"], torch.ones(2))
+        torch.equal(checkpoint.read_checkpoint(str(tmp_path / f"{name}.pt"))["a"], torch.ones(2))
         for name in ("ours", "theirs", "old")
     )
 
@@ -167,8 +167,8 @@ def test_a_file_with_a_checksum_is_a_zip_like_others(tmp_path):
 def test_a_place_of_other_processes_becomes_their_mean(tmp_path):
     """Two processes were stopped, and one goes on."""
     net = nn.BatchNorm1d(2)
-    place = Place(10, "a", net)
-    assert place.take() == (0, 0.0, 0.0, {})  # as at every epoch's start
+    place = EpochProgress(10, "a", net)
+    assert place.restore() == (0, 0.0, 0.0, {})  # as at every epoch's start
     place.load_state_dict(
         {
             "images": 10,
@@ -184,11 +184,11 @@ def test_a_place_of_other_processes_becomes_their_mean(tmp_path):
             ],
         }
     )
-    step, seconds, wait, total = place.take()
+    step, seconds, wait, total = place.restore()
     assert (
         (step, seconds, wait, total) == (3, 2.0, 1.0, {"loss": 1.5, "K": 5.0})
         and net.running_mean.tolist() == [0.5, 0.5]
-        and place.take()[0] == 0
+        and place.restore()[0] == 0
     )
     with pytest.raises(ValueError, match="it is of 11 images, and now there are 10"):
         place.load_state_dict({"images": 11})

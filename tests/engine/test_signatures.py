@@ -18,7 +18,10 @@ HOMES += [f"losses.{loss}:{loss}" for loss in config.modules("losses")]
 
 @pytest.mark.parametrize("home", HOMES)
 def test_what_is_read_is_what_is_imported(home):
-    read, imported = signatures.keyword_only(home), config.keys_of_choice(config.find(home))
+    read, imported = (
+        signatures.keyword_only(home),
+        config.keys_of_choice(config.import_object(home)),
+    )
     assert list(read) == list(imported) and read
     for key, parameter in imported.items():
         assert read[key].annotation == parameter.annotation, key

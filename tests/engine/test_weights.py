@@ -430,7 +430,7 @@ def settings_of_a_run(folder, **loss):
         "loss": {"name": "nce", "temperature": 0.07, **loss},
         "optim": {"lr": 1e-05},
     }
-    (folder / "config.yaml").write_text(config.text(settings))
+    (folder / "config.yaml").write_text(config.to_yaml(settings))
     return settings
 
 
@@ -555,12 +555,12 @@ def test_what_is_known_of_the_images_goes_with_the_weights(kind, tmp_path):
     assert preprocessing == expected
     save_backbone(path, ResNet("resnet10"), {"seed": 0}, preprocessing)
     assert torch.load(path, weights_only=True).preprocessing == expected
-    assert config.read(str(tmp_path / "backbone.preprocessing.yaml")) == expected
+    assert config.read_yaml(str(tmp_path / "backbone.preprocessing.yaml")) == expected
 
     net = ResNet("resnet10")
     carried = load_backbone(path, net)
     assert carried == expected
     assert "does not say" not in export(kind, out, net, path, carried)
-    assert config.read(str(tmp_path / "out.preprocessing.yaml")) == expected
+    assert config.read_yaml(str(tmp_path / "out.preprocessing.yaml")) == expected
     if kind == "torchvision":
         assert torch.load(out, weights_only=True).preprocessing == expected

@@ -192,7 +192,7 @@ from engine import distributed
 from evaluation import features
 from models.resnet import Encoder
 
-device = distributed.start()
+device = distributed.init_distributed()
 rank = distributed.rank()
 train, test = (load(part, 0, name="shapes", limit=200) for part in ("train", "test"))
 torch.manual_seed(0)

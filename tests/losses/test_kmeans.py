@@ -216,7 +216,7 @@ JOB = """
     from losses.kmeans import kmeans, lloyd
     from losses.kmeans.quality import confidence
     from losses.kmeans.rows import CHUNK_ROWS, Points
-    distributed.start()
+    distributed.init_distributed()
     x = grouped(500, 20)
     found = {}
     for rows in (64, 30, 7):                     # 8, 17 and 72 chunks, shared out unevenly
@@ -234,7 +234,7 @@ JOB = """
     CHUNK_ROWS["cpu"] = 2048                     # one chunk: one process has all rows
     found["one chunk"] = kmeans(x, 20)
     torch.save(found, f"found{distributed.world_size()}{distributed.rank()}.pt")
-    distributed.stop()
+    distributed.cleanup()
 """
 
 

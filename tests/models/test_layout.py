@@ -24,7 +24,7 @@ STEPS = """
 
     for name, width in {cases}:
         torch.manual_seed(0)
-        host_class = config.chosen(dict(host=name), "model")
+        host_class = config.method_class(dict(host=name), "model")
         more = dict(mean=(0.5,) * 3, std=(0.2,) * 3) if name == "cmc" else dict()
         encoder = getattr(host_class, "Encoder", Encoder)(
             **more, backbone="resnet10", stem="cifar", width=width, dim=8, precision="fp32")

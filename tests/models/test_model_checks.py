@@ -177,7 +177,7 @@ def yaml_of_previous(tmp_path, monkeypatch):
 
 def test_a_host_is_one_file_and_one_yaml(yaml_of_previous):
     cfg = config.load(yaml_of_previous)
-    host_class = config.chosen(cfg["model"], "model")
+    host_class = config.method_class(cfg["model"], "model")
     net = small_encoder()
     host = config.build(host_class, cfg["model"], "a.yaml: model", encoder=net, n_data=24)
     index = torch.arange(4)
