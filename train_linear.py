@@ -564,11 +564,11 @@ class Evaluation:
         None for a layer that diverged.
         """
         figures = {}
-        for i, (lr, layer) in enumerate(zip(self.probe.lrs, layers.layers[key(name)])):
+        for lr, layer in zip(self.probe.lrs, layers.layers[key(name)]):
             k = min(5, layer.out_features)
             top = [layer(scale(x)).topk(k).indices for x in x_test.split(TEST_ROWS)]
             right = torch.cat(top) == self.test_labels[:, None]  # (m, 5)
-            is_void = bool(layers.diverged[layers.names.index(name), i])
+            is_void = (name, lr) in layers.diverged
             figures[f"top-1, lr {lr:g}"] = None if is_void else accuracy_percent(right[:, 0])
             figures[f"top-5, lr {lr:g}"] = None if is_void else accuracy_percent(right.any(1))
         return figures
@@ -613,8 +613,15 @@ class LinearLayers(nn.Module):
             if isinstance(layer, nn.Linear):  # the convention of the released code
                 nn.init.normal_(layer.weight, std=0.01)
                 nn.init.zeros_(layer.bias)
-        no = torch.zeros(len(widths), len(lrs), dtype=torch.bool)
-        self.register_buffer("diverged", no)  # (encoders, learning rates)
+        self.diverged = set()  # (encoder, learning rate) of layers that are not finite any more
+
+    def get_extra_state(self):
+        """What a checkpoint keeps beside the layers."""
+        return sorted(self.diverged)
+
+    def set_extra_state(self, state):
+        """Take it back."""
+        self.diverged = {tuple(pair) for pair in state}
 
     def forward(self, features):
         """{encoder: (b, F)} -> [(b, classes) for each encoder and learning rate]."""
@@ -632,23 +639,23 @@ class LinearLayers(nn.Module):
     @torch.no_grad()
     def retire_diverged(self, optimizers, epoch):
         """Set a layer that is not finite any more to 0, and say so: the others go on."""
-        for row, name in enumerate(self.names):
+        for name in self.names:
             for i, layer in enumerate(self.layers[key(name)]):
                 norms = torch._foreach_norm(list(layer.parameters()), math.inf)
                 if torch.stack(norms).isfinite().all():
                     continue
-                if not self.diverged[row, i]:
+                if (name, self.lrs[i]) not in self.diverged:
                     print_main(
                         f"WARNING: linear.lr {self.lrs[i]:g} diverges in epoch {epoch + 1} ({name})"
                     )
-                self.diverged[row, i] = True
+                self.diverged.add((name, self.lrs[i]))
                 for parameter in layer.parameters():
                     parameter.zero_()
                     optimizers[i].state[parameter]["momentum_buffer"].zero_()
 
     def all_diverged(self, name):
         """Whether an encoder has no layer left."""
-        return bool(self.diverged[self.names.index(name)].all())
+        return all((name, lr) in self.diverged for lr in self.lrs)
 
 
 def step(model, optimizers, features, labels, probe, epoch):

@@ -27,11 +27,12 @@ import data.loader
 import train_finetune
 import train_linear
 import train_pretrain
+import training.build
 from data.augment import RECIPES, Augment
 from data.datasets import ArraySet
 from data.loader import Loader
 from engine import checkpoint, distributed
-from evaluation.features import KNN, knn
+from evaluation.features import knn
 from losses import Contrast
 from losses.diagnostics import step_diagnostics
 from losses.ifnd import IFND as ClusteringLoss
@@ -47,6 +48,7 @@ from models.ir import IR
 from models.moco import MoCo
 from models.resnet import Encoder
 from models.simclr import SimCLR
+from training.run import Run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GPU = torch.device("cuda", 0)
@@ -274,7 +276,8 @@ def program(script, folder, monkeypatch, *arguments):
     monkeypatch.chdir(folder)
     name = os.path.basename(script.__file__)
     monkeypatch.setattr(sys, "argv", [name, "--cfg", f"{ROOT}/yaml/quickstart.yaml", *arguments])
-    monkeypatch.setattr(script, "load", functools.wraps(script.load)(small))
+    for module in (training.build, train_finetune):
+        monkeypatch.setattr(module, "load", functools.wraps(module.load)(small))
     monkeypatch.setattr(distributed, "init_distributed", lambda asked: GPU)
     monkeypatch.setattr(checkpoint, "write", write)
     monkeypatch.setattr(checkpoint, "read_checkpoint", saved.__getitem__)
@@ -390,39 +393,42 @@ def test_finetuning(host, precision, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("keep_on", [GPU, torch.device("cpu")], ids=str)
 @pytest.mark.parametrize("augmented", [False, True])
-def test_linear_probe(augmented, keep_on):
+def test_linear_probe(augmented, keep_on, tmp_path, monkeypatch):
     """keep_on: where the features are kept. Those on the CPU are moved batch by batch."""
+    monkeypatch.setattr(checkpoint, "save", lambda *given, **parts: None)
+    settings = {"seed": 0, "knn": {"every": 0, "k": 3, "temperature": 0.1, "feature": "output"}}
+    source = {
+        **{"image_size": 8, "workers": 0},
+        **{"augment_backend": "batched", "augment": "crop_flip"},
+    }
+    build = training.build.Builder(settings, "a.yaml")
     probe = train_linear.Probe(epochs=2, batch_size=8)
     train = small(part="train")
     with fake_gpu() as gpu:
         train = train.to(GPU)
-        monitor = KNN(train, train, 8, GPU, 0)
-        loader = Loader(train, 8, 1, 0, GPU, augment="crop_flip", image_size=8)
         encoders = {"a.b": lambda images: images.flatten(1)[:, :12]}
-
-        def features_of(encode, part, what):
-            return torch.zeros(16, 12, device=keep_on)
-
+        evaluation = train_linear.Evaluation(build, probe, source, encoders, train, train, GPU)
+        features = torch.zeros(16, 12, device=keep_on)
+        monkeypatch.setattr(evaluation, "extract", lambda name: (features, features))
         gpu.waits.clear()
-        rows, _ = train_linear.evaluate(
-            probe,
-            encoders,
-            {"a.b": 12},
-            train,
-            train,
-            features_of,
-            monitor,
-            loader if augmented else None,
-            0,
-            GPU,
-        )
+        if augmented:
+            with Run(str(tmp_path / "linear"), {}, probe.epochs) as run:
+                rows = evaluation.of_augmented_images(run)
+        else:
+            rows = evaluation.of_cached_features()
         tops = {f"top-{k}, lr {lr:g}" for k in (1, 5) for lr in (0.01, 0.1)}
         assert set(rows["a.b"]) == {"knn"} | tops
         waits = {(what, where.split(":")[0]) for _, what, where in gpu.waits if what != COPY}
-        # At the end; and for the rows of a batch, where the CPU looks them up.
-        at_the_end = {("item", "train_linear.py"), ("item", "evaluation/features.py")}
-        moved = {("copy to the CPU", "train_linear.py")}
-        assert waits == at_the_end | (moved if keep_on != GPU and not augmented else set())
+        # At the end; for the rows of a batch, where the CPU looks them up; and what a Run does in
+        # every 20th step and at an epoch's end.
+        expected = {("item", "train_linear.py"), ("item", "evaluation/features.py")}
+        if augmented:
+            files = "training/run.py", "training/epoch.py", "engine/distributed.py"
+            expected |= {("item", file) for file in files}
+            expected.add(("copy to the CPU", "data/datasets.py"))  # the data's fingerprint
+        elif keep_on != GPU:
+            expected.add(("copy to the CPU", "train_linear.py"))
+        assert waits == expected
 
 
 # ------------------------------------------------------------------------------------ parts

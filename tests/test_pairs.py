@@ -73,6 +73,7 @@ JOB = """
     import torch
     from engine import checkpoint, distributed
     import train_pretrain
+    from training import build
 
     device, stop, saved = distributed.init_distributed(), distributed.cleanup, None
     distributed.init_distributed, distributed.cleanup = lambda asked: device, lambda: None
@@ -82,6 +83,7 @@ JOB = """
         global saved
         plain(path, settings, epoch, **parts)
         saved = dict(rng=torch.get_rng_state(), **{{k: copy.deepcopy(v.state_dict()) for k, v in parts.items()}})
+        del saved["place"]["finished"]                     # the epoch's figures, times among them
         if distributed.is_main() and epoch == 1:
             cut = os.path.dirname(path) + "-cut"
             os.makedirs(cut)
@@ -96,13 +98,13 @@ JOB = """
             h.update(repr(x).encode())
         return h.hexdigest()
 
-    def run(name, settings, load=train_pretrain.load):
-        train_pretrain.load = load
+    def run(name, settings, load=build.load):
+        build.load = load
         sys.argv = ["train_pretrain.py", *{tiny!r}, *settings, f"name={{name}}"]
         train_pretrain.main()
         return {{k: digest(v, hashlib.sha256()) for k, v in saved.items()}}
 
-    load = train_pretrain.load
+    load = build.load
 
     @functools.wraps(load)                                 # whose settings are read from its signature
     def shuffled(*given, **settings):

@@ -7,7 +7,6 @@ import zipfile
 
 import pytest
 import torch
-from engine.place import EpochProgress
 from torch import nn
 
 from data.datasets import ArraySet, load
@@ -162,36 +161,6 @@ def test_a_file_with_a_checksum_is_a_zip_like_others(tmp_path):
         torch.equal(checkpoint.read_checkpoint(str(tmp_path / f"{name}.pt"))["a"], torch.ones(2))
         for name in ("ours", "theirs", "old")
     )
-
-
-def test_a_place_of_other_processes_becomes_their_mean(tmp_path):
-    """Two processes were stopped, and one goes on."""
-    net = nn.BatchNorm1d(2)
-    place = EpochProgress(10, "a", net)
-    assert place.restore() == (0, 0.0, 0.0, {})  # as at every epoch's start
-    place.load_state_dict(
-        {
-            "images": 10,
-            "step": 3,
-            "seconds": 2.0,
-            "wait": 1.0,
-            "own": [
-                {
-                    "total": {"loss": torch.tensor(1.0 + r), "K": 5.0},
-                    "running": {0: torch.full((2,), float(r)), 1: torch.ones(2)},
-                }
-                for r in (0, 1)
-            ],
-        }
-    )
-    step, seconds, wait, total = place.restore()
-    assert (
-        (step, seconds, wait, total) == (3, 2.0, 1.0, {"loss": 1.5, "K": 5.0})
-        and net.running_mean.tolist() == [0.5, 0.5]
-        and place.restore()[0] == 0
-    )
-    with pytest.raises(ValueError, match="it is of 11 images, and now there are 10"):
-        place.load_state_dict({"images": 11})
 
 
 @pytest.mark.parametrize(

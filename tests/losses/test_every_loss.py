@@ -79,7 +79,7 @@ def test_diagnostics_draw_nothing_and_do_not_touch_the_loss(name, masked):
     assert all(torch.equal(a, b) for a, b in zip(before, after))
     for figure, value in figures.items():
         assert value.shape == () and value.isfinite() and not value.requires_grad, figure
-    assert figures["loss"] == output.loss and figures["contrasts"] == 2 and figures["K"] > 0
+    assert figures["contrasts"] == 2 and figures["K"] > 0
     without = step_diagnostics(loss_fn, [c], [output], None, EPOCH)
     assert {"K", "positive", "used %", "spread"} <= without.keys() < figures.keys()
     output.loss.backward()

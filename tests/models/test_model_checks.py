@@ -80,7 +80,7 @@ def test_groups_of_two_images_and_more_suit_batch_norm(
         (
             (OPTIM, 1, 1, 1, 1),
             "optim.batch_size 1 leaves BatchNorm one image at a time, with 1 process and "
-            "optim.accumulate 1 times model.bn_splits 1; it needs two, so raise batch_size",
+            "optim.accumulate 1 times model.bn_splits 1; it needs two, so raise optim.batch_size",
         ),
         ((OPTIM, 8, 8, 1, 1), "optim.batch_size 8 .* with 8 processes and"),
         ((OPTIM, 8, 1, 8, 1), "optim.batch_size 8 .* optim.accumulate 1 times model.bn_splits 8"),
