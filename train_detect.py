@@ -232,6 +232,7 @@ def check_settings(detect):
 
 @distributed.say_refusals_once()
 def main():
+    """Fine-tune a detector."""
     args, cfg = config.read_command_line(make_parser(), also=("detect",))
     device = distributed.init_distributed(args.device)
     # Every batch has another shape, so that kernels would be measured at each step.

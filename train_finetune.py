@@ -1,18 +1,18 @@
 """How far do few labels go? The whole encoder is fine-tuned on a part of the training labels.
 
-    python train_finetune.py --cfg yaml/quickstart.yaml               the run's weights, 10 % of labels
+    python train_finetune.py --cfg yaml/quickstart.yaml            the run's weights, 10 % of labels
     python train_finetune.py --cfg yaml/quickstart.yaml finetune.labels=0.01 \
-        finetune.batch_size=50 --fresh                                1 %, after that
+        finetune.batch_size=50 --fresh                             1 %, after that
     python train_finetune.py --cfg yaml/quickstart.yaml --weights none name=supervised
     python train_finetune.py --cfg FILE --weights resnet50.pth finetune.list=1percent.txt
-    torchrun --nproc_per_node 8 train_finetune.py --cfg FILE          the same, shared out
+    torchrun --nproc_per_node 8 train_finetune.py --cfg FILE       the same, shared out
 
-The second last takes other weights, and SimCLR's list of ImageNet images; the third trains from
-random weights: the supervised baseline. The protocol is the file's section finetune, whose keys the
-class Finetune explains. Prints top-1 and top-5 on the test part and appends them, with the protocol
-in words, to runs/<name>/finetune.jsonl. runs/<name>/finetune/ has log.jsonl, TensorBoard's events
-and last.pt, from which a run that was stopped goes on when the same line is given again. --fresh
-starts over, which another share of the labels, or other weights, want in the same folder.
+The third trains from random weights: the supervised baseline. The fourth takes other weights, and
+SimCLR's list of ImageNet images. The protocol is the file's section finetune, whose keys the class
+Finetune explains. Prints top-1 and top-5 on the test part and appends them, with the protocol in
+words, to runs/<name>/finetune.jsonl. runs/<name>/finetune/ has log.jsonl, TensorBoard's events and
+last.pt, from which a run that was stopped goes on when the same line is given again. --fresh starts
+over, which another share of the labels, or other weights, want in the same folder.
 """
 
 import math
@@ -231,6 +231,7 @@ class Classifier(nn.Module):
 
 @distributed.say_refusals_once()
 def main():
+    """Fine-tune an encoder on few labels."""
     args, cfg = config.read_command_line(make_parser(), also=("finetune",))
     device = distributed.init_distributed(args.device)
     build = Builder(cfg, args.cfg)

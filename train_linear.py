@@ -189,6 +189,7 @@ def check_learning_rates(lrs):
 
 @distributed.say_refusals_once()
 def main():
+    """Probe an encoder."""
     args, cfg = config.read_command_line(make_parser())
     device = distributed.init_distributed(args.device)
     build = Builder(cfg, args.cfg)
@@ -227,7 +228,7 @@ def main():
     else:
         rows = evaluation.of_cached_features()
 
-    # --------------------------------------------------------------------------------- what came out
+    # ------------------------------------------------------------------------------ what came out
     refuse_moved_weights(encoder.backbone, before)
     print_table(rows, probe, evaluation.knn, not args.no_baselines)
     if distributed.is_main():
@@ -588,6 +589,7 @@ class Standardize:
             self.mean, self.std = x.mean(0).to(device), x.std(0).clamp(min=1e-6).to(device)
 
     def __call__(self, features):
+        """Features (b, F), standardized."""
         return (features.to(self.device) - self.mean) / self.std
 
 
@@ -682,7 +684,7 @@ def key(name):
     return name.replace(".", "_")
 
 
-# ------------------------------------------------------------------------------------ what came out
+# ------------------------------------------------------------------------------ what came out
 
 
 def print_table(rows, probe, knn, has_baselines):

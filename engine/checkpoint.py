@@ -1,5 +1,7 @@
-"""Checkpoints: written aside and renamed, so that a file with the right name is always a whole one; the one before is kept; a damaged one is
-noticed; read without unpickling code.
+"""Checkpoints: each file is whole, its checksum says so, and reading it runs no code.
+
+A file is written aside and renamed, so that one with the right name is always whole, and the one
+before it is kept. Beside that, the folder of a run: its lock, and how a run begins anew in it.
 """
 
 import contextlib
@@ -24,8 +26,8 @@ except ImportError:  # not on Windows
 # The files of a run that hold its weights, or belong to them.
 WEIGHTS = "backbone.preprocessing.yaml", "backbone.pt", "previous.pt", "last.pt"
 
-# On resuming these settings may change, and no others. What precision a device has is its own affair:
-# `auto` means another one on other hardware, and whoever names it instead means no other run.
+# On resuming these settings may change, and no others. What precision a device has is its own
+# affair: `auto` means another one on other hardware, and whoever names it means no other run.
 MAY_CHANGE = (
     "name",
     "paper",
@@ -42,12 +44,12 @@ MAY_CHANGE = (
 )
 
 
-# ---------------------------------------------------------------------------------------------------- one file
+# --------------------------------------------------------------------------------------- one file
 
 
 @contextlib.contextmanager
 def writing(path):
-    """A disk that is full, or may not be written, or fails, ends the program with one sentence."""
+    """End the program with one sentence where a disk is full, fails, or may not be written."""
     try:
         yield
     except Exception as error:
@@ -57,12 +59,19 @@ def writing(path):
         if cause is None:
             raise
         raise SystemExit(
-            f"{path} cannot be written: {cause.strerror or cause}; what was there before is as it was"
-        )
+            f"{path} cannot be written: {cause.strerror or cause}; what was there before is as it "
+            "was"
+        ) from error
 
 
 def write(path, value, keep=None):
-    """torch.save, all or nothing. keep: the name that a file which is already there gets."""
+    """torch.save, all or nothing.
+
+    Args:
+        path: of the file.
+        value: what torch.load(weights_only=True) can read.
+        keep: the name that a file which is already there gets; None: it is lost.
+    """
     aside = path + ".part"
     try:
         with writing(path), open(aside, "w+b") as f:
@@ -75,26 +84,32 @@ def write(path, value, keep=None):
             os.remove(aside)
         raise
     with writing(path):
-        if (
-            keep
-            and os.path.exists(path)
-            and not (os.path.exists(keep) and os.path.samefile(path, keep))
-        ):  # a kill may have left them one file
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(keep + ".part")
-            try:
-                os.link(
-                    path, keep + ".part"
-                )  # so that there is no moment without a file of the name `path` ...
-                os.replace(keep + ".part", keep)
-            except OSError:  # ... but on a disk without hard links
-                os.replace(path, keep)
+        if keep and os.path.exists(path):
+            keep_file(path, keep)
         os.replace(aside, path)
 
 
+def keep_file(path, keep):
+    """Give a file a second name, without a moment in which the first one is missing.
+
+    On a disk without hard links there is such a moment.
+    """
+    # A kill between the two renames of a write leaves one file with both names.
+    if os.path.exists(keep) and os.path.samefile(path, keep):
+        return
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(keep + ".part")
+    try:
+        os.link(path, keep + ".part")
+        os.replace(keep + ".part", keep)
+    except OSError:
+        os.replace(path, keep)
+
+
 def append_checksum(f):
-    """Put a checksum of the file into its end: a zip's comment, which every reader skips. (torch.load leaves zip's own checksums unread, and
-    these do not cover all of a file.)
+    """Put a checksum of a file into its end: a zip's comment, which every reader skips.
+
+    torch.load leaves zip's own checksums unread, and these do not cover all of a file.
     """
     f.seek(-2, os.SEEK_END)
     f.write((14).to_bytes(2, "little"))  # the comment's length is a zip's last field
@@ -104,40 +119,43 @@ def append_checksum(f):
 
 
 def checksum(f, size=None):
-    """Of the first `size` bytes of an open file."""
+    """The checksum of the first `size` bytes of an open file; None: of all."""
     f.seek(0)
-    crc, left = 0, os.fstat(f.fileno()).st_size if size is None else size
+    crc = 0
+    left = os.fstat(f.fileno()).st_size if size is None else size
     while left > 0 and (part := f.read(min(left, 2**24))):
-        crc, left = zlib.crc32(part, crc), left - len(part)
+        crc = zlib.crc32(part, crc)
+        left -= len(part)
     return f"crc32 {crc:08x}".encode()
 
 
 def has_valid_checksum(path):
-    """False for a file that ends with a checksum, and not with its own. Other people's files end with none."""
+    """Whether a file is as it was written. Other people's files have no checksum, and pass."""
     with open(path, "rb") as f:
         size = f.seek(0, os.SEEK_END)
         f.seek(-min(64, size), os.SEEK_END)
-        *_, end = (
-            b"",
-            *f.read().split(b"PK\5\6")[1:],
-        )  # the end record of a zip: 18 bytes and the comment
-        return int.from_bytes(end[16:18], "little") == 0 or end[18:] == checksum(
-            f, size - len(end[18:])
-        )
+        # The end record of a zip has 18 bytes after its mark, and then the comment.
+        record = ([b""] + f.read().split(b"PK\5\6")[1:])[-1]
+        comment = record[18:]
+        if int.from_bytes(record[16:18], "little") == 0:
+            return True
+        return comment == checksum(f, size - len(comment))
 
 
 def read_checkpoint(path):
-    """torch.load without code, onto the CPU."""
+    """torch.load onto the CPU, without running code. SystemExit where that can't be done."""
     try:
         if not has_valid_checksum(path):
             raise ValueError("it is damaged: its bytes are not those that were written")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise SystemExit(f"{path} does not exist")
-    except Exception as error:  # truncated, not a checkpoint, or one that wants to run code
+        raise SystemExit(f"{path} does not exist") from None
+    except Exception as error:  # it is cut off, no checkpoint, or wants to run code
+        first_line = str(error).splitlines()[0] if str(error) else ""
         raise SystemExit(
-            f"{path} is not a checkpoint that can be read safely ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-        )
+            f"{path} is not a checkpoint that can be read safely "
+            f"({type(error).__name__}: {first_line})"
+        ) from error
 
 
 def digest(data):
@@ -154,7 +172,7 @@ def file_digest(path):
         raise SystemExit(f"{path} does not exist") from None
 
 
-# ---------------------------------------------------------------------------------------------------- a run's folder and state
+# ----------------------------------------------------------------------------- the folder of a run
 
 
 def check_writable(folder):
@@ -199,29 +217,31 @@ def lock_run_folder(folder):
 
 
 def acquire_lock(folder):
-    """-> the locked file, or None on a disk without locks.
+    """Lock a run's folder. Returns the locked file, or None on a disk without locks.
 
     lockf, not flock: workers that decode images do not inherit it, and they may live on for some
     seconds after this process was killed.
     """
     while True:
-        file = open(os.path.join(folder, "lock"), "a+")
+        file = open(os.path.join(folder, "lock"), "a+")  # noqa: SIM115 (it stays open)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            who = file.read().strip() or "another process"
+            owner = file.read().strip() or "another process"
             file.close()
             raise SystemExit(
-                f"{folder} is in use: {who} trains there; stop it, wait for it, or choose another name=..."
-            )
+                f"{folder} is in use: {owner} trains there; stop it, wait for it, or choose "
+                "another name=..."
+            ) from None
         except (AttributeError, OSError) as error:  # Windows, or a network disk without locks
             file.close()
             print_main(
-                f"{folder} cannot be locked ({error}): see to it yourself that no second process trains there"
+                f"{folder} cannot be locked ({error}): see to it yourself that no second process "
+                "trains there"
             )
             return None
-        if still_there(file):
+        if is_still_there(file):
             break
         # Its owner removed it after it was opened here, so that the next one would lock another.
         file.close()
@@ -232,17 +252,19 @@ def acquire_lock(folder):
 
 
 def release_lock(file):
-    """Remove a locked file while it is still locked: whoever opened it before sees in `acquire_lock` that it
-    is gone, whoever comes later makes a new one.
+    """Remove a locked file while it is still locked.
+
+    Whoever opened it before sees in `acquire_lock` that it is gone; whoever comes later makes a new
+    one.
     """
     with contextlib.suppress(OSError):
-        if still_there(file):
+        if is_still_there(file):
             os.remove(file.name)
     file.close()
 
 
-def still_there(file):
-    """Is an open file the one that has its name on the disk?"""
+def is_still_there(file):
+    """Whether an open file is the one that has its name on the disk."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
     except FileNotFoundError:
@@ -250,11 +272,11 @@ def still_there(file):
 
 
 def move_aside(folder):
-    """What a run's folder holds of weights that it starts over without gets names ending in .before,
-    so that nothing takes it for the new run's; what had such a name before is lost.
+    """Give what old weights left in a run's folder names ending in .before, as a run starts over.
 
-    That is the weights, what was evaluated and trained from them, their settings and their log. The
-    weights come last: a start that is killed here does the rest the next time.
+    So nothing takes it for the new run's. What had such a name before is lost. It is the weights,
+    what was evaluated and trained from them, their settings and their log. The weights come last: a
+    start that is killed here does the rest the next time.
     """
     present = os.listdir(folder)
     weights = [name for name in WEIGHTS if name in present]
@@ -274,59 +296,107 @@ def previous_checkpoint(path):
     return os.path.join(os.path.dirname(path), "previous.pt")
 
 
+# ------------------------------------------------------------------------------------ a run's state
+
+
 def exists(path):
-    """Is there a checkpoint to resume? To every process the same."""
-    return any(
-        distributed.all_gather_object(
-            os.path.exists(path) or os.path.exists(previous_checkpoint(path))
-        )
-    )
+    """Whether there is a checkpoint to resume, the same to every process."""
+    is_there = os.path.exists(path) or os.path.exists(previous_checkpoint(path))
+    return any(distributed.all_gather_object(is_there))
 
 
 def save(path, settings, epoch, **parts):
-    """Everything that training holds, after `epoch` epochs. parts: modules, optimizer, scaler. Every process must call it; none returns before
-    the file is there. What is not finite is never saved.
+    """Write everything that training holds. Every process calls it, and waits for the file.
+
+    What is not finite is never saved: SystemExit.
+
+    Args:
+        path: of the file; the one that is there is kept as previous_checkpoint(path).
+        settings: of the run.
+        epoch: how many epochs are done.
+        parts: modules, optimizer, scaler, and `place`, an EpochProgress.
     """
     rng = distributed.all_gather_object(devices.rng_state())
     with distributed.same_exit_on_all_ranks():
         if distributed.is_main():
-            value = {k: v.state_dict() for k, v in parts.items()}
-            broken = not_finite(
-                {k: v for k, v in value.items() if k != "place"}
-            )  # whose figures may be
+            state = {name: part.state_dict() for name, part in parts.items()}
+            # The figures in `place` may be anything.
+            trained = {name: value for name, value in state.items() if name != "place"}
+            broken = not_finite(trained)
             if broken:
                 raise SystemExit(
-                    f"{path} is not written, for {broken} is not finite; what was there before is as it was"
+                    f"{path} is not written, for {broken} is not finite; what was there before is "
+                    "as it was"
                 )
             precision = getattr(parts.get("encoder"), "precision", None)
-            write(
-                path,
-                {"epoch": epoch, "settings": settings, "rng": rng, "precision": precision, **value},
-                keep=previous_checkpoint(path),
-            )
+            state |= {"epoch": epoch, "settings": settings, "rng": rng, "precision": precision}
+            write(path, state, keep=previous_checkpoint(path))
 
 
 def not_finite(value, name=""):
-    """The name of the first tensor, in nested dicts and lists, with an inf or a NaN; or None."""
+    """The name of the first tensor in nested dicts and lists with an inf or a NaN; or None."""
     if isinstance(value, torch.Tensor):
         if not value.is_floating_point() or not value.numel():
             return None
         # A NaN comes out of aminmax as NaN. isfinite would make a copy of a whole bank.
         return None if torch.stack(value.aminmax()).isfinite().all() else name
-    inside = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, (list, tuple))
-        else ()
-    )
-    return next(
-        (found for key, v in inside if (found := not_finite(v, f"{name}.{key}".lstrip(".")))), None
-    )
+    items = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    for key, inner in items:
+        broken = not_finite(inner, f"{name}.{key}".lstrip("."))
+        if broken is not None:
+            return broken
+    return None
 
 
 def resume(path, settings, may_change=MAY_CHANGE, **parts):
-    """Put a checkpoint's state into parts, on every process. -> the number of epochs done. If it is damaged the one before is taken."""
+    """Load a checkpoint's state into parts. Every process calls it.
+
+    If the file is damaged the one before is taken. SystemExit where neither can be.
+
+    Args:
+        path: of the file.
+        settings: of the run; those of the checkpoint must be the same.
+        may_change: the settings that may differ.
+        parts: see `save`.
+
+    Returns:
+        The number of epochs done.
+    """
+    path, saved = read_last(path)
+    required = ["epoch", "settings", "rng", *(name for name in parts if name != "place")]
+    missing = ["everything"]
+    if isinstance(saved, dict):
+        missing = [name for name in required if name not in saved]
+    if missing:
+        raise SystemExit(f"{path} is not a checkpoint of train_pretrain.py: it has no {missing[0]}")
+    other = config.difference(saved["settings"], settings, may_change)
+    if other:
+        raise SystemExit(
+            f"{path} is of another run: {other}; choose another name=..., or start this one over "
+            "with --fresh"
+        )
+    for name, part in parts.items():
+        # An empty scaler was written in a precision without loss scaling. If it is needed now, it
+        # begins now.
+        if name != "scaler" or saved[name]:
+            load_part(path, part, saved.get(name, {}))
+    tell_other_precision(path, saved.get("precision"), parts.get("encoder"))
+    resume_random_numbers(path, saved["rng"])
+    return saved["epoch"]
+
+
+def read_last(path):
+    """Read a checkpoint, or where it is damaged the one before.
+
+    All processes read the same file: what one of them can't read none of them takes.
+
+    Returns:
+        The path of the file, and what it holds.
+    """
     problems = []
     for candidate in (path, previous_checkpoint(path)):
         saved = problem = None
@@ -334,67 +404,52 @@ def resume(path, settings, may_change=MAY_CHANGE, **parts):
             saved = read_checkpoint(candidate)
         except SystemExit as refusal:
             problem = refusal.code
-        found = [
-            p for p in distributed.all_gather_object(problem) if p
-        ]  # all processes take the same file
-        if not found:
+        of_all = [p for p in distributed.all_gather_object(problem) if p]
+        if not of_all:
             break
-        problems.append(found[0])
+        problems.append(of_all[0])
     else:
         distributed.exit_all_ranks(f"{problems[0]}, and {problems[1]}: start over with --fresh")
     if problems:
         print_main(f"{problems[0]}; going on from the one before, {candidate}")
         if distributed.is_main() and os.path.exists(path):
+            # Or the next save would put it in the place of the good one.
             with writing(path):
-                os.replace(
-                    path, path + ".damaged"
-                )  # or the next save would put it in the place of the good one
-    needed = (
-        "epoch",
-        "settings",
-        "rng",
-        *(k for k in parts if k != "place"),
-    )  # which older ones lack
-    missing = [k for k in needed if k not in saved] if isinstance(saved, dict) else ["everything"]
-    if missing:
-        raise SystemExit(
-            f"{candidate} is not a checkpoint of train_pretrain.py: it has no {missing[0]}"
-        )
-    other = config.difference(saved["settings"], settings, may_change)
-    if other:
-        raise SystemExit(
-            f"{candidate} is of another run: {other}; choose another name=..., or start this one over with --fresh"
-        )
-    for name, part in parts.items():
-        if name == "scaler" and not saved[name]:
-            continue  # written in a precision without loss scaling, which begins now if it is needed
-        try:
-            part.load_state_dict(saved.get(name, {}))
-        except (RuntimeError, ValueError) as error:
-            raise SystemExit(
-                f"{candidate} does not fit: {' '.join(str(error).split())[:300]}; was the data set changed? start over with --fresh"
-            )
-    say_other_precision(
-        candidate, saved.get("precision"), getattr(parts.get("encoder"), "precision", None)
-    )
-    resume_random_numbers(candidate, saved["rng"])
-    return saved["epoch"]
+                os.replace(path, path + ".damaged")
+    return candidate, saved
 
 
-def say_other_precision(path, old, new):
-    """old: None in a file of before it was noted."""
+def load_part(path, part, state):
+    """part.load_state_dict(state), whose refusal ends the program with one sentence."""
+    try:
+        part.load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
+        words = " ".join(str(error).split())[:300]
+        raise SystemExit(
+            f"{path} does not fit: {words}; was the data set changed? start over with --fresh"
+        ) from error
+
+
+def tell_other_precision(path, old, encoder):
+    """Say so if a run goes on in another precision. old: None in a file of before it was noted."""
+    new = getattr(encoder, "precision", None)
     if None not in (old, new) and old != new:
         print_main(f"{path} was trained in {old} so far, and goes on in {new}")
 
 
 def resume_random_numbers(path, states):
-    """states: of each process that wrote the file, as device.rng_state() gives them.
+    """Go on with each process's random numbers.
 
     Other processes or another kind of device have other random numbers. That is no fault, and said.
+
+    Args:
+        path: of the checkpoint, for the sentence.
+        states: of each process that wrote it, as device.rng_state() gives them.
     """
     if len(states) != distributed.world_size():
         print_main(
-            f"{path} is of {len(states)} processes, now there are {distributed.world_size()}: it goes on with fresh random numbers"
+            f"{path} is of {len(states)} processes, now there are {distributed.world_size()}: it "
+            "goes on with fresh random numbers"
         )
         return
     state, new = states[distributed.rank()], devices.current.type
@@ -405,5 +460,6 @@ def resume_random_numbers(path, states):
         old = f"another kind of {old}"
     if old != new:
         print_main(
-            f"{path} was written on {old}, and goes on on {new}: from here on its random numbers are others"
+            f"{path} was written on {old}, and goes on on {new}: from here on its random numbers "
+            "are others"
         )

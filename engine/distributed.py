@@ -230,9 +230,7 @@ def wrap_ddp(module, device):
 
 
 def gradient_sync(model, is_last):
-    """A context in which backward() averages gradients over processes, after the last part of a
-    batch only.
-    """
+    """A context for backward(), in which DDP averages gradients after a batch's last part only."""
     if is_last or world_size() == 1:
         return contextlib.nullcontext()
     return model.no_sync()

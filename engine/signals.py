@@ -122,6 +122,7 @@ def stop_quietly(excepthook):
 
 
 def note_request():
+    """Note that the program was told to stop."""
     if state.first_request is None:
         state.first_request = state.last_progress = time.monotonic()
 
@@ -189,7 +190,7 @@ def say_stopped(reason="told to stop"):
     print(f"{reason}: {saved or NOTHING_SAVED}", flush=True)
 
 
-# ------------------------------------------------------------------------------- the watching thread
+# ----------------------------------------------------------------------------- the watching thread
 
 
 def watch(reader, writer):
@@ -212,10 +213,12 @@ def watch(reader, writer):
 
 
 def seconds_since(moment):
+    """Seconds since a time.monotonic()."""
     return time.monotonic() - moment
 
 
 def end_if_overdue():
+    """End the program if the main thread had its time."""
     waited = seconds_since(state.last_progress)
     if state.deferred and waited > state.patience:
         end(f"told to stop, and ended after {waited:.0f} s in which no step was finished")
@@ -224,12 +227,13 @@ def end_if_overdue():
 
 
 def end(reason):
+    """End the program at once, with one sentence."""
     say_stopped(reason)
     sys.stdout.flush()
     os._exit(EXIT_CODE)
 
 
-# ------------------------------------------------------------------------------------- image workers
+# ----------------------------------------------------------------------------------- image workers
 
 
 def obey_only_the_parent():
@@ -244,6 +248,7 @@ def obey_only_the_parent():
 
 
 def wait_for_the_parent():
+    """End this process when its parent tells it to."""
     while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
         pass
     os._exit(0)  # multiprocessing ends workers so

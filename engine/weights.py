@@ -117,7 +117,7 @@ def stand_in(name):
 
 
 def read_safely(path):
-    """Read a file by checkpoint.read_checkpoint, the settings that trainers store in it as inert objects.
+    """Read a file of weights, with the settings that trainers store in it as inert objects.
 
     Raises:
         SystemExit: says in one sentence what the file is instead, and what to do.
@@ -216,7 +216,7 @@ def pickled_names(path):
                         names.append(".".join(words[-2:]))
                     elif isinstance(argument, str):
                         words.append(argument)
-    # The end of the file, bytes that are no pickle, a damaged zip: checkpoint.read_checkpoint tells it.
+    # The end of the file, bytes that are no pickle, a damaged zip: read_checkpoint tells it.
     except Exception:
         pass
     return names

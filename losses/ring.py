@@ -27,9 +27,7 @@ from .base import (
     similarity,
 )
 from .checks import check_ring
-
-# 0.29 * 100 is 28.999... in floating point.
-EPS = 1e-9
+from .ranks import EPS, bounds_of_each, ring_of_each
 
 
 class Ring(nn.Module):
@@ -124,26 +122,8 @@ def bounds(inner: float, outer: float, n: int) -> tuple[int, int]:
     return min(int(inner * n + EPS), last - 1), last
 
 
-def bounds_of_each(inner: float, outer: float, n: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the same for queries that have n (..., N, 1) candidates each."""
-    exact = n.cpu().double() if n.is_mps else n.double()  # MPS has no float64
-    last = (outer * exact + EPS).long().clamp(min=1)
-    first = torch.minimum((inner * exact + EPS).long(), last - 1)
-    return first.to(n.device), last.to(n.device)
-
-
 def ring_of_all(s: Tensor, first: int, last: int) -> Negatives:
     """Return ranks first to last - 1 of s (..., N, K), in any order: nothing is sorted."""
     nearest, candidate = s.topk(last, sorted=False)  # (..., N, last)
     ring, column = nearest.topk(last - first, largest=False, sorted=False)  # (..., N, r)
     return Negatives(ring, candidate.gather(-1, column))
-
-
-def ring_of_each(s: Tensor, first: Tensor, last: Tensor, outer: float) -> Negatives:
-    """Return ranks first to last - 1 (..., N, 1), of each query its own; NEG_INF around them."""
-    K = s.shape[-1]
-    farthest_rank = min(int(outer * K + EPS) + 1, K)  # no ring ends farther
-    ranked, candidate = s.topk(farthest_rank)  # (..., N, r), nearest first
-    rank = torch.arange(farthest_rank, device=s.device)  # (r,)
-    is_outside = (rank < first) | (rank >= last)  # (..., N, r)
-    return Negatives(ranked.masked_fill(is_outside, NEG_INF), candidate)

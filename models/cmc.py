@@ -13,7 +13,7 @@ from engine import distributed
 from losses import Contrast
 
 from .checks import check_bank_views, check_even_width
-from .memory import MemoryBank
+from .memory_bank import MemoryBank
 from .resnet import CPU, Encoder, ResNet, make_head
 from .views import encode_views
 

@@ -9,7 +9,7 @@ from engine import distributed
 from losses import Contrast
 
 from .checks import check_bank_views
-from .memory import MemoryBank
+from .memory_bank import MemoryBank
 from .views import encode_views
 
 

@@ -64,22 +64,13 @@ class MomentumEncoder(nn.Module):
 
 
 def deal_rows(world: int, splits: int, n: int) -> Tensor:
-    """Deal rows across parts in turn, as cards are dealt: row j of part p goes to part p + j.
+    """Deal n rows of each process across all parts, as cards: row j of part p goes to part p + j.
 
     moco's code deals by lot. Here the order of the batch is by lot already, and the same, whatever
-    share of the parts are processes.
-
-    Args:
-        world: the number of processes.
-        splits: parts of each.
-        n: rows of each, a multiple of splits.
-
-    Returns:
-        (world n,), on the CPU: which row stands at each place, counted over all processes.
+    share of the parts are processes. Returns (world n,), on the CPU: which row stands at each
+    place, counted over all processes.
     """
-    n_parts = world * splits
     part_size = n // splits
     i = torch.arange(world * n)  # (world n,)
-    p = i // part_size  # (world n,)
-    j = i % part_size  # (world n,)
-    return ((p + j) % n_parts).argsort(stable=True)
+    part, row = i // part_size, i % part_size  # (world n,)
+    return ((part + row) % (world * splits)).argsort(stable=True)

@@ -1,4 +1,4 @@
-"""From a run's settings to its parts. What cannot work together is refused here, before training."""
+"""From a run's settings to its parts. What can't work together is refused, before training."""
 
 import functools
 from typing import NamedTuple
@@ -7,10 +7,11 @@ import torch
 from tqdm import tqdm
 
 from data.datasets import load
+from data.image_files import say_if_dark
 from data.loader import Loader
 from engine import config, distributed
 from engine.schedule import Schedule, sgd
-from evaluation.features import KNN
+from evaluation.features import KNN, embeddings
 from losses.together import Together
 from models.checks import check_batch
 from models.resnet import Encoder
@@ -58,6 +59,7 @@ class Builder:
             for dataset in (pretrain, train, test):
                 if dataset:
                     dataset.to(device)
+        say_if_dark(pretrain)
         return Datasets(pretrain, train, test)
 
     def host(self, dataset, device):
@@ -141,6 +143,21 @@ class Builder:
             workers=loader.workers,
         )
 
+    def embedder(self, encoder, host, dataset, loader):
+        """A function without arguments: the embeddings of all images, by the key encoder if any."""
+        key_encoder = getattr(host, "key_encoder", encoder)
+        size = self.settings["data"]["image_size"]
+        return functools.partial(
+            embeddings, key_encoder, dataset, size, loader.device, loader.workers
+        )
+
+    @staticmethod
+    def compile(encoder, host):
+        """torch.compile the networks: the first step takes a minute, the others a few % less."""
+        encoder.backbone.compile()
+        if hasattr(host, "key_encoder"):
+            host.key_encoder.net.backbone.compile()
+
 
 def loss_scaler(encoder, optimizer, device):
     """torch's GradScaler, which does something for fp16 only."""
@@ -151,10 +168,3 @@ def loss_scaler(encoder, optimizer, device):
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return scaler
-
-
-def compile_backbones(encoder, host):
-    """torch.compile the networks: the first step takes a minute, the others a few % less."""
-    encoder.backbone.compile()
-    if hasattr(host, "key_encoder"):
-        host.key_encoder.net.backbone.compile()

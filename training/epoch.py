@@ -1,4 +1,4 @@
-"""How far an epoch has come: its steps, its time, the sums of its figures; a part of the checkpoint.
+"""How far an epoch has come: its steps, its time, its figures. It is a part of the checkpoint.
 
 A run that is stopped within an epoch goes on with them, so that the epoch's line in the log is that
 of an epoch without a stop.

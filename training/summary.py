@@ -15,13 +15,21 @@ COLLAPSED = 0.05
 MAX_DIGITS = 6
 
 
-def describe_start(run, cfg, loader, schedule, encoder, knn, device):
+def begin_log(run, cfg, loader):
+    """Begin or go on with the log. A run that begins gets a picture of its augmented images."""
+    run.open_log(cfg)
+    if run.log and not run.is_resumed:
+        path = os.path.join(run.folder, "augmentation.png")
+        run.log.picture(path, loader.examples(), columns=8)
+
+
+def describe_start(run, cfg, loader, schedule, encoder, knn):
     """Print the settings, the sizes, and where the run stands."""
     print_main(config.to_yaml(cfg), end="")
     world, parameters = distributed.world_size(), sum(p.numel() for p in encoder.parameters())
     print_main(
         f"{run.folder}: {len(loader.dataset)} images, {run.steps} steps an epoch of {loader.batch} "
-        f"= {world} processes x {loader.local}; lr {schedule.lr:g}, both global; {device}, "
+        f"= {world} processes x {loader.local}; lr {schedule.lr:g}, both global; {run.device}, "
         f"{encoder.precision}, {parameters / 1e6:.1f} M parameters"
     )
     print_main(f"{knn}" if knn.possible else f"no kNN: {knn.obstacle}")
@@ -36,21 +44,35 @@ def describe_start(run, cfg, loader, schedule, encoder, knn, device):
         print_main(f"going on after {run.position(run.start_epoch, run.progress.step)}")
 
 
-def epoch_figures(run, loss_fn, learning_rate, images):
-    """The figures of an epoch: the means of its steps' figures, the loss at chance, and times.
+def evaluate_at_start(run, knn, encoder, loss_fn):
+    """Ask kNN of the untrained encoder; or of the last epoch, if the run was ended in its kNN."""
+    figures = run.unlogged_figures()
+    if figures:
+        evaluate(run, run.start_epoch, figures, knn, encoder, loss_fn)
+    if not run.is_resumed and knn.due(0, run.epochs):
+        accuracy = knn(encoder)
+        print_main(f"untrained: kNN {accuracy:.1f} %")
+        if run.log:
+            run.log.write(0, {"knn": accuracy, "knn voters": knn.voters})
 
-    Args:
-        learning_rate: of its last step.
-        images: that all processes saw in it.
-    """
+
+def evaluate(run, epoch, figures, knn, encoder, loss_fn):
+    """Log the figures of the epoch with that number, from 1, with kNN where it is due."""
+    if knn.due(epoch, run.epochs):
+        figures = {**figures, "knn": knn(encoder), "knn voters": knn.voters}
+    log_epoch(run, epoch, figures, loss_fn)
+
+
+def epoch_figures(run, loss_fn, schedule, loader):
+    """The figures of an epoch: the means of its steps' figures, the loss at chance, and times."""
     figures = run.progress.means(run.device)
     seconds = run.progress.seconds
     n_contrasts = round(figures.pop("contrasts"))  # CMC has two, whose losses are summed
     return figures | {
         "chance": n_contrasts * chance(loss_fn, figures["K"]),
-        "lr": learning_rate,
+        "lr": schedule(run.epoch + (run.steps - 1) / run.steps),  # of the last step
         "seconds": seconds,
-        "images/s": images / seconds,
+        "images/s": run.steps * loader.batch / seconds,
         "data wait": run.progress.data_seconds / seconds,
     }
 
@@ -133,4 +155,7 @@ def probe_command(cfg, obstacle, file, overrides):
     if obstacle is None or cfg["linear"]["data"] is not None:
         return shlex.join(words)
     command = shlex.join([*words, "linear.data=folder", "linear.root=PATH"])
-    return f"{command}\n      where PATH holds train/<class>/ and val/<class>/, which this run's data do not"
+    return (
+        f"{command}\n      where PATH holds train/<class>/ and val/<class>/, which this run's data "
+        "do not"
+    )

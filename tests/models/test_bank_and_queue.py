@@ -6,7 +6,8 @@ from small import moved_rows, unit_vectors
 from torch.nn import functional as F
 
 from losses.ring import Ring
-from models.memory import MemoryBank, Queue
+from models.memory_bank import MemoryBank
+from models.queue import Queue
 
 
 def test_bank_is_a_moving_average_on_the_sphere():
