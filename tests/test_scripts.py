@@ -376,12 +376,12 @@ def test_print_config_prints_and_does_nothing(script, tmp_path, monkeypatch, cap
 
 
 def test_the_readmes_loss_works(tmp_path):
-    """The example under "Add a loss", put where it says, trains."""
-    for folder in ("data", "engine", "evaluation", "losses", "models"):
+    """The example under "Add a loss" in docs/design.md, put where it says, trains."""
+    for folder in ("data", "engine", "evaluation", "losses", "models", "training"):
         shutil.copytree(os.path.join(ROOT, folder), tmp_path / folder)
     for script in ("train_pretrain.py", "train_linear.py"):
         shutil.copy(os.path.join(ROOT, script), tmp_path)
-    with open(os.path.join(ROOT, "README.md")) as f:
+    with open(os.path.join(ROOT, "docs", "design.md"), encoding="utf-8") as f:
         snippet = f.read().split("```python\n")[1].split("```")[0]
     (tmp_path / "losses" / "margin.py").write_text(snippet)
     assert len(snippet.strip().splitlines()) <= 22
