@@ -22,13 +22,14 @@ from torch.nn import functional as F
 from tqdm import trange
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from models.memory import MemoryBank
+
 from losses import Contrast, info_nce, positive_similarity, similarity
 from losses.ifnd import IFND
 from losses.jcl import JCL
 from losses.mochi import MoCHi
 from losses.nce import NCE
 from losses.ring import Ring
-from models.memory import MemoryBank
 
 T = 0.2
 EPOCH = 5.0

@@ -27,6 +27,8 @@ from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from models.memory import Queue
+
 from data.datasets import STATISTICS, ArraySet
 from data.loader import Loader
 from engine import distributed
@@ -35,7 +37,6 @@ from engine.schedule import Schedule, sgd
 from losses import Contrast
 from losses.diagnostics import step_diagnostics
 from losses.nce import NCE
-from models.memory import Queue
 from models.moco import MoCo
 from models.resnet import LAYERS, Encoder, choose_precision
 

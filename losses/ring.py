@@ -8,9 +8,8 @@ nearer is too hard and likely of the query's own class; what lies farther is too
 
 n_j carries no gradient. u falls linearly from 100 % to `outer` over `anneal_epochs`.
 
-Not settled by the paper: how long u falls (here: the first third of training), and whether l stays
-(here: it does) or keeps its proportion to u as in the released code (`inner_relative`). The ball
-of the same code is `inner: 0`.
+Not settled by the paper: how long u falls (here: a third of training), and whether l stays (here)
+or keeps its proportion to u, as in the released code (`inner_relative`). Its ball is `inner: 0`.
 """
 
 import torch
@@ -62,8 +61,7 @@ class Ring(nn.Module):
         self.t = temperature
         self.inner, self.outer = inner, outer
         self.anneal_epochs = epochs / 3 if anneal_epochs is None else anneal_epochs
-        self.inner_relative = inner_relative
-        self.n_negatives = n_negatives
+        self.inner_relative, self.n_negatives = inner_relative, n_negatives
 
     def percentiles(self, epoch: float) -> tuple[float, float]:
         """Return l and u at an epoch, as shares."""
