@@ -420,6 +420,7 @@ class Run:
         self.log = None
 
     def __enter__(self):
+        checkpoint.check_writable(self.parent)
         self.lock = checkpoint.lock_run_folder(self.folder)
         self.lock.__enter__()
         signals.say_when_stopped(self.describe_saved_state)

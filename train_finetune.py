@@ -44,7 +44,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from data.augment import get_recipe
-from data.datasets import balanced_rows, find_obstacle, load
+from data.datasets import MEAN_PER_CLASS, balanced_rows, find_obstacle, load
 from data.image_files import say_if_dark
 from data.loader import Loader, check_image_size
 from engine import checkpoint, distributed
@@ -52,7 +52,7 @@ from engine.distributed import print_main
 from engine.log import lines
 from engine.schedule import Schedule, check_optimizer_settings, sgd
 from engine.weights import load_backbone, of_run
-from evaluation.features import accuracy_percent, extract
+from evaluation.features import accuracy_percent, extract, mean_per_class_accuracy
 from models.checks import check_batch
 from training.build import Builder, loss_scaler
 from training.epoch import EpochProgress
@@ -341,10 +341,13 @@ def finetune(run, build, protocol, weights, train, test, rows, device):
     logits = extract(net, test, size, device, loader.workers, what="test")  # (m, classes)
     hits = logits.topk(min(5, classes)).indices == test.labels.to(device)[:, None]  # (m, 5)
     figures = {"top-1": accuracy_percent(hits[:, 0]), "top-5": accuracy_percent(hits.any(1))}
+    if cfg["data"]["name"] in MEAN_PER_CLASS:
+        predictions = logits.argmax(1)
+        figures["per class"] = mean_per_class_accuracy(predictions, test.labels.to(device))
     start = "from random weights " if weights == "none" else ""
     words = f"all layers and a linear classifier fine-tuned {start}on {share}; {protocol}"
-    print_main(f"\n{words}\n\n{'':24}{'top-1':>10}{'top-5':>10}")
-    print_main(f"{cfg['name']:24}{figures['top-1']:10.2f}{figures['top-5']:10.2f}")
+    print_main(f"\n{words}\n\n{'':24}" + "".join(f"{name:>10}" for name in figures))
+    print_main(f"{cfg['name']:24}" + "".join(f"{value:10.2f}" for value in figures.values()))
     if distributed.is_main():
         line = {
             "weights": weights,

@@ -57,7 +57,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data.augment import get_recipe
-from data.datasets import find_obstacle, load
+from data.datasets import MEAN_PER_CLASS, find_obstacle, load
 from data.image_files import say_if_dark
 from data.loader import Loader, check_image_size
 from engine import checkpoint, distributed
@@ -65,7 +65,15 @@ from engine import device as devices
 from engine.distributed import print_main
 from engine.schedule import Schedule, check_optimizer_settings, sgd
 from engine.weights import export, load_backbone, of_run
-from evaluation.features import KNN, KNN_BYTES, accuracy_percent, extract, knn, where_features_fit
+from evaluation.features import (
+    KNN,
+    KNN_BYTES,
+    accuracy_percent,
+    extract,
+    knn,
+    mean_per_class_accuracy,
+    where_features_fit,
+)
 from evaluation.svm import svm
 from training.build import Builder
 from training.epoch import EpochProgress
@@ -562,7 +570,8 @@ class Evaluation:
     def accuracies(self, layers, name, scale, x_test):
         """{"top-1, lr ...": %, "top-5, lr ...": %} of an encoder's layers on x_test (m, F).
 
-        None for a layer that diverged.
+        "per class, lr ..." too, where that is the data set's protocol. None for a layer that
+        diverged.
         """
         figures = {}
         for lr, layer in zip(self.probe.lrs, layers.layers[key(name)]):
@@ -572,6 +581,9 @@ class Evaluation:
             is_void = (name, lr) in layers.diverged
             figures[f"top-1, lr {lr:g}"] = None if is_void else accuracy_percent(right[:, 0])
             figures[f"top-5, lr {lr:g}"] = None if is_void else accuracy_percent(right.any(1))
+            if self.source["name"] in MEAN_PER_CLASS:
+                accuracy = mean_per_class_accuracy(torch.cat(top)[:, 0], self.test_labels)
+                figures[f"per class, lr {lr:g}"] = None if is_void else accuracy
         return figures
 
 

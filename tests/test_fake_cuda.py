@@ -398,8 +398,10 @@ def test_linear_probe(augmented, keep_on, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "save", lambda *given, **parts: None)
     settings = {"seed": 0, "knn": {"every": 0, "k": 3, "temperature": 0.1, "feature": "output"}}
     source = {
-        "image_size": 8, "workers": 0,
-        "augment_backend": "batched", "augment": "crop_flip",
+        "image_size": 8,
+        "workers": 0,
+        "augment_backend": "batched",
+        "augment": "crop_flip",
     }
     build = training.build.Builder(settings, "a.yaml")
     probe = train_linear.Probe(epochs=2, batch_size=8)
