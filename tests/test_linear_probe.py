@@ -1,4 +1,4 @@
-"""The linear probe: one of several learning rates that diverges; a folder that may not be written."""
+"""The linear probe: a learning rate that diverges, a folder that may not be written, protocols."""
 
 import functools
 import json
