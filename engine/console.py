@@ -3,6 +3,7 @@
 No module of torch is imported here: both must be in place before torch is.
 """
 
+import functools
 import os
 import sys
 import warnings
@@ -27,16 +28,16 @@ def show_warnings_plainly():
     if sys.warnoptions:
         return
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's C++ reads it when it is loaded
-    said = set()
+    warnings.showwarning = functools.partial(show_once, set())
 
-    def show(message, category, filename, *_):
-        sentence = str(message)
-        if is_ours(sentence, category, filename) and sentence not in said:
-            said.add(sentence)
-            if os.environ.get("RANK", "0") == "0":
-                print(f"WARNING: {sentence}", flush=True)
 
-    warnings.showwarning = show
+def show_once(said, message, category, filename, *_):
+    """Print a warning of ours on the first process, if its sentence is not in `said` yet."""
+    sentence = str(message)
+    if is_ours(sentence, category, filename) and sentence not in said:
+        said.add(sentence)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"WARNING: {sentence}", flush=True)
 
 
 def is_ours(sentence, category, filename):

@@ -13,6 +13,7 @@ pictures (seconds).
 """
 
 import contextlib
+import functools
 import inspect
 import os
 import socket
@@ -119,7 +120,7 @@ def join(device_name, timeout):
     dist.init_process_group(
         devices.backend(device.type), store=store, rank=rank, world_size=world, timeout=timeout
     )
-    sys.excepthook = shorten_lost_connections(rank, sys.excepthook)
+    sys.excepthook = functools.partial(say_who_is_lost, rank, sys.excepthook)
     return device
 
 
@@ -164,25 +165,25 @@ def refuse_unlike(reports, rank):
         raise SystemExit(sentence if rank == 0 else 1)
 
 
-def shorten_lost_connections(rank, hook):
-    """An excepthook for sys: where another process ended, a sentence instead of a traceback.
+def say_who_is_lost(rank, excepthook, kind, error, trace):
+    """Print a sentence instead of a traceback where another process ended.
 
-    The process that ended says why in a sentence of its own. hook: the excepthook for all else.
+    The process that ended says why in a sentence of its own.
+
+    Args:
+        rank: of this process.
+        excepthook: for all else.
+        kind, error, trace: what sys.excepthook gets.
     """
     signs = "Connection closed by peer", "Connection reset by peer", "remote process exited"
-
-    def say_who_is_lost(kind, error, trace):
-        if not any(sign in str(error) for sign in signs):
-            return hook(kind, error, trace)
-        if signals.stop_requested():  # and so was the other one
-            return
+    if not any(sign in str(error) for sign in signs):
+        excepthook(kind, error, trace)
+    elif not signals.stop_requested():  # or the other one was told to stop, too
         print(
             f"process {rank} lost another one, which ended (what it says itself tells why) or "
             "cannot be reached",
             file=sys.stderr,
         )
-
-    return say_who_is_lost
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ its processes say: see slurm/train.sbatch.
 """
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -82,7 +83,7 @@ def listen():
     if state.is_listening:
         return
     state.is_listening = True
-    sys.excepthook = stop_quietly(sys.excepthook)
+    sys.excepthook = functools.partial(stop_quietly, sys.excepthook)
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     # The handlers run in the main thread, once it is back from C. The byte is written at once.
@@ -110,15 +111,11 @@ def raise_once():
         raise StopRequested
 
 
-def stop_quietly(excepthook):
-    """An excepthook for a StopRequested outside `run`, while modules are imported."""
-
-    def hook(kind, error, trace):
-        if not issubclass(kind, StopRequested):
-            return excepthook(kind, error, trace)
+def stop_quietly(excepthook, kind, error, trace):
+    """An excepthook that obeys a StopRequested outside of `run`, while modules are imported."""
+    if issubclass(kind, StopRequested):
         end("told to stop")
-
-    return hook
+    excepthook(kind, error, trace)
 
 
 def note_request():

@@ -12,6 +12,8 @@ Vectors of unit length (or less) have q n / t <= 1 / t, so that e^{(q n - 1) / t
 nor, for t >= 1 / 40, vanishes.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -72,7 +74,17 @@ class LogPartition(torch.autograd.Function):
     """Log Z and its gradient, block by block. The labels are (L, N, 1) and (L, 1, K)."""
 
     @staticmethod
-    def forward(ctx, q, n, t, mask, self_index, query_label, candidate_label):  # noqa: D102
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        n: Tensor,
+        t: float,
+        mask: Tensor | None,
+        self_index: Tensor | None,
+        query_label: Tensor | None,
+        candidate_label: Tensor | None,
+    ) -> Tensor:
+        """Return log Z (N,), or (L, N) with labels."""
         N, D = q.shape
         L = 1 if query_label is None else len(query_label)
         block_size = max(1, (2**26 if q.is_cuda else 2**20) // N)
@@ -100,7 +112,8 @@ class LogPartition(torch.autograd.Function):
         return log_z[0] if query_label is None else log_z
 
     @staticmethod
-    def backward(ctx, grad_output):  # noqa: D102
+    def backward(ctx: Any, grad_output: Tensor) -> tuple:
+        """Return the gradient of the queries alone."""
         (gradient,) = ctx.saved_tensors  # (L, N, D)
         grad_query = (grad_output.view(gradient.shape[:2])[..., None] * gradient).sum(0)  # (N, D)
         return grad_query, *[None] * 6

@@ -1,5 +1,7 @@
 """Faster, Mask and Keypoint R-CNN with FPN: torchvision's, on a ResNet of models/resnet.py."""
 
+from typing import Any
+
 from torch import nn
 from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
@@ -13,7 +15,7 @@ ROI_SIDE = 7  # of the box head's input
 CONVOLUTIONS = 4  # of the mask head; the keypoint head has twice as many
 
 
-def build_rcnn(backbone, n_classes, settings):
+def build_rcnn(backbone: nn.Module, n_classes: int, settings: Any) -> nn.Module:
     """Build a detector.
 
     Args:
@@ -66,7 +68,7 @@ def build_rcnn(backbone, n_classes, settings):
     return model
 
 
-def freeze_batch_norm(module):
+def freeze_batch_norm(module: nn.Module) -> None:
     """Replace each BatchNorm2d by torchvision's frozen one, with its values, in place."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
