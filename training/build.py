@@ -1,14 +1,13 @@
 """From a run's settings to its parts. What cannot work together is refused here, before training."""
 
-import functools
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from data.datasets import load
 from data.loader import Loader
 from engine import config, distributed
+from engine.progress import progress
 from engine.schedule import Schedule, sgd
 from evaluation.features import KNN
 from losses.together import Together
@@ -87,9 +86,9 @@ class Builder:
             for settings in config.loss_settings(self.settings["loss"])
         ]
         for loss in losses:
-            if hasattr(loss, "progress"):  # IFND's clusters take a while
-                hidden = None if distributed.is_main() else True
-                loss.progress = functools.partial(tqdm, leave=False, disable=hidden)
+            # IFND's clusters take a while.
+            if hasattr(loss, "progress"):
+                loss.progress = clustering_progress
         loss_fn = losses[0] if len(losses) == 1 else config.build(Together, {}, file, losses=losses)
         return loss_fn.to(device)
 
@@ -140,6 +139,11 @@ class Builder:
             device=device,
             workers=loader.workers,
         )
+
+
+def clustering_progress(total, desc):
+    """Show how far k-means is. The losses give tqdm's arguments."""
+    return progress(description=desc, total=total)
 
 
 def loss_scaler(encoder, optimizer, device):
