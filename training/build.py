@@ -1,4 +1,4 @@
-"""From a run's settings to its parts. What cannot work together is refused here, before training."""
+"""From settings to the parts of a run. What cannot work together is refused before training."""
 
 from typing import NamedTuple
 
