@@ -51,7 +51,6 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from data import detection
 from data.coco_results import as_table, average_precision, picture, pycocotools, records
@@ -61,6 +60,7 @@ from engine import checkpoint, distributed
 from engine import device as devices
 from engine.distributed import print_main
 from engine.log import Log, lines
+from engine.progress import progress
 from engine.schedule import check_milestones, check_optimizer_settings, sgd
 from engine.weights import load_backbone, of_run
 from models.rcnn import build_rcnn
@@ -495,13 +495,11 @@ class Run:
             len(train), detect.batch_size, self.cfg["seed"], self.start, detect.iterations
         )
         batches = detection.batches(train, plan, device, detect.workers)
-        self.bar = tqdm(
+        self.bar = progress(
             or_say_what_is_kept(batches, self.describe_saved),
             "detect",
             initial=self.start,
             total=detect.iterations,
-            leave=False,
-            disable=None if distributed.is_main() else True,
         )
         return self.bar
 
@@ -652,12 +650,10 @@ def predictions(model, val, task, device, workers=None):
     """
     model.eval()
     rows = range(distributed.rank(), len(val), distributed.world_size())
-    bar = tqdm(
+    bar = progress(
         detection.batches(val, [[(row, False)] for row in rows], device, workers),
         "evaluation",
         total=len(rows),
-        leave=False,
-        disable=None if distributed.is_main() else True,
     )
     categories = val.part["categories"]
     of_process = {

@@ -54,7 +54,6 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from data.augment import get_recipe
 from data.datasets import MEAN_PER_CLASS, find_obstacle, load
@@ -63,6 +62,7 @@ from data.loader import Loader, check_image_size
 from engine import checkpoint, distributed
 from engine import device as devices
 from engine.distributed import print_main
+from engine.progress import progress
 from engine.schedule import Schedule, check_optimizer_settings, sgd
 from engine.weights import export, load_backbone, of_run
 from evaluation.features import (
@@ -476,8 +476,7 @@ class Evaluation:
         """
         order = torch.Generator().manual_seed(self.seed)
         optimizers = layers.optimizers(self.probe, [name])
-        hidden = None if distributed.is_main() else True
-        for epoch in tqdm(range(self.probe.epochs), "linear", leave=False, disable=hidden):
+        for epoch in progress(range(self.probe.epochs), "linear"):
             rows_of_epoch = torch.randperm(len(x), generator=order).to(self.labels.device)
             for rows in rows_of_epoch.split(self.probe.batch_size):
                 features = {name: scale(x[rows.to(x.device)])}  # (b, F)

@@ -1,10 +1,13 @@
-"""Views a second: batched augmentation beside PIL + torchvision.transforms, torchvision.transforms.v2 and kornia; all cases take turns, medians.
+"""Views a second: our batched augmentation beside PIL, torchvision.transforms.v2 and kornia.
 
-    python benchmarks/input.py                             images in memory, one process; with datasets/imagenette96 there, JPEG files as well
-    python benchmarks/input.py --folder DIR --workers 8    JPEG files of another folder of class folders
+    python benchmarks/input.py        images in memory, and JPEG files of datasets/imagenette96
+    python benchmarks/input.py --folder DIR --workers 8    JPEG files of other class folders
 
-PIL: an image at a time, moco's own way (pip install kornia for its row). JPEG: two views of each image, our Loader beside ImageFolder + PIL
-transforms in a DataLoader, the same number of worker processes. Machines drift; only the ratios inside one table mean anything.
+In memory, one process augments: PIL an image at a time with torchvision.transforms, as moco does.
+Kornia has a row where it is installed (pip install kornia). Of JPEG files, two views of each image
+are made: by our Loader, and by ImageFolder with PIL's transforms in a DataLoader, with as many
+worker processes. All cases take turns; medians are printed. Machines drift: only the ratios inside
+one table mean anything.
 """
 
 import argparse
@@ -13,57 +16,69 @@ import os
 import statistics
 import sys
 import time
+from functools import partial
 
 import torch
+from torch.utils.data import DataLoader
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional as TF
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data.augment import RECIPES, Augment, pil_transforms
 from data.datasets import IMAGENET, load
 from data.loader import Loader
+from engine.progress import progress
 
+# recipe, stored size, size of the views, images
 CASES = [
     ("cifar", 32, 32, 512),
     ("moco_v2", 32, 32, 512),
     ("moco_v2", 96, 96, 256),
     ("moco_v2", 256, 224, 64),
-]  # recipe, from, to, batch
+]
+# What takes an image at a time gets at most so many.
+MOST_SINGLE_IMAGES = 128
 HALF = (0.5,) * 3
+JPEG_SIZES = (96, 224)
+JPEG_BATCH = 64
+
+
+# --------------------------------------------------------------------------------------- in memory
+# Each function returns one without arguments, which augments images (n, 3, s, s) of uint8.
 
 
 def ours(recipe, images, size):
-    augment, g = Augment(recipe, size, HALF, HALF), torch.Generator().manual_seed(0)
-    return lambda: augment(images, g)
+    """Our augmentation, a batch at a time."""
+    augment = Augment(recipe, size, HALF, HALF)
+    generator = torch.Generator().manual_seed(0)
+    return partial(augment, images, generator)
 
 
 def pil(recipe, images, size):
-    transform, images = pil_transforms(recipe, size), [TF.to_pil_image(image) for image in images]
-    return lambda: [TF.normalize(TF.to_tensor(transform(image)), HALF, HALF) for image in images]
+    """PIL's operations, an image at a time."""
+    to_float = [T.ToTensor(), T.Normalize(HALF, HALF)]
+    transform = T.Compose([pil_transforms(recipe, size), *to_float])
+    return partial(each, transform, [TF.to_pil_image(image) for image in images])
 
 
 def torchvision_v2(recipe, images, size):
+    """The operations of torchvision.transforms.v2, an image at a time."""
     make = {
         "crop": lambda scale: v2.RandomResizedCrop(size, scale, antialias=True),
-        "flip": lambda p: v2.RandomHorizontalFlip(p),
-        "grey": lambda p: v2.RandomGrayscale(p),
+        "flip": v2.RandomHorizontalFlip,
+        "grey": v2.RandomGrayscale,
         "jitter": lambda p, **strength: v2.RandomApply([v2.ColorJitter(**strength)], p),
         "blur": lambda sigma, p: v2.RandomApply([v2.GaussianBlur(13, sigma)], p),
     }
-    transform = v2.Compose(
-        [
-            *(make[name](**p) for name, p in RECIPES[recipe]),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(HALF, HALF),
-        ]
-    )
-    return lambda: [transform(image) for image in images]
+    operations = [make[name](**settings) for name, settings in RECIPES[recipe]]
+    to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(HALF, HALF)]
+    return partial(each, v2.Compose(operations + to_float), images)
 
 
 def kornia(recipe, images, size):
+    """Kornia's operations, a batch at a time."""
     import kornia.augmentation as K
 
     make = {
@@ -73,74 +88,101 @@ def kornia(recipe, images, size):
         "jitter": lambda p, **strength: K.ColorJitter(**strength, p=p),
         "blur": lambda sigma, p: K.RandomGaussianBlur((13, 13), sigma, p=p),
     }
-    transform = K.AugmentationSequential(
-        *(make[name](**p) for name, p in RECIPES[recipe]),
-        K.Normalize(torch.tensor(HALF), torch.tensor(HALF)),
-    )
+    operations = [make[name](**settings) for name, settings in RECIPES[recipe]]
+    normalize = K.Normalize(torch.tensor(HALF), torch.tensor(HALF))
+    transform = K.AugmentationSequential(*operations, normalize)
     return lambda: transform(images.float() / 255)
 
 
+def each(transform, images):
+    """Transform one image after the other."""
+    return [transform(image) for image in images]
+
+
+# The first is what the others are compared with.
+COLUMNS = {"PIL": pil, "ours": ours, "torchvision v2": torchvision_v2, "kornia": kornia}
+
+
+def memory_cases(columns):
+    """Return {(row, column): (function, views)}."""
+    cases = {}
+    for recipe, stored, size, n in CASES:
+        images = torch.randint(256, (n, 3, stored, stored), dtype=torch.uint8)
+        for name in columns:
+            takes_batches = name in ("ours", "kornia")
+            part = images if takes_batches else images[:MOST_SINGLE_IMAGES]
+            case = f"{recipe}, {stored} -> {size}", name
+            cases[case] = COLUMNS[name](recipe, part, size), len(part)
+    return cases
+
+
+# -------------------------------------------------------------------------------------- JPEG files
+
+
 class TwoViews:
+    """Two views of a PIL image, each a normalised tensor."""
+
     def __init__(self, size):
-        self.transform = T.Compose(
-            [pil_transforms("moco_v2", size), T.ToTensor(), T.Normalize(*IMAGENET)]
-        )
+        to_float = [T.ToTensor(), T.Normalize(*IMAGENET)]
+        self.transform = T.Compose([pil_transforms("moco_v2", size), *to_float])
 
     def __call__(self, image):
+        """Return two views (3, size, size)."""
         return self.transform(image), self.transform(image)
 
 
-def jpeg(folder, size, batch, workers):
-    """-> two functions, each a whole epoch with the start of its workers, ours and ImageFolder's, and the views in it."""
-    loader = Loader(
-        load("pretrain", 0, name="folder", root=folder),
-        batch,
-        2,
-        0,
-        torch.device("cpu"),
-        augment="moco_v2",
-        image_size=size,
-        workers=workers,
-    )
-    theirs = torch.utils.data.DataLoader(
+def jpeg_cases(folder, size, batch, workers):
+    """Return {(row, column): (function, views)}: a whole epoch, the workers' start included."""
+    dataset = load("pretrain", 0, name="folder", root=folder)
+    settings = {"augment": "moco_v2", "image_size": size, "workers": workers}
+    loader = Loader(dataset, batch, 2, 0, torch.device("cpu"), **settings)
+    image_folder = DataLoader(
         ImageFolder(folder, TwoViews(size)),
         batch,
         shuffle=True,
         num_workers=workers,
         drop_last=True,
     )
-    through = lambda batches: sum(1 for _ in batches)
+    row = f"JPEG -> {size}"
     return {
-        "ours": (lambda: through(loader.epoch(0)), 2 * batch * len(loader)),
-        "ImageFolder": (lambda: through(theirs), 2 * batch * len(theirs)),
+        (row, "ours"): (lambda: exhaust(loader.epoch(0)), 2 * batch * len(loader)),
+        (row, "ImageFolder"): (partial(exhaust, image_folder), 2 * batch * len(image_folder)),
     }
 
 
-def measure(cases, rounds):
-    """{(row, column): (function, views)} -> {row, column: views a second}."""
+def exhaust(batches):
+    """Take all batches."""
+    for _ in batches:
+        pass
+
+
+# ------------------------------------------------------------------------------ measure and print
+
+
+def measure_in_turn(cases, rounds):
+    """Return the views a second of {case: (function, views)}. The first round warms up."""
     seconds = {case: [] for case in cases}
-    for _ in tqdm(range(rounds + 1), "rounds", leave=False):  # the first warms up
-        for case, (work, _) in cases.items():
+    for _ in progress(range(rounds + 1), "rounds"):
+        for case, (augment, _) in cases.items():
             began = time.perf_counter()
-            work()
+            augment()
             seconds[case].append(time.perf_counter() - began)
     return {case: cases[case][1] / statistics.median(times[1:]) for case, times in seconds.items()}
 
 
-def table(speed, columns):
-    print(f"{'':24}" + f"{columns[0]:>10}" + "".join(f"{name:>20}" for name in columns[1:]))
+def print_table(speed, columns):
+    """Print {(row, column): views a second}, with ratios to the first column."""
+    first, *others = columns
+    print(f"{'':24}{first:>10}" + "".join(f"{name:>20}" for name in others))
     for row in dict.fromkeys(row for row, _ in speed):
-        base = speed[row, columns[0]]
-        print(
-            f"{row:24}{base:10.0f}"
-            + "".join(
-                f"{speed[row, name]:12.0f}{speed[row, name] / base:7.2f}x" for name in columns[1:]
-            )
-        )
+        base = speed[row, first]
+        cells = [f"{speed[row, name]:12.0f}{speed[row, name] / base:7.2f}x" for name in others]
+        print(f"{row:24}{base:10.0f}" + "".join(cells))
     print()
 
 
 def main():
+    """Print both tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -149,29 +191,25 @@ def main():
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     torch.manual_seed(0)
-    columns = {"PIL": pil, "ours": ours, "torchvision v2": torchvision_v2, "kornia": kornia}
+
+    columns = list(COLUMNS)
     if importlib.util.find_spec("kornia") is None:
-        columns.pop("kornia")
-    cases = {}
-    for recipe, source, size, n in CASES:
-        images = torch.randint(256, (n, 3, source, source), dtype=torch.uint8)
-        for name, make in columns.items():
-            some = images if name in ("ours", "kornia") else images[: min(n, 128)]
-            cases[f"{recipe}, {source} -> {size}", name] = make(recipe, some, size), len(some)
+        columns.remove("kornia")
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads; views a second, medians of {args.rounds} rounds\n"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; views a second, "
+        f"medians of {args.rounds} rounds\n"
     )
-    table(measure(cases, args.rounds), list(columns))
+    print_table(measure_in_turn(memory_cases(columns), args.rounds), columns)
+
     if not os.path.isdir(args.folder):
-        return print(f"no JPEG files: there is no {args.folder}")
+        print(f"no JPEG files: there is no {args.folder}")
+        return
     cases = {}
-    for size in (96, 224):
-        cases |= {
-            (f"JPEG -> {size}", name): case
-            for name, case in jpeg(args.folder, size, 64, args.workers).items()
-        }
+    for size in JPEG_SIZES:
+        cases |= jpeg_cases(args.folder, size, JPEG_BATCH, args.workers)
     print(f"{args.folder}, two views of each image, {args.workers} workers\n")
-    table(measure(cases, max(1, args.rounds // 2)), ["ImageFolder", "ours"])
+    speed = measure_in_turn(cases, max(1, args.rounds // 2))
+    print_table(speed, ["ImageFolder", "ours"])
 
 
 if __name__ == "__main__":

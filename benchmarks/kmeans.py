@@ -22,9 +22,9 @@ import time
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from engine.progress import progress
 from losses.kmeans import lloyd, start
 from losses.kmeans.rows import Points
 
@@ -38,6 +38,7 @@ ITERATIONS = 20
 RESTARTS = 5
 IMAGENET = 1281167
 LEVELS = (1000, 3000, 10000)
+GREEDY = "greedy k-means++, all rows"
 
 # n, k of the first table, and n, k of the second.
 SIZES = [
@@ -61,15 +62,16 @@ GPUS = 8
 
 
 def grouped(n, groups, seed=0):
-    """(n, 128) unit rows in `groups` groups: clustered data."""
+    """Return unit rows (n, 128) in `groups` groups: clustered data."""
     generator = torch.Generator().manual_seed(seed)
     centres = F.normalize(torch.randn(groups, DIM, generator=generator), dim=1)
     group = torch.randint(groups, (n,), generator=generator)
-    return F.normalize(centres[group] + 0.06 * torch.randn(n, DIM, generator=generator), dim=1)
+    noise = torch.randn(n, DIM, generator=generator)
+    return F.normalize(centres[group] + 0.06 * noise, dim=1)
 
 
 def smooth(n, seed=0):
-    """(n, 128) unit rows without groups; the variance of coordinate i falls as 1 / i."""
+    """Return unit rows (n, 128) without groups; the variance of coordinate i falls as 1 / i."""
     generator = torch.Generator().manual_seed(seed)
     deviation = torch.arange(1, DIM + 1) ** -0.5
     return F.normalize(torch.randn(n, DIM, generator=generator) * deviation, dim=1)
@@ -98,7 +100,7 @@ def greedy_rows(points, k, generator):
 
 
 def clock(device):
-    """Seconds: of a GPU by the wall, of a CPU those spent computing."""
+    """Return seconds: of a GPU by the wall, of a CPU those spent computing."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -113,10 +115,10 @@ def measure(work, device):
 
 
 def time_sizes(sizes, rounds, device):
-    """{(n, k): (seconds of a start, seconds of a Lloyd iteration)}, medians of rounds in turn."""
+    """Return {(n, k): (seconds of a start, seconds of a Lloyd iteration)}, medians of rounds."""
     seconds = {size: ([], []) for size in sizes}
     data = {n: grouped(n, 1000).to(device) for n, _ in sizes}
-    for turn in tqdm(range(rounds + 1), "rounds", leave=False):
+    for turn in progress(range(rounds + 1), "rounds"):
         for n, k in sizes:
             points = Points(data[n], k)
             generator = torch.Generator().manual_seed(turn)
@@ -138,9 +140,9 @@ def iterate_once(points, centroids):
 
 
 def fit(sizes, seconds):
-    """Fit log t = log a + p log rows + q log k by least squares. -> a, p, q."""
-    left = np.array([[1, math.log(rows), math.log(k)] for rows, k in sizes])
-    log_a, p, q = np.linalg.lstsq(left, np.log(seconds), rcond=None)[0]
+    """Fit log t = log a + p log rows + q log k by least squares, and return a, p, q."""
+    design = np.array([[1, math.log(rows), math.log(k)] for rows, k in sizes])
+    log_a, p, q = np.linalg.lstsq(design, np.log(seconds), rcond=None)[0]
     return math.exp(log_a), p, q
 
 
@@ -148,14 +150,13 @@ def print_sizes(table):
     """Print the first table."""
     print(f"{'n':>10}{'k':>8}{'m':>10}{'start, s':>12}{'Lloyd, s':>12}{'start / Lloyd':>16}")
     for (n, k), (of_start, of_iteration) in table.items():
-        print(
-            f"{n:10,}{k:8,}{start.sample_size(n, k):10,}{of_start:12.4f}{of_iteration:12.4f}"
-            f"{of_start / of_iteration:16.2f}"
-        )
+        m = start.sample_size(n, k)
+        ratio = of_start / of_iteration
+        print(f"{n:10,}{k:8,}{m:10,}{of_start:12.4f}{of_iteration:12.4f}{ratio:16.2f}")
 
 
 def print_growth(table, is_small):
-    """The exponents, and what they say of ImageNet, where they do not come from small sizes."""
+    """Print the exponents and, unless they come of small sizes, what they say of ImageNet."""
     starts, iterations = zip(*table.values())
     a, p, q = fit([(start.sample_size(n, k), k) for n, k in table], starts)
     b, r, s = fit(list(table), iterations)
@@ -176,10 +177,9 @@ def print_growth(table, is_small):
             f"carried to n = {IMAGENET:,}, k = {k:,} (m = {m:,}): start {of_start:.1f} s, Lloyd "
             f"{of_iteration:.1f} s, ratio {of_start / of_iteration:.2f}"
         )
-    total = sum(
-        RESTARTS * (of_start + (ITERATIONS + 1) * of_iteration)
-        for of_start, of_iteration in carried.values()
-    )
+    total = 0
+    for of_start, of_iteration in carried.values():
+        total += RESTARTS * (of_start + (ITERATIONS + 1) * of_iteration)
     print(
         f"all {len(LEVELS)} levels, {RESTARTS} restarts of {ITERATIONS} iterations, by this one "
         f"process: {total / 3600:.1f} h"
@@ -187,7 +187,17 @@ def print_growth(table, is_small):
 
 
 def run_ours(x, k, seed, rows_of):
-    """-> centroids, clusters: one restart of our Lloyd iterations from the rows of a start."""
+    """Run our Lloyd iterations once.
+
+    Args:
+        x: (n, D) rows.
+        k: the number of clusters.
+        seed: of the start.
+        rows_of: the start, one of losses/kmeans/start.py or `greedy_rows`.
+
+    Returns:
+        centroids (k, D), and the cluster of each row (n,).
+    """
     points = Points(x, k)
     rows = rows_of(points, k, torch.Generator().manual_seed(seed))
     _, centroids, labels = lloyd.lloyd(points, points.take(rows), ITERATIONS)
@@ -195,23 +205,20 @@ def run_ours(x, k, seed, rows_of):
 
 
 def run_faiss(x, k, seed):
-    """The same with faiss, on all rows."""
+    """Do the same by faiss, on all rows."""
     rows = x.cpu().numpy()
-    model = faiss.Kmeans(
-        DIM, k, niter=ITERATIONS, nredo=1, seed=seed + 1, max_points_per_centroid=len(rows)
-    )
+    settings = {"niter": ITERATIONS, "nredo": 1, "seed": seed + 1}
+    model = faiss.Kmeans(DIM, k, max_points_per_centroid=len(rows), **settings)
     model.train(rows)
     _, labels = model.index.search(rows, 1)
-    return (
-        torch.from_numpy(model.centroids).to(x.device),
-        torch.from_numpy(labels[:, 0]).to(x.device),
-    )
+    centroids = torch.from_numpy(model.centroids)
+    return centroids.to(x.device), torch.from_numpy(labels[:, 0]).to(x.device)
 
 
 def compare_starts(n, k, rounds, device):
     """Print objective and seconds of a run, of each start, on data with groups and without."""
     methods = {
-        "greedy k-means++, all rows": functools.partial(run_ours, rows_of=greedy_rows),
+        GREEDY: functools.partial(run_ours, rows_of=greedy_rows),
         "k-means++ on a sample": functools.partial(run_ours, rows_of=start.plus_plus_rows),
         "random rows": functools.partial(run_ours, rows_of=start.random_rows),
     }
@@ -225,25 +232,25 @@ def compare_starts(n, k, rounds, device):
         f"\nn = {n:,}, k = {k:,}, {ITERATIONS} iterations, 1 restart, means of {rounds} seeds: "
         f"objective (to greedy, in %), seconds\n\n{'':28}" + "".join(f"{s:>32}" for s in sets)
     )
-    found = {}
+    runs = {}
     for seed in range(rounds):
         for (name, run), (kind, x) in itertools.product(methods.items(), sets.items()):
             x = x.to(device)
             (centroids, labels), seconds = measure(functools.partial(run, x, k, seed), device)
             objective = (x - centroids[labels]).double().square().sum().item()
-            found.setdefault((name, kind), []).append((objective, seconds))
-    means = {case: np.mean(runs, 0) for case, runs in found.items()}
+            runs.setdefault((name, kind), []).append((objective, seconds))
+    means = {case: np.mean(results, 0) for case, results in runs.items()}
     for name in methods:
         cells = ""
         for kind in sets:
             objective, seconds = means[name, kind]
-            to_greedy = 100 * objective / means["greedy k-means++, all rows", kind][0] - 100
+            to_greedy = 100 * objective / means[GREEDY, kind][0] - 100
             cells += f"{objective:14.1f} ({to_greedy:+5.2f}){seconds:8.2f} s"
         print(f"{name:28}{cells}")
 
 
 def print_gpus():
-    """The arithmetic of ImageNet's clusters on 8 V100. No GPU was measured for it."""
+    """Print the arithmetic of ImageNet's clusters on 8 V100. No GPU was measured for it."""
     flops, memory = ASSUMED * V100_FLOPS, ASSUMED * V100_BYTES
     print(
         f"\n{IMAGENET:,} x {DIM} on {GPUS} V100, by arithmetic; no GPU was measured. Assumed: "

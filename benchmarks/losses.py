@@ -3,11 +3,12 @@
     python benchmarks/losses.py      256 queries, 128 dimensions, 65,536 negatives
     python benchmarks/losses.py --queries 64 --negatives 16384 --rounds 5
 
-The literal form is the whole matrix of similarities, what the method makes of it, one logsumexp;
-the ring is found by sorting. The official moco code computes InfoNCE by clone, cat and
-cross-entropy. All cases take turns; medians are printed. Then come IR's memory bank, from contrast
-to update, at the size of CIFAR-10 and of ImageNet, there with all its rows and with 50,000
-candidates drawn anew.
+The literal form computes the whole matrix of similarities, what the method makes of it, and one
+logsumexp; the ring is found by sorting. The official moco code computes InfoNCE by clone, cat and
+cross-entropy. All cases take turns; medians are printed.
+
+A second table is of IR's memory bank, from contrast to update, at the size of CIFAR-10 and of
+ImageNet. ImageNet's stands there with all its rows, and with 50,000 candidates drawn anew.
 """
 
 import argparse
@@ -19,11 +20,9 @@ import time
 
 import torch
 from torch.nn import functional as F
-from tqdm import trange
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from models.memory import MemoryBank
-
+from engine.progress import progress
 from losses import Contrast, info_nce, positive_similarity, similarity
 from losses.ifnd import IFND
 from losses.jcl import JCL
@@ -36,15 +35,23 @@ EPOCH = 5.0
 N_DATA = 50000
 MOCO = "moco's own code"
 
+# The memory bank: queries of a step, dimensions, and negatives drawn.
+BANK_QUERIES = 32
+BANK_DIM = 128
+BANK_DRAWS = 4095
+CIFAR10 = 50000
+IMAGENET = 1281167
+
 
 def fast(loss_fn, contrast):
-    """The loss as it is trained on."""
+    """Compute the loss as it is trained on."""
     return loss_fn(contrast, EPOCH).loss
 
 
 def literal(loss_fn, contrast):
-    """The same as it is written."""
-    if isinstance(loss_fn, Ring):  # with a mask, it sorts
+    """Compute the same as it is written."""
+    # With a mask, Ring sorts.
+    if isinstance(loss_fn, Ring):
         shape = len(contrast.query), len(contrast.negative)
         mask = torch.ones(shape, dtype=torch.bool, device=contrast.query.device)
         contrast = contrast._replace(mask=mask)
@@ -59,7 +66,13 @@ def literal(loss_fn, contrast):
 
 
 def official(q, k, queue):
-    """moco/builder.py's lines, in their order. queue: (D, K)."""
+    """Compute InfoNCE by moco/builder.py's lines, in their order.
+
+    Args:
+        q: (N, D) queries.
+        k: (N, D) their keys.
+        queue: (D, K).
+    """
     positive = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)
     negative = torch.einsum("nc,ck->nk", q, queue.clone().detach())
     logits = torch.cat([positive, negative], dim=1) / T
@@ -69,35 +82,36 @@ def official(q, k, queue):
 class Peak:
     """The most memory in use inside the block beyond what was before it, in MiB.
 
-    It is the process's on a CPU (Linux), the allocator's on a GPU.
+    On a CPU it is the process's memory, as Linux counts it; on a GPU the allocator's.
     """
 
     def __init__(self, device):
-        self.cuda = device.type == "cuda"
+        self.is_cuda = device.type == "cuda"
 
     def __enter__(self):
-        if self.cuda:
+        if self.is_cuda:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated() / 2**20
         else:
+            # The peak begins anew.
             with open("/proc/self/clear_refs", "w") as f:
-                f.write("5")  # the peak begins anew
+                f.write("5")
             self.before = resident("VmRSS")
         return self
 
     def __exit__(self, *_):
-        peak = torch.cuda.max_memory_allocated() / 2**20 if self.cuda else resident("VmHWM")
+        peak = torch.cuda.max_memory_allocated() / 2**20 if self.is_cuda else resident("VmHWM")
         self.mib = peak - self.before
 
 
 def resident(name):
-    """A figure of this process's memory, in MiB."""
+    """Return a figure of this process's memory, in MiB."""
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) / 1024 for line in f if line.startswith(name))
 
 
 def measure(step, device):
-    """-> seconds and peak MiB of step()."""
+    """Return the seconds and the peak MiB of step()."""
     began = time.perf_counter()
     with Peak(device) as peak:
         step()
@@ -107,7 +121,7 @@ def measure(step, device):
 
 
 def unit(*shape, device):
-    """Random vectors of length 1."""
+    """Return random vectors of length 1."""
     return F.normalize(torch.randn(*shape, device=device), dim=-1)
 
 
@@ -115,7 +129,7 @@ def unit(*shape, device):
 
 
 def make_cases(device):
-    """{name: loss}, of which moco's code is none."""
+    """Return {name: loss}; moco's own code is no loss of ours, and has None."""
     ifnd = IFND(30, N_DATA, temperature=T, acceptance=[1.0, 1.0]).to(device)
     levels = [torch.randint(k, (N_DATA,), device=device) for k in ifnd.clusters]
     ifnd.pseudo = torch.stack(levels)
@@ -130,7 +144,14 @@ def make_cases(device):
 
 
 def loss_step(loss_fn, form, contrast, queue):
-    """Forward and backward. form: `fast` or `literal`."""
+    """Compute a loss forward and backward.
+
+    Args:
+        loss_fn: None stands for moco's own code.
+        form: `fast` or `literal`.
+        contrast: with several keys a query, of which JCL takes all and the others one.
+        queue: (D, K), the contrast's negatives.
+    """
     query = contrast.query.clone().requires_grad_()
     if loss_fn is None:
         official(query, contrast.positive[:, 0], queue).backward()
@@ -142,16 +163,19 @@ def loss_step(loss_fn, form, contrast, queue):
 def compare_losses(args, device):
     """Print the first table."""
     N, K, D = args.queries, args.negatives, args.dim
-    index, negative_index = (torch.randint(N_DATA, (m,), device=device) for m in (N, K))
-    q, k, n = (unit(*shape, D, device=device) for shape in ((N,), (N, 5), (K,)))
+    index = torch.randint(N_DATA, (N,), device=device)
+    negative_index = torch.randint(N_DATA, (K,), device=device)
+    q = unit(N, D, device=device)
+    k = unit(N, 5, D, device=device)
+    n = unit(K, D, device=device)
     contrast = Contrast(q, k, n, index, negative_index)
     queue = n.T.contiguous()
     cases = make_cases(device)
-    steps = {
-        (name, form): functools.partial(loss_step, loss_fn, form, contrast, queue)
-        for name, loss_fn in cases.items()
-        for form in ((fast,) if loss_fn is None else (fast, literal))
-    }
+    steps = {}
+    for name, loss_fn in cases.items():
+        for form in (fast,) if loss_fn is None else (fast, literal):
+            step = functools.partial(loss_step, loss_fn, form, contrast, queue)
+            steps[name, form] = step
     seconds, mib = measure_in_turn(steps, args.rounds, device)
     moco = seconds[MOCO, fast]
     print(
@@ -168,21 +192,24 @@ def compare_losses(args, device):
 
 
 def measure_in_turn(steps, rounds, device):
-    """{case: median seconds}, {case: peak MiB}. The first round warms up."""
+    """Return {case: median seconds} and {case: peak MiB}. The first round warms up."""
     measured = {case: [] for case in steps}
-    for _ in trange(rounds + 1, desc="rounds", leave=False):
+    for _ in progress(range(rounds + 1), "rounds"):
         for case, step in steps.items():
             measured[case].append(measure(step, device))
-    seconds = {case: statistics.median(s for s, _ in runs[1:]) for case, runs in measured.items()}
-    return seconds, {case: max(mib for _, mib in runs[1:]) for case, runs in measured.items()}
+    seconds, peaks = {}, {}
+    for case, runs in measured.items():
+        seconds[case] = statistics.median(s for s, _ in runs[1:])
+        peaks[case] = max(mib for _, mib in runs[1:])
+    return seconds, peaks
 
 
 # --------------------------------------------------------------------------------- the memory bank
 
 
 def bank_step(bank, loss_fn, index, device):
-    """One step of 32 queries on a memory bank."""
-    q = unit(32, 1, 128, device=device).requires_grad_()
+    """Run one step of some queries on a memory bank."""
+    q = unit(len(index), 1, BANK_DIM, device=device).requires_grad_()
     loss_fn(bank.contrast(q, q.detach(), index), 1.0).loss.backward()
     bank.update(q.detach()[:, 0], index)
 
@@ -190,24 +217,24 @@ def bank_step(bank, loss_fn, index, device):
 def compare_banks(rounds, device):
     """Print the second table."""
     losses = {
-        "nce, 4095 draws": NCE(n_negatives=4095),
-        "ring, 4095 draws": Ring(1, anneal_epochs=0, n_negatives=4095),
+        f"nce, {BANK_DRAWS} draws": NCE(n_negatives=BANK_DRAWS),
+        f"ring, {BANK_DRAWS} draws": Ring(1, anneal_epochs=0, n_negatives=BANK_DRAWS),
     }
-    index = torch.arange(0, 50000, 1563, device=device)[:32]
+    index = torch.arange(BANK_QUERIES, device=device) * (CIFAR10 // BANK_QUERIES)
     steps = {}
-    for rows, candidates in ((50000, None), (1281167, None), (1281167, 50000)):
-        bank = MemoryBank(rows, 128, 0.5, candidates=candidates).to(device)
+    for rows, candidates in ((CIFAR10, None), (IMAGENET, None), (IMAGENET, CIFAR10)):
+        bank = MemoryBank(rows, BANK_DIM, 0.5, candidates=candidates).to(device)
         for name, loss_fn in losses.items():
             step = functools.partial(bank_step, bank, loss_fn, index, device)
             steps[name, rows, candidates] = step
     seconds, mib = measure_in_turn(steps, rounds, device)
     print(
-        f"\nIR's memory bank, 32 queries x 128\n\n{'':18}{'rows':>10}{'candidates':>12}"
-        f"{'ms':>8}{'ratio':>8}{'MiB':>8}"
+        f"\nIR's memory bank, {BANK_QUERIES} queries x {BANK_DIM}\n\n"
+        f"{'':18}{'rows':>10}{'candidates':>12}{'ms':>8}{'ratio':>8}{'MiB':>8}"
     )
     for name, rows, candidates in steps:
         case = name, rows, candidates
-        ratio = seconds[case] / seconds[name, 50000, None]
+        ratio = seconds[case] / seconds[name, CIFAR10, None]
         print(
             f"{name:18}{rows:10}{candidates or 'all':>12}{1000 * seconds[case]:8.1f}{ratio:8.2f}"
             f"{mib[case]:8.0f}"
@@ -219,8 +246,10 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in (("queries", 256), ("dim", 128), ("negatives", 65536), ("rounds", 9)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--queries", type=int, default=256)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--negatives", type=int, default=65536)
+    parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)

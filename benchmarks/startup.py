@@ -1,15 +1,18 @@
-"""The start of a run at ImageNet's size: the time to list a folder of images, and what the list of
-paths costs in each worker.
+"""The start of a run at ImageNet's size: listing its images, and the list's memory in workers.
 
-    python benchmarks/startup.py                           1,281,167 names in 1,000 classes, in /tmp
-    python benchmarks/startup.py --folder /mnt/disk        on another disk; removed afterwards
-    python benchmarks/startup.py --images 100000           fewer
+    python benchmarks/startup.py                        1,281,167 names in 1,000 classes, in /tmp
+    python benchmarks/startup.py --folder /mnt/disk     on another disk; removed afterwards
+    python benchmarks/startup.py --images 100000        fewer
 
-The names are hard links of a few small JPEGs. Listing: torchvision's ImageFolder and ours take
-turns, medians; system calls are counted by strace, where it is installed (those of check_files are
-two looks at each file, and its threads' waiting for each other). Memory: four forked workers read
-each path and label once, in shuffled batches, as in an epoch; no image is decoded. Private is what
-a worker does not share with its parent, of the Linux kernel's own account.
+The names are hard links of a few small JPEGs.
+
+To list them, torchvision's ImageFolder and ours take turns; medians are printed. System calls are
+counted by strace, where it is installed. Those of check_files are two looks at each file, and its
+threads' waiting for each other.
+
+To measure memory, four forked workers read each path and label once, in shuffled batches, as in an
+epoch; no image is decoded. Private is what a worker does not share with its parent, by the Linux
+kernel's own account.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 
 import torch
 from PIL import Image
@@ -28,26 +32,30 @@ from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data.datasets import load
+from engine.progress import progress
 
-LINKS = 50_000  # names a file; ext4 allows 65,000
+# Names a file; ext4 allows 65,000.
+LINKS = 50_000
+# What more names cost is measured with so many, as strace takes long.
+TRACED_IMAGES = 20_000
+TRACED_CLASSES = 10
 WORKERS = 4
 BATCH = 64
 MEMORY = "/proc/self/smaps_rollup"
 
+# {name: a function of the folder, `root`}
 LISTINGS = {
-    "ImageFolder": lambda folder: ImageFolder(folder),
-    "ours": lambda folder: load("pretrain", 0, name="folder", root=folder),
-    "ours, check_files": lambda folder: load(
-        "pretrain", 0, name="folder", root=folder, check_files=True
-    ),
+    "ImageFolder": ImageFolder,
+    "ours": partial(load, "pretrain", 0, name="folder"),
+    "ours, check_files": partial(load, "pretrain", 0, name="folder", check_files=True),
 }
 
 
 def make_images(folder, images, classes):
-    """`images` names, spread over the folders of `classes` classes, as ImageNet's are called."""
+    """Make so many names, called as ImageNet's are, spread over the folders of the classes."""
     for label in range(classes):
         os.makedirs(os.path.join(folder, f"n{label:08d}"))
-    for i in range(images):
+    for i in progress(range(images), "making names"):
         label = f"n{i * classes // images:08d}"
         path = os.path.join(folder, label, f"{label}_{i}.JPEG")
         if i % LINKS == 0:
@@ -61,74 +69,82 @@ def make_images(folder, images, classes):
 
 
 def time_listings(folder, rounds):
-    """{name: (seconds by the clock, seconds of CPU)}, medians; all take turns."""
+    """Return {name: (seconds by the clock, seconds of CPU)}, medians; all take turns."""
     measured = {name: [] for name in LISTINGS}
-    for _ in range(rounds + 1):  # the first fills the system's caches
+    for _ in progress(range(rounds + 1), "rounds"):
         for name, listing in LISTINGS.items():
             clock, cpu = time.perf_counter(), time.process_time()
-            listing(folder)
+            listing(root=folder)
             measured[name].append((time.perf_counter() - clock, time.process_time() - cpu))
-    return {
-        name: [statistics.median(column) for column in zip(*times[1:])]
-        for name, times in measured.items()
-    }
+    medians = {}
+    for name, times in measured.items():
+        # The first round fills the system's caches.
+        medians[name] = [statistics.median(column) for column in zip(*times[1:])]
+    return medians
 
 
 def count_calls(name, folder):
-    """The system calls of a process that lists `folder` and does nothing else, by strace."""
+    """Count the system calls of a process that lists `folder` and does nothing else, by strace."""
+    listing = [sys.executable, os.path.abspath(__file__), "--only", name, "--folder", folder]
     with tempfile.NamedTemporaryFile("r") as counts:
-        listing = [sys.executable, os.path.abspath(__file__), "--only", name, "--folder", folder]
         subprocess.run(
             ["strace", "-f", "-c", "-o", counts.name, *listing],
             check=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         total = next(line.split() for line in counts if line.rstrip().endswith(" total"))
-    return int(total[3])  # % time, seconds, usecs/call, calls
+    # The columns are: % time, seconds, usecs/call, calls.
+    return int(total[3])
 
 
-def count_calls_per_file(place, images, classes):
-    """{name: calls}: what `images` names more cost, by name."""
-    small, large = os.path.join(place, "small"), os.path.join(place, "large")
+def count_calls_per_file(folder, images, classes):
+    """Return {name: system calls a file}, of what `images` names more cost."""
+    small, large = os.path.join(folder, "small"), os.path.join(folder, "large")
     make_images(small, classes, classes)
     make_images(large, classes + images, classes)
-    return {
-        name: (count_calls(name, large) - count_calls(name, small)) / images for name in LISTINGS
-    }
+    calls = {}
+    for name in LISTINGS:
+        calls[name] = (count_calls(name, large) - count_calls(name, small)) / images
+    return calls
 
 
 def print_listings(seconds, calls):
+    """Print the seconds of each listing, and its system calls unless they are None."""
     print(f"{'listing':20}{'seconds':>10}{'of CPU':>10}{'to ImageFolder':>16}{'calls a file':>14}")
     for name, (clock, cpu) in seconds.items():
         share = cpu / seconds["ImageFolder"][1]
-        called = f"{calls[name]:14.3f}" if calls else f"{'no strace':>14}"
-        print(f"{name:20}{clock:10.2f}{cpu:10.2f}{share:16.2f}{called}")
+        calls_a_file = f"{calls[name]:.3f}" if calls else "no strace"
+        print(f"{name:20}{clock:10.2f}{cpu:10.2f}{share:16.2f}{calls_a_file:>14}")
 
 
 # ------------------------------------------------------------------------------------------- memory
 
 
 def memory():
-    """(resident, private) of this process, in MB."""
+    """Return the resident and the private memory of this process, in MB."""
+    sizes = {}
     with open(MEMORY) as f:
-        sizes = {line.split(":")[0]: int(line.split()[1]) / 1e3 for line in f if "kB" in line}
+        for line in f:
+            if "kB" in line:
+                name, size, *_ = line.split()
+                sizes[name.rstrip(":")] = int(size) / 1e3
     return sizes["Rss"], sizes["Private_Clean"] + sizes["Private_Dirty"]
 
 
 def read_share(files, labels, order, worker, meet, results):
-    """A worker's part of an epoch. All of them measure while all are there."""
+    """Read a worker's part of an epoch. All workers measure while all are there."""
     meet.wait()
     before = memory()
     for first in range(worker * BATCH, len(files), WORKERS * BATCH):
         for i in order[first : first + BATCH].tolist():
-            files[i], labels[i]
+            _ = files[i], labels[i]
     meet.wait()
     results.put((before, memory()))
     meet.wait()
 
 
 def measure_workers(files, labels):
-    """A row a worker: resident and private before, resident and private after the epoch, in MB."""
+    """Return of each worker resident and private MB before the epoch, and both after it."""
     fork = multiprocessing.get_context("fork")
     meet, results = fork.Barrier(WORKERS), fork.Queue()
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
@@ -145,6 +161,7 @@ def measure_workers(files, labels):
 
 
 def print_memory(folder):
+    """Print the memory of workers that have our list of paths, or a list of strings."""
     dataset = load("pretrain", 0, name="folder", root=folder)
     paths = dataset.files
     print(f"our paths take {(paths.names.nbytes + paths.ends.nbytes) / 1e6:.0f} MB\n")
@@ -156,6 +173,7 @@ def print_memory(folder):
 
 
 def main(arguments=None):
+    """Make the names, print both tables and remove the names."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -163,28 +181,31 @@ def main(arguments=None):
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", default=tempfile.gettempdir())
-    parser.add_argument("--only", choices=LISTINGS, help=argparse.SUPPRESS)  # for strace
+    # For strace: list the folder, and do nothing else.
+    parser.add_argument("--only", choices=LISTINGS, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.only:
-        LISTINGS[args.only](args.folder)
+        LISTINGS[args.only](root=args.folder)
         return
-    place = tempfile.mkdtemp(prefix="startup", dir=args.folder)
+    scratch = tempfile.mkdtemp(prefix="startup", dir=args.folder)
     try:
-        folder = os.path.join(place, "images")
+        folder = os.path.join(scratch, "images")
         make_images(folder, args.images, args.classes)
         print(
             f"{args.images} images in {args.classes} classes; Python {sys.version.split()[0]}, "
             f"medians of {args.rounds} rounds\n"
         )
-        strace = shutil.which("strace")
-        calls = count_calls_per_file(place, min(args.images, 20_000), 10) if strace else None
+        calls = None
+        if shutil.which("strace"):
+            n_more = min(args.images, TRACED_IMAGES)
+            calls = count_calls_per_file(scratch, n_more, TRACED_CLASSES)
         print_listings(time_listings(folder, args.rounds), calls)
         if os.path.exists(MEMORY):
             print_memory(folder)
         else:
             print(f"no memory of workers: there is no {MEMORY}")
     finally:
-        shutil.rmtree(place)
+        shutil.rmtree(scratch)
 
 
 if __name__ == "__main__":

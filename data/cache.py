@@ -35,9 +35,9 @@ from functools import partial
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from engine import distributed
+from engine.progress import progress
 
 from .image_files import (
     FolderSet,
@@ -178,12 +178,12 @@ def hash_files(files, skip):
     """A hash of the files' names below the folder that holds them all, their sizes and times."""
     digest = hashlib.sha256()
     names = files.names_below().split(b"\0")
-    statuses = tqdm(
+    # The first process of each node comes here.
+    statuses = progress(
         for_each_file(size_and_time, files),
         "data.cache: looking for changed image files",
         total=len(files),
-        leave=False,
-        disable=None,
+        is_shown=True,
     )
     for name, (file, status) in zip(names, statuses):
         if isinstance(status, tuple):
@@ -352,9 +352,8 @@ def write(dataset, cache, shrink, outdated):
     workers = min(default_workers(), len(jobs))
     refuse_small_disk(cache, shrink.size, estimate_bytes(dataset.files, shrink.size), outdated)
     parts = in_workers(shrink, jobs, workers, setting=None)
-    bar = tqdm(
-        initial=cache.done, total=n, desc="caching", unit=" images", leave=False, disable=None
-    )
+    # The first process of each node comes here.
+    bar = progress(description="caching", total=n, initial=cache.done, unit="images", is_shown=True)
     with bar, contextlib.closing(parts):
         for pixels, shapes, problem in parts:
             if problem:

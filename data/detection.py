@@ -12,9 +12,9 @@ import os
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from engine import distributed
+from engine.progress import progress
 
 from . import coco, voc
 from .image_files import for_each_file, open_image, printable, read_rgb, unreadable
@@ -329,12 +329,10 @@ def check_image_sizes(dataset):
 
 def read_image_sizes(dataset):
     """`check_image_sizes`, in this process."""
-    bar = tqdm(
+    bar = progress(
         for_each_file(size_problem, dataset.images),
         "looking at the images' sizes",
         total=len(dataset),
-        leave=False,
-        disable=None if distributed.is_main() else True,
     )
     for _, problem in bar:
         if problem:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from tqdm import tqdm
 
-from engine.distributed import is_main, print_main
+from engine.distributed import print_main
+from engine.progress import progress
 
 from .image_files import printable
 from .paths import Paths
@@ -111,13 +111,11 @@ def list_images(path, name, only=None, empty="refuse"):
     """
     prefix = os.path.join(path, "")[:-1]  # the rest of each path begins with a /
     names, others, hidden, counts = [], [], [], {}
-    folders = tqdm(
+    folders = progress(
         walk(path, name, only),
         f"listing {printable(path)}",
-        unit=" folders",
+        unit="folders",
         delay=QUIET_SECONDS,
-        leave=False,
-        disable=None if is_main() else True,
     )
     for folder, content in folders:
         below = os.path.join(folder.path, "")

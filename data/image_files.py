@@ -15,9 +15,9 @@ from itertools import islice
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from engine import distributed
+from engine.progress import progress
 
 from .paths import Paths
 from .workers import shortage
@@ -304,14 +304,14 @@ def check_all_files(files):
 
 def refuse_first_problem(files):
     """SystemExit for the first file whose status or permission says that it cannot be read."""
-    statuses = for_each_file(problem_or_permission, files)
-    for file, problem in tqdm(
-        statuses,
+    # The first process of each node comes here.
+    statuses = progress(
+        for_each_file(problem_or_permission, files),
         "data.check_files: looking at all image files",
         total=len(files),
-        leave=False,
-        disable=None,
-    ):
+        is_shown=True,
+    )
+    for file, problem in statuses:
         if problem:
             raise SystemExit(str(unreadable(file, ValueError(problem))))
 

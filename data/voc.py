@@ -8,9 +8,7 @@ import math
 import os
 from xml.etree import ElementTree
 
-from tqdm import tqdm
-
-from engine import distributed
+from engine.progress import progress
 
 from .datasets import inside
 
@@ -36,7 +34,7 @@ def read_parts(root, parts, ignore_difficult):
     for part in parts:
         list_file, stems = read_list(root, part)
         folder = os.path.join(root, os.path.dirname(part))
-        for stem in tqdm(stems, part, leave=False, disable=None if distributed.is_main() else True):
+        for stem in progress(stems, part):
             path = os.path.join(folder, "Annotations", f"{stem}.xml")
             path = inside(os.path.join(folder, "Annotations"), path, list_file)
             if path in listed_by:

@@ -11,8 +11,17 @@ FIRST_LOOK_SECONDS = 5  # when it can be said how long the work will take
 SECONDS_BETWEEN_LINES = 60
 
 
-def progress(iterable=None, description="", total=None, initial=0, unit="it", clock=time.monotonic):
-    """Show the progress of work, on the first process alone.
+def progress(
+    iterable=None,
+    description="",
+    total=None,
+    initial=0,
+    unit="it",
+    delay=0,
+    is_shown=None,
+    clock=time.monotonic,
+):
+    """Show the progress of work, on the first process alone unless told otherwise.
 
     On a terminal that is tqdm's bar, which goes when the work is done. Elsewhere (a file, a SLURM
     job) work that takes more than a minute gets a line soon after its beginning and one a minute;
@@ -24,6 +33,8 @@ def progress(iterable=None, description="", total=None, initial=0, unit="it", cl
         total: the number of pieces; left out: the iterable's length, if it has one.
         initial: how many of them were done before.
         unit: what a piece is, e.g. "images".
+        delay: the seconds until the bar appears on a terminal.
+        is_shown: whether this process shows it; left out: whether it is the first.
         clock: the time in seconds.
 
     Returns:
@@ -32,12 +43,15 @@ def progress(iterable=None, description="", total=None, initial=0, unit="it", cl
     """
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)
-    if not distributed.is_main():
+    if is_shown is None:
+        is_shown = distributed.is_main()
+    if not is_shown:
         return Lines(iterable, description, total, initial, unit, clock, is_silent=True)
     if not sys.stderr.isatty():
         return Lines(iterable, description, total, initial, unit, clock)
     unit = unit if unit == "it" else f" {unit}"
-    return tqdm(iterable, description, total, leave=False, initial=initial, unit=unit)
+    options = {"leave": False, "initial": initial, "unit": unit, "delay": delay}
+    return tqdm(iterable, description, total, **options)
 
 
 class Lines:

@@ -5,13 +5,13 @@ from typing import Literal
 
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from data.datasets import find_obstacle
 from data.loader import ordered_batches
 from data.memory import available_bytes
 from engine import device as devices
 from engine import distributed
+from engine.progress import progress
 
 # Queries that are compared with a block of the bank at once.
 QUERIES = 256
@@ -43,9 +43,8 @@ def extract(
     # The last process repeats the last image, which is dropped at the end.
     rows = torch.arange(rank * each, (rank + 1) * each).clamp(max=n - 1)
     steps = ordered_batches(dataset, rows, recipe, image_size, device, workers=workers)
-    hidden = None if distributed.is_main() else True
     whole, start = None, 0
-    for images, _ in tqdm(steps, what, total=-(-each // 512), leave=False, disable=hidden):
+    for images, _ in progress(steps, what, total=-(-each // 512)):
         features = encode(images)  # (b, F), b the same on all processes
         if whole is None:
             shape = world, each, *features.shape[1:]

@@ -2,7 +2,8 @@
 
 import numpy as np
 from torch.nn import functional as F
-from tqdm import tqdm
+
+from engine.progress import progress
 
 
 def svm(x, y, x_test, y_test, C, classes, difficult="negative"):
@@ -38,7 +39,7 @@ def svm(x, y, x_test, y_test, C, classes, difficult="negative"):
     if difficult == "negative":
         y, y_test = (np.where(labels == 0, -1, labels) for labels in (y, y_test))
     precisions = []
-    for c, name in enumerate(tqdm(classes, "SVM", leave=False, disable=None)):
+    for c, name in enumerate(progress(classes, "SVM")):
         rows, test_rows = y[:, c] != 0, y_test[:, c] != 0
         positive = y_test[test_rows, c] > 0
         if len(set(y[rows, c])) < 2 or not positive.any():

@@ -1,15 +1,15 @@
-"""From a run's settings to its parts. What can't work together is refused, before training."""
+"""From settings to the parts of a run. What cannot work together is refused before training."""
 
 import functools
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from data.datasets import load
 from data.image_files import say_if_dark
 from data.loader import Loader
 from engine import config, distributed
+from engine.progress import progress
 from engine.schedule import Schedule, sgd
 from evaluation.features import KNN, embeddings
 from losses.together import Together
@@ -89,9 +89,9 @@ class Builder:
             for settings in config.loss_settings(self.settings["loss"])
         ]
         for loss in losses:
-            if hasattr(loss, "progress"):  # IFND's clusters take a while
-                hidden = None if distributed.is_main() else True
-                loss.progress = functools.partial(tqdm, leave=False, disable=hidden)
+            # IFND's clusters take a while.
+            if hasattr(loss, "progress"):
+                loss.progress = clustering_progress
         loss_fn = losses[0] if len(losses) == 1 else config.build(Together, {}, file, losses=losses)
         return loss_fn.to(device)
 
@@ -157,6 +157,11 @@ class Builder:
         encoder.backbone.compile()
         if hasattr(host, "key_encoder"):
             host.key_encoder.net.backbone.compile()
+
+
+def clustering_progress(total, desc):
+    """Show how far k-means is. The losses give tqdm's arguments."""
+    return progress(description=desc, total=total)
 
 
 def loss_scaler(encoder, optimizer, device):

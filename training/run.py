@@ -9,12 +9,11 @@ import json
 import os
 import time
 
-from tqdm import tqdm
-
 from data.workers import InputLost
 from engine import checkpoint, config, distributed, signals
 from engine.distributed import print_main
 from engine.log import Log, lines
+from engine.progress import progress
 
 from .divergence import DivergenceCheck
 
@@ -159,14 +158,8 @@ class Run:
 
     def progress_bar(self, batches):
         """A progress bar over the batches of the epoch."""
-        return tqdm(
-            batches,
-            f"epoch {self.epoch + 1}/{self.epochs}",
-            initial=self.progress.step,
-            total=self.steps,
-            leave=False,
-            disable=None if distributed.is_main() else True,
-        )
+        description = f"epoch {self.epoch + 1}/{self.epochs}"
+        return progress(batches, description, self.steps, initial=self.progress.step)
 
     def is_sync_step(self, step):
         """Whether figures are taken at this step of an epoch, and the device is waited for."""

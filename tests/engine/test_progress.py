@@ -1,12 +1,17 @@
 """Progress without a terminal: lines for long work, none for short; a bar on a terminal."""
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 from tqdm import tqdm
 
 from engine import distributed
 from engine.progress import duration, progress
+from training.build import clustering_progress
+
+ROOT = Path(__file__).parents[2]
 
 
 class Clock:
@@ -102,3 +107,33 @@ def test_seconds_in_words():
         "1 h 40 min",
         "3 h 20 min",
     ]
+
+
+def test_a_bar_may_appear_late(clock, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(progress(range(3), "work", delay=60)) == [0, 1, 2]
+    assert "work" not in capsys.readouterr().err
+
+
+def test_another_process_shows_it_where_it_works_for_its_node(clock, capsys, monkeypatch):
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    work(clock, 100, 3, is_shown=True)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_clustering_prints_lines_too(clock, capsys):
+    with clustering_progress(total=105, desc="10 clusters") as bar:
+        bar.clock = clock
+        clock.now = bar.began + 100
+        bar.update()
+    assert capsys.readouterr().out.startswith("10 clusters: 1 of 105 it (0 %)")
+
+
+def test_all_long_work_shows_its_progress_this_way():
+    """tqdm itself prints nothing where there is no terminal."""
+    files = list(ROOT.glob("*.py"))
+    for folder in ("benchmarks", "data", "engine", "evaluation", "losses", "models", "training"):
+        files += (ROOT / folder).rglob("*.py")
+    assert len(files) > 50
+    importers = [path.name for path in files if re.search(r"(from|import) tqdm", path.read_text())]
+    assert importers == ["progress.py"]
