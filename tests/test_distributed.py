@@ -80,9 +80,11 @@ def two(tmp_path_factory):
 
 def test_collectives(two):
     for saw in two:
-        assert saw["gather"].tolist() == [0, 1, 2, 10, 11, 12] and saw["mean"].item() == 0.5
+        assert saw["gather"].tolist() == [0, 1, 2, 10, 11, 12]
+        assert saw["mean"].item() == 0.5
         assert saw["sum"].item() == 2**61 + 1  # whole numbers, exactly
-        assert saw["objects"] == [{"rank": 0}, {"rank": 1}] and saw["bn"].tolist() == [0.5, 0.5]
+        assert saw["objects"] == [{"rank": 0}, {"rank": 1}]
+        assert saw["bn"].tolist() == [0.5, 0.5]
 
 
 def test_several_tensors_are_gathered_by_one_message(two):
@@ -91,10 +93,10 @@ def test_several_tensors_are_gathered_by_one_message(two):
         assert torch.equal(
             values, torch.cat([torch.arange(6.0).view(3, 2), torch.arange(6.0).view(3, 2) + 10])
         )
-        assert torch.equal(index, torch.tensor([0, 1, 2, -1, 0, 1])) and index.dtype == torch.long
-        assert saw["told"] == 3 * (
-            2 * 4 + 8
-        )  # three rows of two floats and one index, to one other process
+        assert torch.equal(index, torch.tensor([0, 1, 2, -1, 0, 1]))
+        assert index.dtype == torch.long
+        # three rows of two floats and one index, to one other process
+        assert saw["told"] == 3 * (2 * 4 + 8)
 
 
 def test_an_exchange_deals_rows_in_any_order_and_takes_them_back(two):
@@ -116,10 +118,8 @@ def test_the_gradient_of_a_gather_is_summed_over_its_users(two):
 
 
 def test_clusters_are_the_same_on_every_rank(two):
-    assert (
-        all(torch.equal(a, b) for a, b in zip(two[0]["kmeans"], two[1]["kmeans"]))
-        and len(two[1]["kmeans"][1].unique()) == 3
-    )
+    assert all(torch.equal(a, b) for a, b in zip(two[0]["kmeans"], two[1]["kmeans"]))
+    assert len(two[1]["kmeans"][1].unique()) == 3
 
 
 def test_uneven_data_lose_and_repeat_no_image(two):
@@ -299,7 +299,9 @@ def four(tmp_path_factory):
 
 def test_the_first_process_works_for_all(four):
     for saw in four[0]:
-        assert saw["value"] == {"by": 0} and saw["large"] == 9 * 2**20 and saw["still"] == 0
+        assert saw["value"] == {"by": 0}
+        assert saw["large"] == 9 * 2**20
+        assert saw["still"] == 0
     assert [saw["node"]["by"] for saw in four[0]] == [0, 0, 2, 2]
 
 
@@ -315,7 +317,8 @@ def test_what_it_raises_ends_all_and_is_said_once(four):
         ended,
     ]
     assert [one["both nodes"] for one in saw] == [("SystemExit", "process 0 refuses"), *[ended] * 3]
-    assert saw[0]["no pickle"] != "no end" and saw[1]["no pickle"] == "SystemExit"
+    assert saw[0]["no pickle"] != "no end"
+    assert saw[1]["no pickle"] == "SystemExit"
 
 
 def test_a_run_that_is_told_to_stop_while_it_waits_ends(four):
@@ -327,7 +330,8 @@ def test_a_run_that_is_told_to_stop_while_it_waits_ends(four):
 
 def test_objects_of_any_size_are_gathered_and_a_problem_ends_all(four):
     for r, saw in enumerate(four[0]):
-        assert saw["objects"] == [0, 1, 2, 3] and saw["mixed"] == [0, 2**21, 2, 3]
+        assert saw["objects"] == [0, 1, 2, 3]
+        assert saw["mixed"] == [0, 2**21, 2, 3]
         assert saw["agree"] == [None, "1 disagrees" if r == 0 else 1]
 
 
@@ -336,7 +340,8 @@ def test_the_wait_for_the_first_outlasts_the_limit_of_collectives(four):
     saw = four[0]
     assert [one["outlasts"] for one in saw] == ["done"] * 4
     ends = [one["barrier"] for one in saw]
-    assert ends[0] == "no end" and "no end" not in ends[1:]
+    assert ends[0] == "no end"
+    assert "no end" not in ends[1:]
     assert any("imed out" in end for end in ends[1:])  # and the others lose a peer
 
 
@@ -390,7 +395,8 @@ def test_two_processes_train_as_one(name, tmp_path):
         for key, value in one[part].items():
             assert torch.allclose(value.float(), two[part][key].float(), atol=1e-5), f"{part}.{key}"
             compared += 1
-    assert compared > 20 and len(two["rng"]) == 2
+    assert compared > 20
+    assert len(two["rng"]) == 2
 
 
 @pytest.mark.slow
@@ -415,13 +421,10 @@ def test_a_batch_in_parts_is_a_step(tmp_path):
     def line(name):
         return json.loads((tmp_path / "runs" / name / "log.jsonl").read_text().splitlines()[-1])
 
-    assert (
-        line("parts")["loss"] == pytest.approx(line("split")["loss"], abs=1e-4)
-        and line("parts")["K"] == line("split")["K"]
-    )
-    assert four["epoch"] == 2 and line("four")["loss"] == pytest.approx(
-        line("split")["loss"], abs=0.2
-    )
+    assert line("parts")["loss"] == pytest.approx(line("split")["loss"], abs=1e-4)
+    assert line("parts")["K"] == line("split")["K"]
+    assert four["epoch"] == 2
+    assert line("four")["loss"] == pytest.approx(line("split")["loss"], abs=0.2)
 
 
 @pytest.mark.slow
@@ -450,7 +453,8 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     done = run(
         tmp_path, "train_pretrain.py", *TINY, "optim.batch_size=33", processes=2, check=False
     )
-    assert done.returncode != 0 and "batch_size 33 does not divide by 2 processes" in done.stderr
+    assert done.returncode != 0
+    assert "batch_size 33 does not divide by 2 processes" in done.stderr
 
 
 # -------------------------------------------------- what the processes say as they end

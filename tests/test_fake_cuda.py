@@ -155,7 +155,9 @@ def fake_gpu():
         init(self, *given, **named)
 
     def backward(loss):
-        assert loss.device == GPU and loss.dtype == torch.float32 and loss.requires_grad
+        assert loss.device == GPU
+        assert loss.dtype == torch.float32
+        assert loss.requires_grad
         for p in [p for o in optimizers for group in o.param_groups for p in group["params"]]:
             p.grad = torch.empty_like(p)
 
@@ -227,8 +229,10 @@ def test_a_wait_is_recorded(what):
 def test_a_condition_and_a_list_are_waits():
     with fake_gpu() as gpu:
         x = torch.zeros(3, device=GPU)
-        assert bool(x.sum() > 0) and x.tolist() == [0.0] * 3
-        assert len(gpu.waits) == 4 and gpu.kinds() == {"item"}
+        assert bool(x.sum() > 0)
+        assert x.tolist() == [0.0] * 3
+        assert len(gpu.waits) == 4
+        assert gpu.kinds() == {"item"}
 
 
 def test_half_precision_at_a_loss_is_found():
@@ -442,18 +446,23 @@ def test_augmentation(recipe, side):
     u = augment.sample_parameters(6, torch.Generator().manual_seed(0))
     with fake_gpu() as gpu:
         views = augment.apply(torch.zeros(6, 3, side, side, dtype=torch.uint8, device=GPU), u)
-        assert views.device == GPU and views.shape == (6, 3, 16, 16)
-        assert views.dtype == torch.float32 and gpu.kinds() <= {COPY}
+        assert views.device == GPU
+        assert views.shape == (6, 3, 16, 16)
+        assert views.dtype == torch.float32
+        assert gpu.kinds() <= {COPY}
 
 
 def test_neighbours_and_clusters():
     with fake_gpu():
         x, labels = torch.zeros(20, 4, device=GPU), torch.zeros(20, dtype=torch.long, device=GPU)
         found = knn(x, labels, x[:7], 5, 0.1)
-        assert found.device == GPU and found.shape == (7,) and found.dtype == torch.long
+        assert found.device == GPU
+        assert found.shape == (7,)
+        assert found.dtype == torch.long
         centroids, cluster = kmeans(x, 3)
         assert centroids.device == cluster.device == GPU
-        assert centroids.shape == (3, 4) and cluster.shape == (20,)
+        assert centroids.shape == (3, 4)
+        assert cluster.shape == (20,)
 
 
 class Context(types.SimpleNamespace):
@@ -473,9 +482,12 @@ def test_log_partition_forward_and_backward(which):
         context = Context()
         Z = LogPartition.forward(context, q, n, 0.1, mask, own, mine, theirs)
         gradient, *none = LogPartition.backward(context, torch.zeros_like(Z))
-        assert Z.shape == ((2, 5) if levels else (5,)) and gradient.shape == q.shape
-        assert Z.dtype == gradient.dtype == torch.float32 and gradient.device == GPU
-        assert none == [None] * 6 and not gpu.waits
+        assert Z.shape == ((2, 5) if levels else (5,))
+        assert gradient.shape == q.shape
+        assert Z.dtype == gradient.dtype == torch.float32
+        assert gradient.device == GPU
+        assert none == [None] * 6
+        assert not gpu.waits
 
 
 @pytest.mark.parametrize("name", ["nce", "ring", "jcl", "mochi", "ifnd", "attract", "list"])
@@ -497,7 +509,8 @@ def test_figures_of_a_loss_wait_for_nothing(name):
         output = loss_fn(contrast, 3.0)
         labels = None if name in ("ifnd", "attract", "list") else index[:30]
         figures = step_diagnostics(loss_fn, [contrast], [output], labels, 3.0)
-        assert {value.device for value in figures.values()} == {GPU} and not gpu.waits
+        assert {value.device for value in figures.values()} == {GPU}
+        assert not gpu.waits
 
 
 def test_gather_forward_and_backward(monkeypatch):
@@ -506,4 +519,6 @@ def test_gather_forward_and_backward(monkeypatch):
         x = torch.zeros(5, 4, device=GPU)
         y = distributed.AllGather.forward(Context(), x)
         gradient = distributed.AllGather.backward(Context(), torch.zeros_like(y))
-        assert y.device == gradient.device == GPU and gradient.shape == x.shape and not gpu.waits
+        assert y.device == gradient.device == GPU
+        assert gradient.shape == x.shape
+        assert not gpu.waits

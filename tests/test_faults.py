@@ -59,7 +59,7 @@ SOME = ["moco-ifnd"] + [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +79,8 @@ def images(tmp_path_factory):
 def child(folder, name, arguments, fault, environment, which="", script="train_pretrain.py"):
     os.chdir(folder)
     os.environ.update(environment)
-    multiprocessing.set_start_method(
-        "fork", force=True
-    )  # of image workers, as in a program of its own
+    # of image workers, as in a program of its own
+    multiprocessing.set_start_method("fork", force=True)
     for number, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{name}{which}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.argv = [script, *SMALL, *arguments, f"name={name}"]
@@ -185,7 +184,7 @@ def assert_equal(folder, name, whole):
     assert not [f for f in os.listdir(folder / "runs" / name) if f.endswith(".part")]
 
 
-# ---------------------------------------------------------------------------------------------------- faults: what `child` does before it runs
+# --------------------------------------------------------- faults: what `child` does before it runs
 
 
 def at(epoch, step, act):
@@ -318,7 +317,7 @@ def both(*faults):
         fault()
 
 
-# ---------------------------------------------------------------------------------------------------- killed
+# ------------------------------------------------------------------------------------------- killed
 
 
 def readable(folder, name):
@@ -335,9 +334,8 @@ def test_killed_at_random_moments_ends_as_if_undisturbed(pair, undisturbed, imag
     chance, kills = random.Random(pair), 0
     while kills < int(os.environ.get("KILLS", 1)):
         process = start(tmp_path, "cut", images, *PAIRS[pair])
-        process.join(
-            chance.uniform(0.1, 1) * seconds
-        )  # a moment, not a synchronisation: any will do
+        # a moment, not a synchronisation: any will do
+        process.join(chance.uniform(0.1, 1) * seconds)
         process.kill()
         process.join()
         readable(tmp_path, "cut")
@@ -412,15 +410,16 @@ def dies_at_every_line(folder, links):
         gaps += not os.path.exists("last.pt")
         assert checkpoint.exists("last.pt")
         epoch = checkpoint.resume("last.pt", {}, **(after := parts(0)))
-        assert after["encoder"].weight.eq(epoch).all() and (epoch == 2 or os.path.exists("last.pt"))
+        assert after["encoder"].weight.eq(epoch).all()
+        assert epoch == 2 or os.path.exists("last.pt")
         found.add(epoch)
         checkpoint.save("last.pt", {}, 3, **parts(3))  # what was left over is in nobody's way
-        assert (
-            checkpoint.resume("last.pt", {}, **parts(0)) == 3
-            and checkpoint.read_checkpoint("previous.pt")["epoch"] >= 2
-        )
+        assert checkpoint.resume("last.pt", {}, **parts(0)) == 3
+        assert checkpoint.read_checkpoint("previous.pt")["epoch"] >= 2
         assert sorted(os.listdir()) == ["last.pt", "previous.pt"]
-    assert found == {2, 3} and line > 15 and (gaps > 0) != links
+    assert found == {2, 3}
+    assert line > 15
+    assert (gaps > 0) != links
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["with hard links", "without"])
@@ -432,7 +431,7 @@ def test_killed_at_any_line_of_a_save(links, tmp_path):
     assert process.exitcode == 0
 
 
-# ---------------------------------------------------------------------------------------------------- told to stop
+# ------------------------------------------------------------------------------------- told to stop
 
 
 @pytest.mark.parametrize("pair", SOME)
@@ -447,10 +446,8 @@ def test_told_to_stop_it_goes_on_in_mid_epoch(pair, undisturbed, images, tmp_pat
             f"told to stop: runs/cut/last.pt holds the state after step {step + 1} of 8 of epoch {epoch + 1}, "
             "and the same line goes on from there"
         )
-        assert (
-            state(tmp_path, "cut")["epoch"] == epoch
-            and state(tmp_path, "cut")["place"]["step"] == step + 1
-        )
+        assert state(tmp_path, "cut")["epoch"] == epoch
+        assert state(tmp_path, "cut")["place"]["step"] == step + 1
     assert f"going on after step {step + 1} of 8 of epoch 3" in run(
         tmp_path, "cut", images, *PAIRS[pair]
     )
@@ -469,10 +466,8 @@ def test_told_to_stop_at_an_epochs_end(undisturbed, images, tmp_path):
             fault=functools.partial(gets_at_an_epochs_end, epoch),
             code=75,
         )
-        assert (
-            f"last.pt holds the state after epoch {epoch} of 3," in said.splitlines()[-1]
-            and state(tmp_path, "cut")["place"]["step"] == 0
-        )
+        assert f"last.pt holds the state after epoch {epoch} of 3," in said.splitlines()[-1]
+        assert state(tmp_path, "cut")["place"]["step"] == 0
     run(tmp_path, "cut", images, *PAIRS["moco-ifnd"])
     assert_equal(tmp_path, "cut", whole)
 
@@ -488,9 +483,8 @@ def test_a_checkpoint_from_before_there_was_a_place_still_resumes(undisturbed, i
         code=-signal.SIGKILL,
     )
     path = tmp_path / "runs" / "old" / "last.pt"
-    torch.save(
-        {k: v for k, v in torch.load(path, weights_only=True).items() if k != "place"}, path
-    )  # no checksum either
+    # no checksum either
+    torch.save({k: v for k, v in torch.load(path, weights_only=True).items() if k != "place"}, path)
     assert "going on after epoch 1 of 3" in run(tmp_path, "old", images, *PAIRS["moco-ifnd"])
     assert_equal(tmp_path, "old", whole)
 
@@ -518,16 +512,14 @@ def test_a_signal_to_the_whole_group_leaves_the_image_workers_at_work(
     there(tmp_path / "fifo")
     os.killpg(process.pid, signal.SIGTERM)
     out, err = process.communicate()
-    assert (
-        process.returncode == 75
-        and err == ""
-        and "after step 3 of 8 of epoch 2" in out.splitlines()[-1]
-    ), out + err
+    assert process.returncode == 75, out + err
+    assert err == "", out + err
+    assert "after step 3 of 8 of epoch 2" in out.splitlines()[-1], out + err
     run(tmp_path, "cut", images, *PAIRS["ir-ring"])
     assert_equal(tmp_path, "cut", whole)
 
 
-# ---------------------------------------------------------------------------------------------------- several processes
+# -------------------------------------------------------------------------------- several processes
 
 MANY_STEPS = [*PAIRS["moco-ifnd"], "optim.batch_size=4", "optim.epochs=2"]  # 25 an epoch
 
@@ -538,14 +530,15 @@ def test_two_processes_stop_at_the_same_step(undisturbed, images, tmp_path):
     codes, said = two(
         tmp_path, "cut", images, *MANY_STEPS, faults=(None, gets(signal.SIGTERM, 1, 3))
     )
-    assert codes == [75, 75] and "after step 21 of 25 of epoch 2" in said.splitlines()[-1], said
+    assert codes == [75, 75], said
+    assert "after step 21 of 25 of epoch 2" in said.splitlines()[-1], said
     shutil.copytree(tmp_path / "runs" / "cut", tmp_path / "runs" / "alone")
     codes, said = two(tmp_path, "cut", images, *MANY_STEPS)
-    assert codes == [0, 0] and "going on after step 21" in said
+    assert codes == [0, 0]
+    assert "going on after step 21" in said
     assert_equal(tmp_path, "cut", whole)
-    assert "is of 2 processes, now there are 1" in run(
-        tmp_path, "alone", images, *MANY_STEPS
-    )  # and a lone one goes on too
+    # and a lone one goes on too
+    assert "is of 2 processes, now there are 1" in run(tmp_path, "alone", images, *MANY_STEPS)
     assert log(tmp_path, "alone")[1]["loss"] == pytest.approx(
         log(whole, "whole")[1]["loss"], rel=0.2
     )
@@ -585,15 +578,12 @@ def worker(folder, arguments):
 def test_a_worker_that_is_killed_is_started_again(undisturbed, images, tmp_path):
     """One of two, in the second epoch. torchrun's agent ends the other one too, and both go on from the first epoch's checkpoint."""
     whole, _ = undisturbed(*MANY_STEPS, processes=2)
-    process = SERVER.Process(
-        target=agent, args=(str(tmp_path), [images, *MANY_STEPS, "--fresh"])
-    )  # --fresh is meant for the first time
+    # --fresh is meant for the first time
+    process = SERVER.Process(target=agent, args=(str(tmp_path), [images, *MANY_STEPS, "--fresh"]))
     process.start()
     process.join()
-    assert (
-        process.exitcode == 0
-        and "going on after epoch 1 of 2" in (tmp_path / "cut.01.out").read_text()
-    )
+    assert process.exitcode == 0
+    assert "going on after epoch 1 of 2" in (tmp_path / "cut.01.out").read_text()
     assert_equal(tmp_path, "cut", whole)
 
 
@@ -615,14 +605,14 @@ def test_a_worker_that_is_killed_is_started_again_by_torchrun(undisturbed, image
     """The same with torchrun itself."""
     whole, _ = undisturbed(*MANY_STEPS, processes=2)
     script = job(tmp_path, "test_faults.gets(signal.SIGKILL, 1, 5)()")
+    # which is meant for the first time
     done = torchrun(
         2,
         ["--max-restarts", 1, script, *SMALL, images, *MANY_STEPS, "--fresh", "name=cut"],
         tmp_path,
-    )  # which is meant for the first time
-    assert (
-        done.stdout.count("begins") == 4 and done.stdout.count("going on after epoch 1 of 2") == 1
     )
+    assert done.stdout.count("begins") == 4
+    assert done.stdout.count("going on after epoch 1 of 2") == 1
     assert_equal(tmp_path, "cut", whole)
 
 
@@ -656,17 +646,15 @@ def test_torchrun_is_told_to_stop(undisturbed, images, tmp_path):
     there(tmp_path / "fifo")
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate()
-    assert (
-        process.returncode != 0
-        and "told to stop" in out
-        and state(tmp_path, "cut")["place"]["step"] == 21
-    ), out
+    assert process.returncode != 0, out
+    assert "told to stop" in out, out
+    assert state(tmp_path, "cut")["place"]["step"] == 21, out
     codes, said = two(tmp_path, "cut", images, *MANY_STEPS)
     assert codes == [0, 0], said
     assert_equal(tmp_path, "cut", whole)
 
 
-# ---------------------------------------------------------------------------------------------------- disks
+# -------------------------------------------------------------------------------------------- disks
 
 
 def fills_before_the_log(epoch, size):
@@ -720,9 +708,8 @@ def test_a_disk_that_fills_up(undisturbed, images, tmp_path):
     )
     os.rmdir(tmp_path / "runs")
     os.rename(tmp_path / "kept", tmp_path / "runs")
-    assert state(tmp_path, "full")["epoch"] == 1 and not os.path.exists(
-        tmp_path / "runs" / "full" / "last.pt.part"
-    )
+    assert state(tmp_path, "full")["epoch"] == 1
+    assert not os.path.exists(tmp_path / "runs" / "full" / "last.pt.part")
     run(tmp_path, "full", images, *PAIRS["moco-ifnd"])
     assert_equal(tmp_path, "full", whole)
 
@@ -782,6 +769,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(how, undisturbed, imag
         os.remove(last)
     else:
         damage(last)
+    # and once more before it has saved
     said = run(
         tmp_path,
         "a",
@@ -789,15 +777,13 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(how, undisturbed, imag
         *PAIRS["moco-ifnd"],
         fault=gets(signal.SIGKILL, 1, 4),
         code=-signal.SIGKILL,
-    )  # and once more before it has saved
+    )
     assert (
         f"runs/a/last.pt {'does not exist' if how == 'gone' else 'is not a checkpoint that can be read safely'}"
         in said
     )
-    assert (
-        "going on from the one before, runs/a/previous.pt" in said
-        and "going on after epoch 1 of 3" in said
-    )
+    assert "going on from the one before, runs/a/previous.pt" in said
+    assert "going on after epoch 1 of 3" in said
     run(tmp_path, "a", images, *PAIRS["moco-ifnd"])
     assert_equal(tmp_path, "a", whole)
     if how != "flipped":
@@ -805,11 +791,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(how, undisturbed, imag
     for file in (last, previous):
         damage(file)
     sentence = refused(tmp_path, "a", images, *PAIRS["moco-ifnd"])
-    assert (
-        "last.pt is not" in sentence
-        and "previous.pt is not" in sentence
-        and sentence.endswith("start over with --fresh")
-    )
+    assert "last.pt is not" in sentence
+    assert "previous.pt is not" in sentence
+    assert sentence.endswith("start over with --fresh")
     run(tmp_path, "a", images, *PAIRS["moco-ifnd"], "--fresh")
     assert_equal(tmp_path, "a", whole)
 
@@ -863,9 +847,8 @@ def test_fresh_leaves_nothing_of_the_old_weights_to_be_taken(
     run(tmp_path, "whole", images, *PAIRS["moco-nce"], "loss.temperature=0.3", **dies)
     assert all((folder / f"{name}.before").read_bytes() == value for name, value in old.items())
     for part in ("finetune", "detect"):
-        assert (folder / f"{part}.before" / "last.pt").read_text() == part and not (
-            folder / part
-        ).exists()
+        assert (folder / f"{part}.before" / "last.pt").read_text() == part
+        assert not (folder / part).exists()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="runs/whole holds no backbone.pt; first run"):
         weights.of_run(None, "runs/whole", "FILE")
@@ -886,9 +869,8 @@ def test_a_second_process_on_one_folder_is_refused(images, tmp_path):
     first = start(tmp_path, "a", images, "data.workers=1", fault=wait)
     there(tmp_path / "fifo")
     sentence = refused(tmp_path, "a", images)
-    assert sentence.startswith(f"runs/a is in use: process {first.pid} on ") and sentence.endswith(
-        "choose another name=..."
-    )
+    assert sentence.startswith(f"runs/a is in use: process {first.pid} on ")
+    assert sentence.endswith("choose another name=...")
     run(tmp_path, "b", images)
     first.kill()
     first.join()
@@ -901,7 +883,8 @@ def test_a_run_that_is_refused_leaves_no_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_pretrain.py", *SMALL, "data.root=nowhere", "name=a"])
     with pytest.raises(SystemExit, match="there is no folder nowhere") as kept:
         train_pretrain.main()
-    assert kept.traceback and not os.path.exists("runs/a")
+    assert kept.traceback
+    assert not os.path.exists("runs/a")
     os.makedirs("runs/a")  # a folder that was there before stays
     with pytest.raises(SystemExit, match="there is no folder nowhere"):
         train_pretrain.main()
@@ -935,10 +918,12 @@ def test_a_lock_that_is_removed_does_not_let_two_in(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.fcntl, "lockf", owner_ends_first)
     held = checkpoint.acquire_lock(folder)
     monkeypatch.undo()
-    assert len(opened) == 2 and os.stat(path).st_ino == opened[1] == os.fstat(held.fileno()).st_ino
+    assert len(opened) == 2
+    assert os.stat(path).st_ino == opened[1] == os.fstat(held.fileno()).st_ino
     assert not others_may_lock(folder)  # as it would, if that first file counted
     checkpoint.release_lock(held)
-    assert os.listdir(folder) == [] and others_may_lock(folder)
+    assert os.listdir(folder) == []
+    assert others_may_lock(folder)
 
 
 def test_a_disk_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
@@ -954,7 +939,7 @@ def test_a_disk_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------ numbers
 
 
 @pytest.mark.parametrize("signalled", [False, True], ids=["", "and told to stop"])
@@ -983,11 +968,9 @@ def test_what_is_not_finite_ends_the_run_and_is_not_saved(
         sentence
         == f"{named}; runs/nan/last.pt holds the state after epoch 1 of 3; try a lower optim.lr, with --fresh or another name=..."
     )
-    assert (
-        checkpoint.not_finite(saved := state(tmp_path, "nan")) is None
-        and saved["epoch"] == 1
-        and saved["place"]["step"] == 0
-    )
+    assert checkpoint.not_finite(saved := state(tmp_path, "nan")) is None
+    assert saved["epoch"] == 1
+    assert saved["place"]["step"] == 0
     if not signalled:
         run(tmp_path, "nan", images)  # it was no fault of the settings
         assert_equal(tmp_path, "nan", undisturbed()[0])
@@ -1001,7 +984,8 @@ def test_two_processes_end_together_when_one_has_no_loss(images, tmp_path):
         *PAIRS["moco-nce"],
         faults=(None, functools.partial(wrong, "loss", 1, 3)),
     )
-    assert codes == [1, 1] and said.splitlines()[-1].startswith(
+    assert codes == [1, 1], said
+    assert said.splitlines()[-1].startswith(
         "the loss is nan at epoch 2, step 4 of 8; runs/nan/last.pt holds the state after epoch 1"
     ), said
     assert (tmp_path / "1" / "nan.err").read_text() == ""  # said once
@@ -1056,13 +1040,15 @@ def test_looking_for_what_is_not_finite_takes_no_memory():
     bank = torch.zeros(131072, 128)
     with Count():
         assert checkpoint.not_finite({"bank": bank}) is None
-    assert made and max(made) <= 2
+    assert made
+    assert max(made) <= 2
 
 
 def test_a_skipped_step_of_fp16_is_no_fault(images, tmp_path):
     run(tmp_path, "fp16", images, fault=scales_too_far)
     scaler = state(tmp_path, "fp16")["scaler"]
-    assert scaler["scale"] < 2.0**127 and [line["epoch"] for line in log(tmp_path, "fp16")] == [
+    assert scaler["scale"] < 2.0**127
+    assert [line["epoch"] for line in log(tmp_path, "fp16")] == [
         1,
         2,
         3,
@@ -1096,16 +1082,12 @@ def test_a_run_goes_on_on_hardware_of_another_precision(first, then, images, tmp
         f"model.precision={then}",
         fault=functools.partial(both, *faults[then]),
     )
-    assert (
-        f"runs/a/last.pt was trained in {first} so far, and goes on in {then}" in said
-        and "going on after step 4 of 8 of epoch 2" in said
-    )
+    assert f"runs/a/last.pt was trained in {first} so far, and goes on in {then}" in said
+    assert "going on after step 4 of 8 of epoch 2" in said
     saved = state(tmp_path, "a")
-    assert (
-        saved["epoch"] == 3
-        and bool(saved["scaler"]) == (then == "fp32")
-        and [line["epoch"] for line in log(tmp_path, "a")] == [1, 2, 3]
-    )
+    assert saved["epoch"] == 3
+    assert bool(saved["scaler"]) == (then == "fp32")
+    assert [line["epoch"] for line in log(tmp_path, "a")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -1120,7 +1102,8 @@ def test_random_states_of_another_device_are_no_obstacle(old, new, tmp_path, mon
         saved["rng"][0][old] = torch.zeros(16, dtype=torch.uint8)
         torch.save(saved, path)
     monkeypatch.setattr(checkpoint.devices, "current", torch.device(new))
-    assert checkpoint.resume(path, {}, **parts(0)) == 1 and torch.equal(torch.rand(3), expected)
+    assert checkpoint.resume(path, {}, **parts(0)) == 1
+    assert torch.equal(torch.rand(3), expected)
     words = f"{path} was written on {old}, and goes on on {new}: from here on its random numbers are others\n"
     assert capsys.readouterr().out == (words if old != new else "")
 
@@ -1133,13 +1116,11 @@ def test_random_states_of_another_device_are_no_obstacle(old, new, tmp_path, mon
 def test_a_collapse_is_warned_of_once(images, tmp_path):
     """So strong a weight decay leaves no weights, and all images look alike."""
     said = run(tmp_path, "point", images, "optim.weight_decay=20", "loss.name=nce")
-    assert (
-        said.count("WARNING: the embeddings collapse: their spread is 0.0") == 1
-        and log(tmp_path, "point")[2]["spread"] < 0.05
-    )
+    assert said.count("WARNING: the embeddings collapse: their spread is 0.0") == 1
+    assert log(tmp_path, "point")[2]["spread"] < 0.05
 
 
-# ---------------------------------------------------------------------------------------------------- what the end says
+# -------------------------------------------------------------------------------- what the end says
 
 
 @pytest.mark.parametrize(

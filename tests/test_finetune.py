@@ -68,7 +68,7 @@ def finished(tmp_path_factory):
     ).stdout
 
 
-# ---------------------------------------------------------------------------------------------------- which images
+# ------------------------------------------------------------------------------------- which images
 
 
 def test_the_draw_is_balanced_the_same_for_a_seed_and_a_small_one_is_in_a_large_one():
@@ -81,14 +81,12 @@ def test_the_draw_is_balanced_the_same_for_a_seed_and_a_small_one_is_in_a_large_
         Finetune(labels=0.1).choose(train, 3),
         Finetune(labels=0.01).choose(train, 4),
     )
-    assert (
-        labels[few].bincount().tolist() == [2] * 10
-        and labels[more].bincount().tolist() == [20] * 10
-    )
-    assert torch.equal(few, Finetune(labels=0.01).choose(train, 3)) and not torch.equal(few, other)
-    assert set(few.tolist()) < set(more.tolist()) and Finetune(labels=1.0).choose(
-        train, 3
-    ).tolist() == list(range(2000))
+    assert labels[few].bincount().tolist() == [2] * 10
+    assert labels[more].bincount().tolist() == [20] * 10
+    assert torch.equal(few, Finetune(labels=0.01).choose(train, 3))
+    assert not torch.equal(few, other)
+    assert set(few.tolist()) < set(more.tolist())
+    assert Finetune(labels=1.0).choose(train, 3).tolist() == list(range(2000))
     with pytest.raises(ValueError, match="is 2, fewer than the 10 classes; take at least 10/2000"):
         Finetune(labels=0.001).choose(train, 3)
 
@@ -178,31 +176,27 @@ def test_images_that_a_list_leaves_out_are_never_read(finetune, tmp_path):
         finetune(*settings)
 
 
-# ---------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 
 def test_the_loss_falls_and_figures_are_kept(finished):
     folder, out = finished
     log = json_lines(folder / "runs" / "a" / "finetune" / "log.jsonl")
-    assert [line["epoch"] for line in log] == list(range(1, 9)) and log[-1]["loss"] < log[0][
-        "loss"
-    ] - 0.1
+    assert [line["epoch"] for line in log] == list(range(1, 9))
+    assert log[-1]["loss"] < log[0]["loss"] - 0.1
     (line,) = json_lines(folder / "runs" / "a" / "finetune.jsonl")
-    assert line["weights"] == os.path.join("runs", "a", "backbone.pt") and {
+    assert line["weights"] == os.path.join("runs", "a", "backbone.pt")
+    assert {
         "protocol",
         "seed",
         "seconds",
         "figures",
     } <= set(line)
-    assert (
-        "100 % of the labels: 128 of 128 training images, class-balanced" in line["protocol"]
-        and "random" not in line["protocol"]
-    )
-    assert (
-        0 < line["figures"]["top-1"] < line["figures"]["top-5"] <= 100
-        and line["protocol"] in out
-        and f"{line['figures']['top-1']:.2f}" in out
-    )
+    assert "100 % of the labels: 128 of 128 training images, class-balanced" in line["protocol"]
+    assert "random" not in line["protocol"]
+    assert 0 < line["figures"]["top-1"] < line["figures"]["top-5"] <= 100
+    assert line["protocol"] in out
+    assert f"{line['figures']['top-1']:.2f}" in out
 
 
 def test_it_starts_from_the_weights_given_every_layer_moves_and_each_part_at_its_own_rate(
@@ -218,23 +212,22 @@ def test_it_starts_from_the_weights_given_every_layer_moves_and_each_part_at_its
     finetune("--weights", "given.pt", "name=a", "finetune.lr=0.05", "finetune.lr_classifier=1e-12")
     finetune("--weights", "none", "name=none", "finetune.lr=1e-12")
     slow, a, none = (state(tmp_path, name)["model"] for name in ("slow", "a", "none"))
-    assert len(weights) > 30 and not any("head" in key for key in a)
+    assert len(weights) > 30
+    assert not any("head" in key for key in a)
     assert all(torch.allclose(slow[f"encoder.backbone.{k}"], given[k], atol=1e-9) for k in weights)
     assert not any(torch.equal(a[f"encoder.backbone.{k}"], given[k]) for k in weights)
-    assert not torch.equal(
-        slow["encoder.backbone.bn1.running_mean"], given["bn1.running_mean"]
-    )  # BatchNorm is in train mode
-    assert not slow["fc.bias"].allclose(a["fc.bias"], atol=1e-3) and a["fc.bias"].abs().max() < 1e-9
+    # BatchNorm is in train mode
+    assert not torch.equal(slow["encoder.backbone.bn1.running_mean"], given["bn1.running_mean"])
+    assert not slow["fc.bias"].allclose(a["fc.bias"], atol=1e-3)
+    assert a["fc.bias"].abs().max() < 1e-9
     assert not torch.allclose(
         none["encoder.backbone.conv1.weight"], given["conv1.weight"], atol=1e-2
     )
     (line,) = json_lines(tmp_path / "runs" / "none" / "finetune.jsonl")
-    assert (
-        line["weights"] == "none" and "fine-tuned from random weights on 50 %" in line["protocol"]
-    )
-    assert (
-        config.load(str(tmp_path / "runs" / "none" / "config.yaml"))["finetune"]["lr"] == 1e-12
-    )  # report.py finds the row by it
+    assert line["weights"] == "none"
+    assert "fine-tuned from random weights on 50 %" in line["protocol"]
+    # report.py finds the row by it
+    assert config.load(str(tmp_path / "runs" / "none" / "config.yaml"))["finetune"]["lr"] == 1e-12
 
 
 @pytest.mark.slow
@@ -252,10 +245,8 @@ def test_stopped_and_resumed_is_bit_equal_to_undisturbed(finetune, tmp_path, mon
     for _ in range(2):  # after the first epoch, and after the second
         with pytest.raises(KeyboardInterrupt):
             finetune("--weights", "given.pt", "name=cut")
-    assert (
-        state(tmp_path, "cut")["epoch"] == 2
-        and not (tmp_path / "runs" / "cut" / "finetune.jsonl").exists()
-    )
+    assert state(tmp_path, "cut")["epoch"] == 2
+    assert not (tmp_path / "runs" / "cut" / "finetune.jsonl").exists()
     monkeypatch.setattr(checkpoint, "save", save)
     assert "going on from" in finetune("--weights", "given.pt", "name=cut")
     a, b = state(tmp_path, "whole"), state(tmp_path, "cut")
@@ -263,7 +254,8 @@ def test_stopped_and_resumed_is_bit_equal_to_undisturbed(finetune, tmp_path, mon
     (a,), (b,) = (
         json_lines(tmp_path / "runs" / name / "finetune.jsonl") for name in ("whole", "cut")
     )
-    assert a["figures"] == b["figures"] and [
+    assert a["figures"] == b["figures"]
+    assert [
         line["epoch"] for line in json_lines(tmp_path / "runs" / "cut" / "finetune" / "log.jsonl")
     ] == [1, 2, 3]
 
@@ -271,9 +263,8 @@ def test_stopped_and_resumed_is_bit_equal_to_undisturbed(finetune, tmp_path, mon
 def test_cmc_is_fine_tuned_on_both_streams(finetune, tmp_path):
     finetune("--weights", "none", "model.host=cmc", "finetune.epochs=1", "name=a")
     model = state(tmp_path, "a")["model"]
-    assert {"encoder.backbone.L.conv1.weight", "encoder.backbone.ab.conv1.weight"} <= set(
-        model
-    ) and model["fc.weight"].shape == (12, 64)
+    assert {"encoder.backbone.L.conv1.weight", "encoder.backbone.ab.conv1.weight"} <= set(model)
+    assert model["fc.weight"].shape == (12, 64)
 
 
 @pytest.mark.slow
@@ -289,16 +280,15 @@ def test_two_processes_fine_tune_as_one(tmp_path):
     run(tmp_path, "train_finetune.py", *settings, "name=two", processes=2)
     run(tmp_path, "train_finetune.py", *settings, "name=one", "model.bn_splits=2")
     one, two = (state(tmp_path, name)["model"] for name in ("one", "two"))
-    assert one.keys() == two.keys() and all(
-        torch.allclose(one[key].float(), two[key].float(), atol=1e-4) for key in one
-    )
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[key].float(), two[key].float(), atol=1e-4) for key in one)
     (one,), (two,) = (
         json_lines(tmp_path / "runs" / name / "finetune.jsonl") for name in ("one", "two")
     )
     assert one["figures"] == pytest.approx(two["figures"], abs=0.2)
 
 
-# ---------------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 
 def test_a_finished_run_says_so_and_another_in_its_folder_is_refused_until_fresh(
@@ -308,13 +298,10 @@ def test_a_finished_run_says_so_and_another_in_its_folder_is_refused_until_fresh
     settings = ["name=a", "finetune.epochs=2"]
     finetune("--weights", "given.pt", *settings)
     shutil.copy(tmp_path / "given.pt", tmp_path / "copy.pt")
-    out = finetune(
-        "--weights", "copy.pt", *settings, "knn.k=5"
-    )  # the same weights under another name
-    assert (
-        "is finished, all 2 epochs; its figures are in" in out
-        and len(json_lines(tmp_path / "runs" / "a" / "finetune.jsonl")) == 1
-    )
+    # the same weights under another name
+    out = finetune("--weights", "copy.pt", *settings, "knn.k=5")
+    assert "is finished, all 2 epochs; its figures are in" in out
+    assert len(json_lines(tmp_path / "runs" / "a" / "finetune.jsonl")) == 1
     for more, message in (
         (["--weights", "other.pt"], "weights was 'sha256 "),
         (["--weights", "none"], "is now 'none'"),
@@ -380,14 +367,14 @@ def test_a_finished_run_says_so_and_another_in_its_folder_is_refused_until_fresh
 def test_bad_input_is_one_sentence(finetune, arguments, message):
     with pytest.raises(SystemExit) as stopped:
         finetune("--weights", "none", *arguments)
-    assert message in str(stopped.value) and "\n" not in str(stopped.value)
+    assert message in str(stopped.value)
+    assert "\n" not in str(stopped.value)
 
 
 def test_without_weights_it_says_how_to_get_them(tmp_path):
     done = run(tmp_path, "train_finetune.py", *SETTINGS, "name=nothing", check=False)
-    assert (
-        done.returncode == 1
-        and "holds no backbone.pt; first run: python train_pretrain.py" in done.stderr
-        and "--weights none" in done.stderr
-    )
-    assert "Traceback" not in done.stderr and not (tmp_path / "runs").exists()
+    assert done.returncode == 1
+    assert "holds no backbone.pt; first run: python train_pretrain.py" in done.stderr
+    assert "--weights none" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()

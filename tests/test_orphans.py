@@ -88,7 +88,8 @@ def test_it_is_told_when_it_has_another_parent(monkeypatch):
     monkeypatch.setattr(os, "kill", lambda *given: told.append(given))
     monkeypatch.setattr(orphans.time, "sleep", lambda seconds: None)
     orphans.watch(42, 7)
-    assert told == [(42, signal.SIGTERM)] and next(parents, "all asked") == "all asked"
+    assert told == [(42, signal.SIGTERM)]
+    assert next(parents, "all asked") == "all asked"
 
 
 @pytest.mark.parametrize("by_torchrun", [True, False])

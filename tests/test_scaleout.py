@@ -37,7 +37,7 @@ FULL = bool(os.environ.get("FULL"))
 SCRIPT = os.path.join(ROOT, "slurm", "train.sbatch")
 
 
-# ---------------------------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------- processes
 
 
 def child(work, argument, folder, environment):
@@ -45,14 +45,14 @@ def child(work, argument, folder, environment):
     os.environ.update(environment)
     os.dup2(os.open(f"said{environment.get('RANK', 0)}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     os.dup2(1, 2)
-    multiprocessing.set_start_method(
-        "fork", force=True
-    )  # image workers are forked, as in a program of its own; else each gets a server that imports torch anew
+    # image workers are forked, as in a program of its own; else each gets a server that imports torch anew
+    multiprocessing.set_start_method("fork", force=True)
     device, stop = distributed.init_distributed(), distributed.cleanup
+    # one group for several runs of a script
     distributed.init_distributed, distributed.cleanup = (
         lambda asked: device,
         lambda: None,
-    )  # one group for several runs of a script
+    )
     work(argument)
     stop()
 
@@ -131,13 +131,15 @@ def last(folder, name):
     return torch.load(folder / "runs" / name / "last.pt", weights_only=True)
 
 
-# ---------------------------------------------------------------------------------------------------- 1, 2 and 4
+# --------------------------------------------------------------------------------------- 1, 2 and 4
 
+# no test part: shapes' own would take longer to draw than to train on
 FILES = [
     "data.name=folder",
     "data.limit=null",
     "data.workers=0",
-]  # no test part: shapes' own would take longer to draw than to train on
+]
+# an epoch is a step, so the log is the curve
 CURVES = {
     name: [
         *TINY,
@@ -149,11 +151,12 @@ CURVES = {
     ]
     + ["model.queue_size=32"] * (name == "moco")
     for name in ("moco", "ir", "cmc", "simclr")
-}  # an epoch is a step, so the log is the curve
+}
+# 101 embeddings, shared out unevenly
 ROWS = {
     name: [*TINY, *PAIRS[name], *FILES, "data.root=../101"]
     for name in ("moco-ifnd+ring+mochi", "ir-ring", "cmc-ifnd")
-}  # 101 embeddings, shared out unevenly
+}
 
 
 def pictures(folder, count, kind="png", pixels=32):
@@ -185,12 +188,14 @@ def worlds(tmp_path_factory):
 def test_the_loss_curve_of_one_is_that_of_two_and_of_four(name, worlds):
     """And weights, bank, queue and key encoder. (Rounding alone differs, and grows from step to step: see test_two_processes_train_as_one.)"""
     one = losses(worlds / "1", name)
-    assert len(one) >= 6 and max(one) - min(one) > 1e-3
+    assert len(one) >= 6
+    assert max(one) - min(one) > 1e-3
     for world in (2, 4):
         assert losses(worlds / f"{world}", name) == pytest.approx(one, abs=1e-3 if FULL else 1e-4)
         for part in ("encoder", "host"):
             a, b = last(worlds / "1", name)[part], last(worlds / f"{world}", name)[part]
-            assert a.keys() == b.keys() and all(
+            assert a.keys() == b.keys(), world
+            assert all(
                 torch.allclose(a[k].float(), b[k].float(), atol=1e-2 if FULL else 1e-4) for k in a
             ), world
 
@@ -205,7 +210,8 @@ def test_every_process_holds_the_same_rows_after_every_epoch(world, worlds):
     for name, epochs in found.items():
         assert len(epochs) >= 2
         for epoch in epochs:
-            assert len(epoch) == world and all(rank == epoch[0] for rank in epoch), name
+            assert len(epoch) == world, name
+            assert all(rank == epoch[0] for rank in epoch), name
             seen |= set(epoch[0])
     assert {
         "host.bank.rows",
@@ -221,7 +227,7 @@ def test_every_process_holds_the_same_rows_after_every_epoch(world, worlds):
         assert found[name][0][0][f"host.{of}"] != found[name][1][0][f"host.{of}"]  # they move
 
 
-# ---------------------------------------------------------------------------------------------------- evaluation of data that do not divide
+# ------------------------------------------------------------ evaluation of data that do not divide
 
 
 def evaluate(root):
@@ -278,19 +284,22 @@ def test_three_processes_find_of_101_images_what_one_finds(tmp_path):
         for world in (1, 3)
         for rank in range(world)
     )
-    assert len(three) == 3 and len(one["images"][101].unique(dim=0)) == 101
+    assert len(three) == 3
+    assert len(one["images"][101].unique(dim=0)) == 101
     for found in three:
-        assert found["knn"] == one["knn"] and all(
+        assert found["knn"] == one["knn"]
+        assert all(
             torch.equal(x, found["images"][n]) and len(x) == n for n, x in one["images"].items()
         )
     rows = [
         json.loads((tmp_path / world / "runs" / "a" / "linear.jsonl").read_text())["rows"]
         for world in "13"
     ]
-    assert rows[0] == rows[1] and rows[0].keys() == {"raw pixels", "untrained encoder", "a"}
+    assert rows[0] == rows[1]
+    assert rows[0].keys() == {"raw pixels", "untrained encoder", "a"}
 
 
-# ---------------------------------------------------------------------------------------------------- two nodes
+# ---------------------------------------------------------------------------------------- two nodes
 
 
 @pytest.mark.slow
@@ -330,14 +339,12 @@ def test_two_torchruns_are_one(worlds):
     assert [agent.returncode for agent in agents] == [0, 0], "".join(said)
     assert sum("= 2 processes x 16" in words for words in said) == 1
     a, b = last(worlds / "2", "moco"), last(folder, "moco")
-    assert (
-        a.keys() == b.keys()
-        and all(same(a[part], b[part]) for part in a if part != "place")
-        and losses(worlds / "2", "moco") == losses(folder, "moco")
-    )
+    assert a.keys() == b.keys()
+    assert all(same(a[part], b[part]) for part in a if part != "place")
+    assert losses(worlds / "2", "moco") == losses(folder, "moco")
 
 
-# ---------------------------------------------------------------------------------------------------- SLURM
+# -------------------------------------------------------------------------------------------- SLURM
 
 CLUSTER = {
     # gives the script what a job has, and becomes its shell
@@ -413,9 +420,8 @@ def test_the_slurm_script_names_no_machine():
         "--signal=B:USR1@120",
         "--requeue",
     } <= set(header)
-    assert not re.search(
-        r"(?<!#!)(?<![\w.])/\w", text
-    )  # no path from the root, but that of the shell
+    # no path from the root, but that of the shell
+    assert not re.search(r"(?<!#!)(?<![\w.])/\w", text)
 
 
 @pytest.mark.parametrize(
@@ -438,7 +444,8 @@ def test_the_slurm_script_passes_the_signal_on_and_requeues(
         there(tmp_path / "fifo0"), there(tmp_path / "fifo1")
         shell.send_signal(signal.SIGUSR1)  # as --signal=B:USR1 does: to the shell alone
     out, _ = shell.communicate(timeout=300)
-    assert shell.returncode == code and out == "", out
+    assert shell.returncode == code, out
+    assert out == "", out
     assert (
         asked_of_scontrol(tmp_path) == ["show hostnames localhost,b"] + ["requeue 4711"] * requeued
     )
@@ -470,23 +477,19 @@ def test_a_slurm_job_at_its_time_limit_goes_on_in_the_next(cluster, tmp_path):
     there(tmp_path / "fifo")
     shell.send_signal(signal.SIGUSR1)
     out, _ = shell.communicate(timeout=300)
-    assert (
-        shell.returncode == 1
-        and "told to stop: runs/a/last.pt holds the state after step 21 of 32 of epoch 2" in out
-    ), out
+    assert shell.returncode == 1, out
+    assert "told to stop: runs/a/last.pt holds the state after step 21 of 32 of epoch 2" in out, out
     assert asked_of_scontrol(tmp_path)[-1] == "requeue 4711"
     os.remove(tmp_path / "fifo")
     out, _ = (shell := cluster(torchrun, *settings, "name=a", gpus=1)).communicate(timeout=300)
-    assert (
-        shell.returncode == 0
-        and "going on after step 21 of 32 of epoch 2" in out
-        and asked_of_scontrol(tmp_path)[-1].startswith("show")
-    ), out
+    assert shell.returncode == 0, out
+    assert "going on after step 21 of 32 of epoch 2" in out, out
+    assert asked_of_scontrol(tmp_path)[-1].startswith("show"), out
     a, b = last(tmp_path / "whole", "a"), last(tmp_path, "a")
     assert all(same(a[part], b[part]) for part in ("encoder", "host", "loss", "optimizer", "rng"))
 
 
-# ---------------------------------------------------------------------------------------------------- the same bits
+# ------------------------------------------------------------------------------------ the same bits
 
 
 @pytest.mark.slow
@@ -509,17 +512,14 @@ def test_the_same_seed_is_the_same_run_whatever_the_number_of_workers(tmp_path):
     ]
     states, curves = [last(*run) for run in runs], [losses(*run) for run in runs]
     for state, curve in zip(states[1:], curves[1:]):
-        assert (
-            all(
-                same(states[0][part], state[part])
-                for part in ("epoch", "encoder", "host", "loss", "optimizer", "scaler", "rng")
-            )
-            and curve == curves[0]
+        assert all(
+            same(states[0][part], state[part])
+            for part in ("epoch", "encoder", "host", "loss", "optimizer", "scaler", "rng")
         )
-    assert (
-        len(curves[0]) == 2
-        and min(v.min() for k, v in states[0]["loss"].items() if k.endswith("pseudo")) >= 0
-    )  # it clustered
+        assert curve == curves[0]
+    # it clustered
+    assert len(curves[0]) == 2
+    assert min(v.min() for k, v in states[0]["loss"].items() if k.endswith("pseudo")) >= 0
 
 
 @contextlib.contextmanager
@@ -554,9 +554,8 @@ def views(data, recipe, size, workers=0, depth=None):
         workers=workers,
     )
     steps = loader.epoch(1) if depth is None else prefetch(loader.epoch(1), depth)
-    return torch.stack(
-        [x for some, _ in steps for x in some]
-    )  # (2 steps x 2 views, n / 2, 3, S, S)
+    # (2 steps x 2 views, n / 2, 3, S, S)
+    return torch.stack([x for some, _ in steps for x in some])
 
 
 @pytest.mark.slow

@@ -67,12 +67,12 @@ def test_what_a_run_leaves_and_prints(finished):
     a = folder / "runs" / "a"
     assert {"config.yaml", "log.jsonl", "last.pt", "backbone.pt", "augmentation.png"} <= set(
         os.listdir(a)
-    ) and any(f.startswith("events") for f in os.listdir(a))
+    )
+    assert any(f.startswith("events") for f in os.listdir(a))
     with open(a / "log.jsonl") as f:
         log = [json.loads(line) for line in f]
-    assert [line["epoch"] for line in log] == [0, 1, 2, 3] and [
-        ("knn" in line) for line in log
-    ] == [True, False, True, True]
+    assert [line["epoch"] for line in log] == [0, 1, 2, 3]
+    assert [("knn" in line) for line in log] == [True, False, True, True]
     assert {
         "loss",
         "lr",
@@ -86,41 +86,42 @@ def test_what_a_run_leaves_and_prints(finished):
         "false negatives used %",
         "false negatives left out %",
     } <= set(log[1])
-    assert "log(K+1)" in out and "untrained" in out and "after   3 epochs" in out
+    assert "log(K+1)" in out
+    assert "untrained" in out
+    assert "after   3 epochs" in out
     assert "weighted kNN, k 12 (knn.k is 200, " in out  # of 128 images
     saved = config.load(str(a / "config.yaml"))  # serves as a --cfg itself
-    assert saved["optim"]["epochs"] == 3 and saved == state(folder, "a")["settings"]
+    assert saved["optim"]["epochs"] == 3
+    assert saved == state(folder, "a")["settings"]
 
 
 def test_a_finished_run_has_nothing_left_to_do(finished):
     folder, _ = finished
     before = state(folder, "a")
     out = run(folder, "train_pretrain.py", "--cfg", QUICK, *TINY, "knn.every=2", "name=a").stdout
-    assert "after epoch 3 of 3" in out and same(before, state(folder, "a"))
+    assert "after epoch 3 of 3" in out
+    assert same(before, state(folder, "a"))
 
 
 def test_linear_probe(finished):
     folder, _ = finished
     out = run(folder, "train_linear.py", "--cfg", QUICK, *TINY, "name=a").stdout
-    assert (
-        "raw pixels" in out
-        and "untrained encoder" in out
-        and "did not move" in out
-        and "linear layer on standardized pooled features" in out
-    )
+    assert "raw pixels" in out
+    assert "untrained encoder" in out
+    assert "did not move" in out
+    assert "linear layer on standardized pooled features" in out
     with open(folder / "runs" / "a" / "linear.jsonl") as f:
         line = json.loads(f.read().splitlines()[-1])
-    assert set(line["rows"]) == {"raw pixels", "untrained encoder", "a"} and {
+    assert set(line["rows"]) == {"raw pixels", "untrained encoder", "a"}
+    assert {
         "protocol",
         "seed",
         "weights",
     } <= set(line)
     for row in line["rows"].values():
-        assert (
-            0 <= row["top-1, lr 0.1"] <= row["top-5, lr 0.1"] <= 100
-            and "top-1, lr 0.01" in row
-            and "knn" in row
-        )
+        assert 0 <= row["top-1, lr 0.1"] <= row["top-5, lr 0.1"] <= 100
+        assert "top-1, lr 0.01" in row
+        assert "knn" in row
 
 
 def test_linear_probe_with_augmentation_and_other_weights(finished):
@@ -140,13 +141,12 @@ def test_linear_probe_with_augmentation_and_other_weights(finished):
         "runs/a/last.pt",
         "--no-baselines",
     ).stdout
-    assert "augmentation crop_flip" in out and "untrained" not in out
+    assert "augmentation crop_flip" in out
+    assert "untrained" not in out
     done = run(folder, "train_linear.py", "--cfg", QUICK, *TINY, "name=nothing", check=False)
-    assert (
-        done.returncode == 1
-        and "holds no backbone.pt; first run: python train_pretrain.py" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 1
+    assert "holds no backbone.pt; first run: python train_pretrain.py" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
@@ -191,7 +191,9 @@ def test_the_probe_finds_a_linear_rule_and_nothing_where_there_is_none(tmp_path)
         )
         with open(tmp_path / "runs" / rule / "linear.jsonl") as f:
             top1[rule] = json.loads(f.read())["rows"]["raw pixels"]["top-1, lr 0.01"]
-    assert top1["colour"] > 95 and top1["lot"] < 60  # chance is 33
+    # chance is 33
+    assert top1["colour"] > 95
+    assert top1["lot"] < 60
 
 
 def test_the_backbone_of_a_run_says_how_its_images_are_made(finished):
@@ -207,15 +209,16 @@ def test_the_backbone_of_a_run_says_how_its_images_are_made(finished):
 def test_cmc_is_probed_on_both_streams_side_by_side(tmp_path):
     settings = [*TINY, "model.host=cmc", "optim.epochs=1", "knn.every=1", "name=a"]
     out = run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *settings).stdout
-    assert "chance: 2 log(K+1)" in out and "kNN" in out
+    assert "chance: 2 log(K+1)" in out
+    assert "kNN" in out
     weights = torch.load(tmp_path / "runs" / "a" / "backbone.pt", weights_only=True)
-    assert weights["L.conv1.weight"].shape[:2] == (8, 1) and weights["ab.conv1.weight"].shape[
-        :2
-    ] == (8, 2)
+    assert weights["L.conv1.weight"].shape[:2] == (8, 1)
+    assert weights["ab.conv1.weight"].shape[:2] == (8, 2)
+    # the stages are halved, the stem is not
     assert weights["L.layer1.0.conv1.weight"].shape[:2] == (
         4,
         8,
-    )  # the stages are halved, the stem is not
+    )
     run(tmp_path, "train_linear.py", "--cfg", QUICK, *settings)
     done = run(
         tmp_path,
@@ -228,7 +231,8 @@ def test_cmc_is_probed_on_both_streams_side_by_side(tmp_path):
         "runs/a/backbone.pt",
         check=False,
     )
-    assert done.returncode == 1 and "it is of another network than model.backbone" in done.stderr
+    assert done.returncode == 1
+    assert "it is of another network than model.backbone" in done.stderr
 
 
 def test_backbone_loads_into_torchvision(tmp_path):
@@ -246,7 +250,8 @@ def test_backbone_loads_into_torchvision(tmp_path):
     )
     weights = torch.load(tmp_path / "runs" / "a" / "backbone.pt", weights_only=True)
     missing = torchvision.models.resnet18().load_state_dict(weights, strict=False)
-    assert missing.missing_keys == ["fc.weight", "fc.bias"] and not missing.unexpected_keys
+    assert missing.missing_keys == ["fc.weight", "fc.bias"]
+    assert not missing.unexpected_keys
 
 
 @pytest.mark.slow
@@ -281,7 +286,8 @@ def test_a_flat_folder_trains_as_one_with_classes(tmp_path):
             f"name={name}",
         )
     a, b = state(tmp_path, "classes"), state(tmp_path, "flat")
-    assert same(a["encoder"], b["encoder"]) and same(a["host"], b["host"])
+    assert same(a["encoder"], b["encoder"])
+    assert same(a["host"], b["host"])
 
 
 @pytest.mark.parametrize(
@@ -317,18 +323,17 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr(sys, "argv", ["train_pretrain.py", "--cfg", QUICK, *TINY, *arguments])
     with pytest.raises(SystemExit) as refusal:
         train_pretrain.main()
-    assert message in refusal.value.code and "\n" not in refusal.value.code
+    assert message in refusal.value.code
+    assert "\n" not in refusal.value.code
 
 
 def test_a_refusal_is_a_non_zero_exit_without_a_traceback(tmp_path):
     done = run(
         tmp_path, "train_pretrain.py", "--cfg", QUICK, *TINY, "loss.temprature=1", check=False
     )
-    assert (
-        done.returncode == 1
-        and "did you mean temperature?" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 1
+    assert "did you mean temperature?" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_another_runs_folder_is_refused_and_fresh_starts_over(tmp_path):
@@ -344,9 +349,9 @@ def test_another_runs_folder_is_refused_and_fresh_starts_over(tmp_path):
         "loss.temperature=0.5",
         check=False,
     )
-    assert (
-        done.returncode == 1 and "loss.temperature was" in done.stderr and "--fresh" in done.stderr
-    )
+    assert done.returncode == 1
+    assert "loss.temperature was" in done.stderr
+    assert "--fresh" in done.stderr
     (tmp_path / "runs" / "a" / "linear.jsonl").write_text("{}\n")  # figures of the weights that go
     run(
         tmp_path,
@@ -360,9 +365,8 @@ def test_another_runs_folder_is_refused_and_fresh_starts_over(tmp_path):
         "loss.temperature=0.5",
     )
     assert state(tmp_path, "a")["settings"]["loss"]["temperature"] == 0.5
-    assert not os.path.exists(tmp_path / "runs" / "a" / "linear.jsonl") and os.path.exists(
-        tmp_path / "runs" / "a" / "linear.jsonl.before"
-    )
+    assert not os.path.exists(tmp_path / "runs" / "a" / "linear.jsonl")
+    assert os.path.exists(tmp_path / "runs" / "a" / "linear.jsonl.before")
 
 
 @pytest.mark.parametrize("script", [train_pretrain, train_linear], ids=["pretrain", "linear"])
@@ -372,7 +376,8 @@ def test_print_config_prints_and_does_nothing(script, tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit) as end:
         script.main()
     assert end.value.code is None
-    assert yaml.safe_load(capsys.readouterr().out)["seed"] == 3 and not os.listdir(tmp_path)
+    assert yaml.safe_load(capsys.readouterr().out)["seed"] == 3
+    assert not os.listdir(tmp_path)
 
 
 def test_the_readmes_loss_works(tmp_path):

@@ -52,11 +52,9 @@ def refused(call, *words):
     with pytest.raises(SystemExit) as refusal:
         call()
     sentence = refusal.value.code
-    assert (
-        isinstance(sentence, str)
-        and "\n" not in sentence
-        and all(word in sentence for word in words)
-    ), sentence
+    assert isinstance(sentence, str), sentence
+    assert "\n" not in sentence, sentence
+    assert all(word in sentence for word in words), sentence
 
 
 def script(monkeypatch, which, *arguments):
@@ -126,7 +124,7 @@ def detection_settings():
     ]
 
 
-# ---------------------------------------------------------------------------------------------------- pickles
+# ------------------------------------------------------------------------------------------ pickles
 
 
 @pytest.mark.parametrize("how", ["torch", "torch before 1.6", "pickle"])
@@ -191,7 +189,8 @@ def test_a_cached_index_that_is_a_pickle_is_written_anew(capsys):
         assert cache.read_index(index.removesuffix(".npy")) is None
         capsys.readouterr()
         again = load()
-        assert np.array_equal(again.index, good.index) and "anew" in capsys.readouterr().out
+        assert np.array_equal(again.index, good.index)
+        assert "anew" in capsys.readouterr().out
 
 
 def test_torchvisions_own_files(monkeypatch):
@@ -233,7 +232,7 @@ def test_an_exported_pickle_holds_arrays_and_nothing_else():
     }, asked
 
 
-# ---------------------------------------------------------------------------------------------------- YAML
+# --------------------------------------------------------------------------------------------- YAML
 
 TAGS = [
     "!!python/object/apply:os.mkdir [owned]",
@@ -313,7 +312,7 @@ def test_a_base_is_a_yaml_file_near_by(base):
     refused(lambda: config.load("a.yaml"), "yaml")
 
 
-# ---------------------------------------------------------------------------------------------------- XML, JSON and images
+# ----------------------------------------------------------------------------- XML, JSON and images
 
 GOOD_XML = (
     "<annotation><size><width>80</width><height>60</height></size><object><name>cat</name><bndbox><xmin>21</xmin><ymin>11</ymin><xmax>60</xmax><ymax>40</ymax></bndbox>"
@@ -410,7 +409,7 @@ def test_an_image_starts_no_program(ghostscript):
     refused(lambda: detection.Images(train, "box")[0, False], "a.jpg cannot be read as an image")
 
 
-# ---------------------------------------------------------------------------------------------------- ways out of the folder
+# --------------------------------------------------------------------------- ways out of the folder
 
 OUT = ["../../../../../../../../etc/passwd", "/etc/passwd", "sub/../../secret", "./../secret"]
 
@@ -466,11 +465,9 @@ def test_what_lies_inside_is_taken():
     os.symlink(os.path.abspath("elsewhere"), "c/t/link")
     for name in ("sub/a..b.jpg", "link/b.jpg", "./sub/a..b.jpg", "sub/../sub/a..b.jpg"):
         assert datasets.inside("c/t", os.path.join("c/t", name), "x") == os.path.join("c/t", name)
-    assert (
-        datasets.inside("/", "/etc/passwd", "x")
-        and datasets.inside(".", "a", "x")
-        and datasets.inside("c/..", "c/../elsewhere", "x")
-    )
+    assert datasets.inside("/", "/etc/passwd", "x")
+    assert datasets.inside(".", "a", "x")
+    assert datasets.inside("c/..", "c/../elsewhere", "x")
 
 
 def test_a_list_to_fine_tune_on_names_images_and_opens_none(monkeypatch):
@@ -482,7 +479,7 @@ def test_a_list_to_fine_tune_on_names_images_and_opens_none(monkeypatch):
         train_finetune.Finetune(list="list.txt").choose(train, 0)
 
 
-# ---------------------------------------------------------------------------------------------------- the program itself
+# ------------------------------------------------------------------------------- the program itself
 
 
 def test_nothing_in_the_program_runs_what_it_reads():

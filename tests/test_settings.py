@@ -52,12 +52,13 @@ DATA = ArraySet(
     (0.5,) * 3,
     (0.25,) * 3,
 )
+# what each script's main asks of config.load
 EXTRA = {
     "train_pretrain": (),
     "train_linear": (),
     "train_finetune": ("finetune",),
     "train_detect": ("detect",),
-}  # what each script's main asks of config.load
+}
 
 # a small run: section -> key -> its value, as it is written in a file
 RUN = {
@@ -591,9 +592,10 @@ def outcome(call, *names):
         return call()
     except SystemExit as refusal:
         sentence = refusal.code
-        assert (
-            isinstance(sentence, str) and sentence and "\n" not in sentence and len(sentence) < 1500
-        ), f"refused by {sentence!r:.300}"
+        assert isinstance(sentence, str), f"refused by {sentence!r:.300}"
+        assert sentence, f"refused by {sentence!r:.300}"
+        assert "\n" not in sentence, f"refused by {sentence!r:.300}"
+        assert len(sentence) < 1500, f"refused by {sentence!r:.300}"
         assert any(name in sentence for name in names), f"names none of {names}: {sentence:.300}"
     except Exception as error:
         raise AssertionError(f"{type(error).__name__}: {error}"[:300]) from error
@@ -659,7 +661,8 @@ def check_values(words, script, names, before, given, chance):
         # Another host takes the file's keys away, but not the command line's.
         if place == "command line" or key.split(".")[0] not in chosen:
             message = f"{key}={raw:.100} became {after.get(key)!r:.100}"
-            assert key in after and meant(raw, after[key]), message
+            assert key in after, message
+            assert meant(raw, after[key]), message
     for key in {**before, **after}:
         section = key.split(".")[0]
         if key not in given and section not in chosen and section in before:
@@ -686,10 +689,11 @@ def test_values_are_taken_as_they_stand_or_refused_and_what_follows_is_built_or_
             draw_key(chance, run) for _ in range(chance.choice([1, 1, 1, 2, 3]))
         ]:
             raw = draw_value(chance, kind)
+            # another method's defaults may not suit the rest
             names += [
                 key.split(".")[-1],
                 *["n_views", "clusters"] * (key == "loss.name"),
-            ]  # another method's defaults may not suit the rest
+            ]
             if (
                 chance.random() < 0.3
                 and not re.search("[\n\r\t\x00\ufeff]|^---|^[.]{3}$", raw)
@@ -1024,7 +1028,8 @@ def test_nothing_is_said_of_settings_that_suit(capsys, recwarn):
         MoCHi(),
         Detect(),
     )
-    assert capsys.readouterr().out == "" and not recwarn.list
+    assert capsys.readouterr().out == ""
+    assert not recwarn.list
 
 
 def contrast(K=5):
@@ -1052,7 +1057,9 @@ def test_more_than_there_are_candidates_is_taken_as_it_is_meant(loss, K):
     figures = step_diagnostics(loss, [c], [output], None, 0.0)
     value = output.loss
     value.backward()
-    assert value.isfinite() and value > 0 and figures["K"] == K
+    assert value.isfinite()
+    assert value > 0
+    assert figures["K"] == K
 
 
 def test_neighbours_beyond_the_bank_and_a_small_temperature():

@@ -114,7 +114,9 @@ def test_the_picture_draws_whatever_was_kept(tmp_path, task):
     assert drawn.shape == (4, 3, 400, 400)
     assert 0 <= drawn.min() <= drawn.max() <= 1
     assert torch.equal(drawn[1], torch.zeros(3, 400, 400))  # black, and nothing found in it
-    assert drawn[0].any() and drawn[2].any() and drawn[3].any()
+    assert drawn[0].any()
+    assert drawn[2].any()
+    assert drawn[3].any()
 
 
 def test_a_missing_pycocotools_is_one_sentence(monkeypatch):

@@ -95,7 +95,8 @@ def test_training_leaves_out_what_cannot_be_learned_from():
     train = detection.Images(part, "mask", training=True)
     val = detection.Images(truth, "mask")
     targets = {a["id"] for annotations in train.annotations.values() for a in annotations}
-    assert crowds and not crowds & targets
+    assert crowds
+    assert not crowds & targets
     assert len(val) == len(truth["images"])
     assert len(detection.Images(part, "mask", training=True, limit=7)) == 7
 
@@ -107,8 +108,10 @@ def test_training_leaves_out_what_cannot_be_learned_from():
     # A mask lies in its box, mirrored like it.
     for mask, (x1, y1, x2, y2) in zip(target["masks"], target["boxes"].tolist()):
         y, x = mask.nonzero().unbind(1)
-        assert x.min() >= x1 - 1.5 and x.max() <= x2 + 1.5
-        assert y.min() >= y1 - 1.5 and y.max() <= y2 + 1.5
+        assert x.min() >= x1 - 1.5
+        assert x.max() <= x2 + 1.5
+        assert y.min() >= y1 - 1.5
+        assert y.max() <= y2 + 1.5
 
 
 def test_keypoints_are_trained_on_images_with_people_and_evaluated_on_all():
@@ -262,7 +265,9 @@ def test_broken_files_are_named(voc_devkit, file, content, message):
             part, _ = load_voc(voc_devkit)
             use(detection.Images(part, "box", training=True))
         sentence = str(error.value)
-        assert message in sentence and path in sentence and "\n" not in sentence
+        assert message in sentence
+        assert path in sentence
+        assert "\n" not in sentence
 
 
 def read_all(images):

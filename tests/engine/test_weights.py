@@ -443,9 +443,8 @@ def test_weights_of_other_settings_than_the_runs_are_refused(tmp_path):
     save_backbone(path, net, old)
     load_backbone(path, ResNet("resnet18"))
     load_backbone(path, net)
-    save_backbone(
-        path, net, {**old, "name": "moved", "knn": {"every": 3}}
-    )  # what a resumed run may change
+    # what a resumed run may change
+    save_backbone(path, net, {**old, "name": "moved", "knn": {"every": 3}})
     load_backbone(path, net)
     last = str(tmp_path / "last.pt")
     checkpoint.write(last, {"settings": old, "epoch": 1, "host": {}, "encoder": under("backbone.")})
@@ -473,13 +472,13 @@ def test_the_settings_are_in_nobodys_way(tmp_path):
     path, source = str(tmp_path / "backbone.pt"), ResNet("resnet18")
     save_backbone(path, source, {"loss": {"name": "nce"}, "list": [1, 2.5, None, True]})
     saved = torch.load(path, weights_only=True)
-    assert list(saved) == list(source.state_dict()) and all(
-        torch.is_tensor(v) for v in saved.values()
-    )
+    assert list(saved) == list(source.state_dict())
+    assert all(torch.is_tensor(v) for v in saved.values())
     assert saved.settings == {"loss": {"name": "nce"}, "list": [1, 2.5, None, True]}
     net = torchvision.models.resnet18()
     problems = net.load_state_dict(saved, strict=False)
-    assert problems.missing_keys == ["fc.weight", "fc.bias"] and not problems.unexpected_keys
+    assert problems.missing_keys == ["fc.weight", "fc.bias"]
+    assert not problems.unexpected_keys
     assert torch.equal(net.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
 
 

@@ -99,7 +99,9 @@ def test_the_same_seed_gives_the_same_and_leaves_the_global_generator_alone(star
     torch.manual_seed(5)
     before = torch.get_rng_state()
     a, b, c = (kmeans(x, 20, seed=(3, last), start=start) for last in (1, 1, 2))
-    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and not torch.equal(a[0], c[0])
+    assert torch.equal(a[0], b[0])
+    assert torch.equal(a[1], b[1])
+    assert not torch.equal(a[0], c[0])
     assert torch.equal(before, torch.get_rng_state())
     monkeypatch.setitem(kmeans_rows.CHUNK_ROWS, "cpu", 35)
     assert torch.equal(kmeans(x, 20, seed=(3, 1), start=start)[1], a[1])
@@ -109,7 +111,8 @@ def test_a_random_start_is_different_rows_by_lot():
     points = kmeans_rows.Points(embeddings(500), 40)
     first = random_rows(points, 40, torch.Generator().manual_seed(0))
     second = random_rows(points, 40, torch.Generator().manual_seed(1))
-    assert len(first.unique()) == 40 and not torch.equal(first, second)
+    assert len(first.unique()) == 40
+    assert not torch.equal(first, second)
 
 
 def test_the_two_starts_differ_and_no_other_is_known():
@@ -157,7 +160,8 @@ def test_empty_clusters_take_the_farthest_rows_and_of_equal_ones_the_first():
     points = kmeans_rows.Points(x, 4)
     centroids = torch.tensor([[0.0, 0], [1, 1], [-50, -50], [-60, -60]]) - points.mean
     labels, distance, sums, counts, _ = lloyd.assign(points, centroids)
-    assert labels.tolist() == [0] * 5 + [1] * 8 and counts.tolist() == [5, 8, 0, 0]
+    assert labels.tolist() == [0] * 5 + [1] * 8
+    assert counts.tolist() == [5, 8, 0, 0]
     assert distance[-3:].tolist() == pytest.approx([128, 72, 128])
     assert lloyd.farthest(points, distance, 3).tolist() == [10, 12, 11]
     moved = lloyd.centre(points, distance, sums, counts) + points.mean
@@ -170,7 +174,8 @@ def test_as_many_clusters_as_rows_and_fewer_kinds_than_clusters(start):
     assert sorted(kmeans(x, 7, start=start)[1].tolist()) == list(range(7))
     same = torch.ones(9, 3)
     centroids, labels = kmeans(same, 4, start=start)
-    assert centroids.isfinite().all() and objective(same, centroids, labels) == 0
+    assert centroids.isfinite().all()
+    assert objective(same, centroids, labels) == 0
     twice = torch.randn(12, 3).repeat_interleave(2, 0)
     centroids, labels = kmeans(twice, 12, restarts=20, start=start)
     assert objective(twice, centroids, labels) < 1e-9
@@ -259,7 +264,8 @@ def same_bits(a, b):
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_find_the_clusters_of_one_bit_for_bit(world, found_by_one, tmp_path):
     """gloo, with both starts, with empty clusters, and however many chunks each process has."""
-    assert len(found_by_one) == 13 and len(found_by_one[7, "random"][1].unique()) == 20
+    assert len(found_by_one) == 13
+    assert len(found_by_one[7, "random"][1].unique()) == 20
     every = run_job(tmp_path, world)
     assert len(every) == world
     for found in every:
