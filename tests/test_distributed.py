@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from engine import distributed, signals
-from processes import ROOT, group, run
+from processes import ROOT, group_environments, run
 
 
 @pytest.fixture(scope="module")
@@ -511,9 +511,15 @@ def test_a_script_in_two_processes_refuses_once(tmp_path):
             "RANK=0, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start with torchrun",
         ),
         ({"RANK": "3", "WORLD_SIZE": "4"}, "RANK=3, but not MASTER_ADDR, MASTER_PORT"),
-        (group(2)[0] | {"RANK": "2"}, "RANK=2, WORLD_SIZE=2 and .*RANK below WORLD_SIZE"),
-        (group(2)[0] | {"RANK": "zero"}, "RANK=zero, .* must be whole numbers"),
-        (group(2)[0] | {"MASTER_PORT": "http"}, "MASTER_PORT=http: they must be whole numbers"),
+        (
+            group_environments(2)[0] | {"RANK": "2"},
+            "RANK=2, WORLD_SIZE=2 and .*RANK below WORLD_SIZE",
+        ),
+        (group_environments(2)[0] | {"RANK": "zero"}, "RANK=zero, .* must be whole numbers"),
+        (
+            group_environments(2)[0] | {"MASTER_PORT": "http"},
+            "MASTER_PORT=http: they must be whole numbers",
+        ),
     ],
 )
 def test_an_environment_with_half_a_process_group_is_refused(environment, sentence, monkeypatch):

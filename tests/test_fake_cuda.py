@@ -33,9 +33,8 @@ from data.datasets import ArraySet
 from data.loader import Loader
 from engine import checkpoint, distributed
 from evaluation.features import knn
-from losses import Contrast
+from losses import Contrast, ifnd
 from losses.diagnostics import step_diagnostics
-from losses.ifnd import IFND as ClusteringLoss
 from losses.jcl import JCL
 from losses.kmeans import kmeans
 from losses.mochi import MoCHi
@@ -402,8 +401,10 @@ def test_linear_probe(augmented, keep_on, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "save", lambda *given, **parts: None)
     settings = {"seed": 0, "knn": {"every": 0, "k": 3, "temperature": 0.1, "feature": "output"}}
     source = {
-        **{"image_size": 8, "workers": 0},
-        **{"augment_backend": "batched", "augment": "crop_flip"},
+        "image_size": 8,
+        "workers": 0,
+        "augment_backend": "batched",
+        "augment": "crop_flip",
     }
     build = training.build.Builder(settings, "a.yaml")
     probe = train_linear.Probe(epochs=2, batch_size=8)
@@ -494,11 +495,14 @@ def test_log_partition_forward_and_backward(which):
 def test_figures_of_a_loss_wait_for_nothing(name):
     """But IFND, which compares the labels of all images once an epoch."""
     given = {"temperature": 0.2}
-    ifnd = ClusteringLoss(9, 30, clusters=[2, 3], reassign_every=2, **given)
-    attract = ClusteringLoss(9, 30, clusters=[2], reassign_every=2, mode="attract", **given)
-    mochi = MoCHi(mixed=3, query_mixed=2, warmup_epochs=0, **given)
-    losses = {"nce": NCE(**given), "ring": Ring(9, **given), "jcl": JCL(9, **given)}
-    losses |= {"mochi": mochi, "ifnd": ifnd, "attract": attract}
+    losses = {
+        "nce": NCE(**given),
+        "ring": Ring(9, **given),
+        "jcl": JCL(9, **given),
+        "mochi": MoCHi(mixed=3, query_mixed=2, warmup_epochs=0, **given),
+        "ifnd": ifnd.IFND(9, 30, clusters=[2, 3], reassign_every=2, **given),
+        "attract": ifnd.IFND(9, 30, clusters=[2], reassign_every=2, mode="attract", **given),
+    }
     losses["list"] = Together([losses[part] for part in ("ifnd", "ring", "mochi", "jcl")])
     with fake_gpu() as gpu:
         loss_fn = move(losses[name], GPU)

@@ -855,7 +855,10 @@ def test_what_methods_log_of_themselves(out, capsys):
 
 
 def test_figures_of_a_strangers_loss_have_panels_of_their_own(out):
-    """Those that all losses log, and settings over time, have none; those of a list have a prefix."""
+    """Figures that all losses log, and settings over time, have no panel.
+
+    The figures of a list of losses have the loss as a prefix.
+    """
     pytest.importorskip("matplotlib")
     own_file()
     train("own", "a", "loss.name=ring", done=0)

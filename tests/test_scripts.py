@@ -31,20 +31,22 @@ TINY = [
 ]
 
 
+IFND = "{name: ifnd, temperature: 0.2, clusters: [3], reassign_every: 1}"
+MOCHI = "{name: mochi, hardest: 8, mixed: 9, query_mixed: 5, warmup_epochs: 0}"
 TIMES = "seconds", "images/s", "data wait"
 
 
 def state(folder, name):
-    """A run's checkpoint, without the times of its last epoch."""
+    """Read a run's checkpoint, without the times of its last epoch."""
     saved = torch.load(os.path.join(folder, "runs", name, "last.pt"), weights_only=True)
     figures = saved.get("place", {}).get("finished") or {}
-    for name in TIMES:
-        figures.pop(name, None)
+    for figure in TIMES:
+        figures.pop(figure, None)
     return saved
 
 
 def same(a, b):
-    """Two checkpoints' contents are equal, bit for bit."""
+    """Are two checkpoints' contents equal, bit for bit?"""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -54,21 +56,28 @@ def same(a, b):
     return a == b
 
 
+def pretrain(folder, *arguments, check=True):
+    return run(folder, "train_pretrain.py", "--cfg", QUICK, *TINY, *arguments, check=check)
+
+
+def probe(folder, *arguments, check=True):
+    return run(folder, "train_linear.py", "--cfg", QUICK, *TINY, *arguments, check=check)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run, with kNN."""
     folder = tmp_path_factory.mktemp("finished")
-    done = run(folder, "train_pretrain.py", "--cfg", QUICK, *TINY, "knn.every=2", "name=a")
+    done = pretrain(folder, "knn.every=2", "name=a")
     return folder, done.stdout
 
 
 def test_what_a_run_leaves_and_prints(finished):
     folder, out = finished
     a = folder / "runs" / "a"
-    assert {"config.yaml", "log.jsonl", "last.pt", "backbone.pt", "augmentation.png"} <= set(
-        os.listdir(a)
-    )
-    assert any(f.startswith("events") for f in os.listdir(a))
+    files = set(os.listdir(a))
+    assert {"config.yaml", "log.jsonl", "last.pt", "backbone.pt", "augmentation.png"} <= files
+    assert any(file.startswith("events") for file in files)
     with open(a / "log.jsonl") as f:
         log = [json.loads(line) for line in f]
     assert [line["epoch"] for line in log] == [0, 1, 2, 3]
@@ -90,7 +99,8 @@ def test_what_a_run_leaves_and_prints(finished):
     assert "untrained" in out
     assert "after   3 epochs" in out
     assert "weighted kNN, k 12 (knn.k is 200, " in out  # of 128 images
-    saved = config.load(str(a / "config.yaml"))  # serves as a --cfg itself
+    # The saved settings serve as a --cfg themselves.
+    saved = config.load(str(a / "config.yaml"))
     assert saved["optim"]["epochs"] == 3
     assert saved == state(folder, "a")["settings"]
 
@@ -98,14 +108,14 @@ def test_what_a_run_leaves_and_prints(finished):
 def test_a_finished_run_has_nothing_left_to_do(finished):
     folder, _ = finished
     before = state(folder, "a")
-    out = run(folder, "train_pretrain.py", "--cfg", QUICK, *TINY, "knn.every=2", "name=a").stdout
+    out = pretrain(folder, "knn.every=2", "name=a").stdout
     assert "after epoch 3 of 3" in out
     assert same(before, state(folder, "a"))
 
 
 def test_linear_probe(finished):
     folder, _ = finished
-    out = run(folder, "train_linear.py", "--cfg", QUICK, *TINY, "name=a").stdout
+    out = probe(folder, "name=a").stdout
     assert "raw pixels" in out
     assert "untrained encoder" in out
     assert "did not move" in out
@@ -126,12 +136,8 @@ def test_linear_probe(finished):
 
 def test_linear_probe_with_augmentation_and_other_weights(finished):
     folder, _ = finished
-    out = run(
+    out = probe(
         folder,
-        "train_linear.py",
-        "--cfg",
-        QUICK,
-        *TINY,
         "name=b",
         "linear.features=augmented",
         "linear.standardize=false",
@@ -143,7 +149,7 @@ def test_linear_probe_with_augmentation_and_other_weights(finished):
     ).stdout
     assert "augmentation crop_flip" in out
     assert "untrained" not in out
-    done = run(folder, "train_linear.py", "--cfg", QUICK, *TINY, "name=nothing", check=False)
+    done = probe(folder, "name=nothing", check=False)
     assert done.returncode == 1
     assert "holds no backbone.pt; first run: python train_pretrain.py" in done.stderr
     assert "Traceback" not in done.stderr
@@ -151,17 +157,20 @@ def test_linear_probe_with_augmentation_and_other_weights(finished):
 
 @pytest.mark.slow
 def test_the_probe_finds_a_linear_rule_and_nothing_where_there_is_none(tmp_path):
-    """Noisy images whose colour is their class: raw pixels tell it. The same images under labels drawn by lot: nobody can."""
+    """The images are noise, and their colour is their class, which raw pixels tell.
+
+    The same images under labels drawn by lot tell nobody anything.
+    """
     rng = np.random.default_rng(0)
     for part, count in (("train", 60), ("val", 20)):
         for i in range(3 * count):
             image = rng.integers(0, 200, (16, 16, 3), dtype=np.uint8)
             image[..., i % 3] += 55
-            for rule, c in (("colour", i % 3), ("lot", rng.integers(3))):
-                os.makedirs(tmp_path / rule / part / str(c), exist_ok=True)
-                Image.fromarray(image).save(tmp_path / rule / part / str(c) / f"{i}.png")
+            for rule, label in (("colour", i % 3), ("lot", rng.integers(3))):
+                folder = tmp_path / rule / part / str(label)
+                os.makedirs(folder, exist_ok=True)
+                Image.fromarray(image).save(folder / f"{i}.png")
     settings = [
-        *TINY,
         "data.name=folder",
         "data.limit=null",
         "data.image_size=16",
@@ -171,29 +180,22 @@ def test_the_probe_finds_a_linear_rule_and_nothing_where_there_is_none(tmp_path)
     ]
     top1 = {}
     for rule in ("colour", "lot"):
-        run(
+        pretrain(
             tmp_path,
-            "train_pretrain.py",
-            "--cfg",
-            QUICK,
             *settings,
             f"data.root={tmp_path / rule}",
             f"name={rule}",
         )
-        run(
+        probe(
             tmp_path,
-            "train_linear.py",
-            "--cfg",
-            QUICK,
             *settings,
             f"data.root={tmp_path / rule}",
             f"name={rule}",
         )
         with open(tmp_path / "runs" / rule / "linear.jsonl") as f:
             top1[rule] = json.loads(f.read())["rows"]["raw pixels"]["top-1, lr 0.01"]
-    # chance is 33
     assert top1["colour"] > 95
-    assert top1["lot"] < 60
+    assert top1["lot"] < 60  # chance is 33
 
 
 def test_the_backbone_of_a_run_says_how_its_images_are_made(finished):
@@ -207,24 +209,18 @@ def test_the_backbone_of_a_run_says_how_its_images_are_made(finished):
 
 @pytest.mark.slow
 def test_cmc_is_probed_on_both_streams_side_by_side(tmp_path):
-    settings = [*TINY, "model.host=cmc", "optim.epochs=1", "knn.every=1", "name=a"]
-    out = run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *settings).stdout
+    settings = ["model.host=cmc", "optim.epochs=1", "knn.every=1", "name=a"]
+    out = pretrain(tmp_path, *settings).stdout
     assert "chance: 2 log(K+1)" in out
     assert "kNN" in out
     weights = torch.load(tmp_path / "runs" / "a" / "backbone.pt", weights_only=True)
     assert weights["L.conv1.weight"].shape[:2] == (8, 1)
     assert weights["ab.conv1.weight"].shape[:2] == (8, 2)
-    # the stages are halved, the stem is not
-    assert weights["L.layer1.0.conv1.weight"].shape[:2] == (
-        4,
-        8,
-    )
-    run(tmp_path, "train_linear.py", "--cfg", QUICK, *settings)
-    done = run(
+    # The stages are half as wide. The stem is not.
+    assert weights["L.layer1.0.conv1.weight"].shape[:2] == (4, 8)
+    probe(tmp_path, *settings)
+    done = probe(
         tmp_path,
-        "train_linear.py",
-        "--cfg",
-        QUICK,
         *settings,
         "model.host=moco",
         "--weights",
@@ -236,12 +232,8 @@ def test_cmc_is_probed_on_both_streams_side_by_side(tmp_path):
 
 
 def test_backbone_loads_into_torchvision(tmp_path):
-    run(
+    pretrain(
         tmp_path,
-        "train_pretrain.py",
-        "--cfg",
-        QUICK,
-        *TINY,
         "name=a",
         "optim.epochs=1",
         "model.backbone=resnet18",
@@ -256,13 +248,14 @@ def test_backbone_loads_into_torchvision(tmp_path):
 
 @pytest.mark.slow
 def test_a_flat_folder_trains_as_one_with_classes(tmp_path):
-    """The same images: identical weights. (Shuffled labels: tests/test_pairs.py.)"""
+    """The same images give identical weights. (tests/test_pairs.py shuffles the labels.)"""
     images, labels = shapes(64)
     for i, (image, label) in enumerate(zip(images, labels)):
+        # Both folders list the images in the same order.
         for file in (
             tmp_path / "classes" / f"{label:02d}" / f"{i:03d}.png",
             tmp_path / "flat" / f"{label:02d}_{i:03d}.png",
-        ):  # listed in one order
+        ):
             os.makedirs(file.parent, exist_ok=True)
             Image.fromarray(image.transpose(1, 2, 0)).save(file)
     settings = [
@@ -272,15 +265,11 @@ def test_a_flat_folder_trains_as_one_with_classes(tmp_path):
         "optim.epochs=2",
         "data.workers=1",
         "model.queue_size=80",
-        "loss=[{name: ifnd, temperature: 0.2, clusters: [3], reassign_every: 1}, {name: mochi, hardest: 8, mixed: 9, query_mixed: 5, warmup_epochs: 0}]",
+        f"loss=[{IFND}, {MOCHI}]",
     ]
     for name in ("classes", "flat"):
-        run(
+        pretrain(
             tmp_path,
-            "train_pretrain.py",
-            "--cfg",
-            QUICK,
-            *TINY,
             *settings,
             f"data.root={tmp_path / name}",
             f"name={name}",
@@ -314,7 +303,8 @@ def test_a_flat_folder_trains_as_one_with_classes(tmp_path):
         (["optim.lr=1e30", "model.precision=fp32"], "the loss is nan at epoch"),
         (
             ["model.bn_splits=7"],
-            "optim.batch_size 32 gives each process 32 images, which optim.accumulate 1 times model.bn_splits 7 does not divide",
+            "optim.batch_size 32 gives each process 32 images, "
+            "which optim.accumulate 1 times model.bn_splits 7 does not divide",
         ),
     ],
 )
@@ -328,22 +318,16 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, arguments, message):
 
 
 def test_a_refusal_is_a_non_zero_exit_without_a_traceback(tmp_path):
-    done = run(
-        tmp_path, "train_pretrain.py", "--cfg", QUICK, *TINY, "loss.temprature=1", check=False
-    )
+    done = pretrain(tmp_path, "loss.temprature=1", check=False)
     assert done.returncode == 1
     assert "did you mean temperature?" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_another_runs_folder_is_refused_and_fresh_starts_over(tmp_path):
-    run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *TINY, "name=a", "optim.epochs=1")
-    done = run(
+    pretrain(tmp_path, "name=a", "optim.epochs=1")
+    done = pretrain(
         tmp_path,
-        "train_pretrain.py",
-        "--cfg",
-        QUICK,
-        *TINY,
         "name=a",
         "optim.epochs=1",
         "loss.temperature=0.5",
@@ -353,13 +337,9 @@ def test_another_runs_folder_is_refused_and_fresh_starts_over(tmp_path):
     assert "loss.temperature was" in done.stderr
     assert "--fresh" in done.stderr
     (tmp_path / "runs" / "a" / "linear.jsonl").write_text("{}\n")  # figures of the weights that go
-    run(
+    pretrain(
         tmp_path,
-        "train_pretrain.py",
-        "--cfg",
-        QUICK,
         "--fresh",
-        *TINY,
         "name=a",
         "optim.epochs=1",
         "loss.temperature=0.5",

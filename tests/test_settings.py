@@ -1086,7 +1086,8 @@ def test_neighbours_beyond_the_bank_and_a_small_temperature():
         (
             train_finetune,
             ["finetune.batch_size=1"],
-            "finetune.batch_size 1 leaves BatchNorm one image at a time, .* so raise finetune.batch_size",
+            "finetune.batch_size 1 leaves BatchNorm one image at a time, .* "
+            "so raise finetune.batch_size",
         ),
         (
             train_finetune,

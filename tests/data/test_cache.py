@@ -28,7 +28,7 @@ from data.cache import CachedSet
 from data.datasets import load
 from data.loader import Loader
 from engine import checkpoint, config
-from processes import group, run
+from processes import group_environments, run
 
 CPU = torch.device("cpu")
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -343,7 +343,7 @@ distributed.cleanup()
 def run_on_two_nodes(folder):
     """-> what each of two processes printed, of which each is alone on its node."""
     started = []
-    for rank, environment in enumerate(group(2)):
+    for rank, environment in enumerate(group_environments(2)):
         environment |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank)}
         process = subprocess.Popen(
             [sys.executable, "job.py"],

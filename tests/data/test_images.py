@@ -505,9 +505,8 @@ def test_few_bits_in_a_file_of_16_are_told_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(image_files, "open_image", lambda file: opened.append(file) or plain(file))
     image_files.say_if_dark(sixteen_bits(tmp_path / "12", 12))
     said = capsys.readouterr().out
-    # every third of 40
     assert said.count("\n") == 1
-    assert len(opened) == 14
+    assert len(opened) == 14  # every third of 40
     assert f"{tmp_path}/12/00.png has 16 bits" in said
     assert "highest value is 4095 of 65535" in said
     assert "multiplied by 16\n" in said

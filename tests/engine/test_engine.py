@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import zipfile
 
 import pytest
@@ -138,8 +139,8 @@ def test_a_checkpoint_brings_everything_back(tmp_path):
 def test_a_save_that_fails_leaves_the_old_file(tmp_path):
     path = str(tmp_path / "last.pt")
     checkpoint.write(path, {"a": torch.ones(2)})
-    with pytest.raises(Exception):
-        checkpoint.write(path, {"a": lambda: None})  # cannot be pickled
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        checkpoint.write(path, {"a": lambda: None})  # a lambda cannot be pickled
     assert torch.equal(checkpoint.read_checkpoint(path)["a"], torch.ones(2))
     assert os.listdir(tmp_path) == ["last.pt"]
 
@@ -163,7 +164,8 @@ def test_a_file_with_a_checksum_is_a_zip_like_others(tmp_path):
     [
         (
             dict(loss={"name": "ring", "temperature": 0.1}),
-            "loss.name was 'nce' and is now 'ring'; choose another name=..., or start this one over with --fresh",
+            "loss.name was 'nce' and is now 'ring'; "
+            "choose another name=..., or start this one over with --fresh",
         ),
         (dict(seed=1), "seed was 0 and is now 1"),
         (dict(data={"name": "cifar10", "workers": 2}), "data.name was 'shapes'"),
@@ -187,7 +189,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         f.truncate(os.path.getsize(path) // 2)
     with pytest.raises(
         SystemExit,
-        match="not a checkpoint that can be read safely.*previous.pt does not exist: start over with --fresh",
+        match="not a checkpoint that can be read safely.*"
+        "previous.pt does not exist: start over with --fresh",
     ):
         checkpoint.resume(path, SETTINGS, **parts())
 
