@@ -131,9 +131,9 @@ class FakeGPU(TorchDispatchMode):
         return NotImplemented
 
 
-def move(module, *given, **named):
-    """nn.Module.to, which cannot move a fake tensor."""
-    where = [x for x in (*given, *named.values()) if isinstance(x, (str, torch.device))]
+def move(module, *args, **kwargs):
+    """Do what nn.Module.to does, which cannot move a fake tensor."""
+    where = [x for x in (*args, *kwargs.values()) if isinstance(x, (str, torch.device))]
     for part in module.modules():
         for name, p in part._parameters.items():
             if p is not None:
@@ -146,19 +146,20 @@ def move(module, *given, **named):
 
 @contextlib.contextmanager
 def fake_gpu():
-    """-> a FakeGPU, with which all that asks for one finds an A100."""
+    """Let all that asks for a GPU find an A100. -> the FakeGPU."""
     optimizers, init = [], torch.optim.Optimizer.__init__
 
-    def remember(self, *given, **named):
+    def remember(self, *args, **kwargs):
         optimizers.append(self)
-        init(self, *given, **named)
+        init(self, *args, **kwargs)
 
     def backward(loss):
         assert loss.device == GPU
         assert loss.dtype == torch.float32
         assert loss.requires_grad
-        for p in [p for o in optimizers for group in o.param_groups for p in group["params"]]:
-            p.grad = torch.empty_like(p)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for parameter in [p for group in groups for p in group["params"]]:
+            parameter.grad = torch.empty_like(parameter)
 
     answers = dict(
         is_bf16_supported=True,
@@ -174,8 +175,8 @@ def fake_gpu():
             (torch.Tensor, "backward", backward),
             (torch.optim.Optimizer, "__init__", remember),
             (torch.cuda.amp.common, "amp_definitely_not_available", bool),
-            (data.loader, "prefetch", lambda items: items),
-        ):  # no thread
+            (data.loader, "prefetch", lambda items: items),  # without its thread
+        ):
             stack.enter_context(mock.patch.object(where, name, value))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()))
         yield stack.enter_context(FakeGPU())
@@ -456,10 +457,10 @@ def test_augmentation(recipe, side):
 def test_neighbours_and_clusters():
     with fake_gpu():
         x, labels = torch.zeros(20, 4, device=GPU), torch.zeros(20, dtype=torch.long, device=GPU)
-        found = knn(x, labels, x[:7], 5, 0.1)
-        assert found.device == GPU
-        assert found.shape == (7,)
-        assert found.dtype == torch.long
+        classes = knn(x, labels, x[:7], 5, 0.1)
+        assert classes.device == GPU
+        assert classes.shape == (7,)
+        assert classes.dtype == torch.long
         centroids, cluster = kmeans(x, 3)
         assert centroids.device == cluster.device == GPU
         assert centroids.shape == (3, 4)
@@ -476,14 +477,14 @@ def test_log_partition_forward_and_backward(which):
     with fake_gpu() as gpu:
         q, n = F.normalize(torch.zeros(5, 4, device=GPU)), torch.zeros(9, 4, device=GPU)
         mask = torch.ones(5, 9, dtype=torch.bool, device=GPU) if which == "mask" else None
-        own = torch.arange(5, device=GPU) if which == "own" else None
-        levels = which == "levels"
-        mine = torch.zeros(2, 5, 1, dtype=torch.int, device=GPU) if levels else None
-        theirs = torch.zeros(2, 1, 9, dtype=torch.int, device=GPU) if levels else None
+        self_index = torch.arange(5, device=GPU) if which == "own" else None
+        has_levels = which == "levels"
+        q_labels = torch.zeros(2, 5, 1, dtype=torch.int, device=GPU) if has_levels else None
+        n_labels = torch.zeros(2, 1, 9, dtype=torch.int, device=GPU) if has_levels else None
         context = Context()
-        Z = LogPartition.forward(context, q, n, 0.1, mask, own, mine, theirs)
+        Z = LogPartition.forward(context, q, n, 0.1, mask, self_index, q_labels, n_labels)
         gradient, *none = LogPartition.backward(context, torch.zeros_like(Z))
-        assert Z.shape == ((2, 5) if levels else (5,))
+        assert Z.shape == ((2, 5) if has_levels else (5,))
         assert gradient.shape == q.shape
         assert Z.dtype == gradient.dtype == torch.float32
         assert gradient.device == GPU
