@@ -19,7 +19,7 @@ from processes import ROOT, group_environments, run
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """Two processes run every collective once; -> the folder with what each saw."""
+    """Let two processes run every collective once. -> what each saw."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "job.py").write_text(
         textwrap.dedent("""
@@ -95,7 +95,7 @@ def test_several_tensors_are_gathered_by_one_message(two):
         )
         assert torch.equal(index, torch.tensor([0, 1, 2, -1, 0, 1]))
         assert index.dtype == torch.long
-        # three rows of two floats and one index, to one other process
+        # Three rows of two floats and one index went to one other process.
         assert saw["told"] == 3 * (2 * 4 + 8)
 
 
@@ -106,10 +106,9 @@ def test_an_exchange_deals_rows_in_any_order_and_takes_them_back(two):
     assert first(2) == [[0, 100], [2, 102]]  # one row to each
     assert first(3) == [[102, 0, 4], [2, 104, 100]]  # one from the other, which comes first; two
     assert first(1) == [[100], [0]]
-    assert all(
-        saw["back"] == {2: True, 3: True, 1: True} and saw["dealt"][3].dtype == torch.bfloat16
-        for saw in two
-    )
+    for saw in two:
+        assert saw["back"] == {2: True, 3: True, 1: True}
+        assert saw["dealt"][3].dtype == torch.bfloat16
 
 
 def test_the_gradient_of_a_gather_is_summed_over_its_users(two):
@@ -165,9 +164,14 @@ def test_two_processes_see_the_very_views_of_one(two):
 
 
 def in_processes(world, job, folder, nodes=1):
-    """job() in `world` processes that torchrun might have started on so many nodes. They are forks
-    of this one, which saves them the seconds of an import; the store is this process's, as it is
-    torchrun's. -> what job returned in each, and what each printed."""
+    """Call job() in `world` processes that torchrun might have started on so many nodes.
+
+    They are forks of this process, which saves them the seconds of an import. The store is this
+    process's, as it is torchrun's.
+
+    Returns:
+        What job returned in each process, and what each printed.
+    """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
         "WORLD_SIZE": world,
@@ -179,11 +183,11 @@ def in_processes(world, job, folder, nodes=1):
     }
 
     def work(rank):
-        node, local = divmod(rank, world // nodes)
-        own = {"RANK": rank, "LOCAL_RANK": local, "GROUP_RANK": node}
-        os.environ.update({key: str(value) for key, value in {**shared, **own}.items()})
+        node, local_rank = divmod(rank, world // nodes)
+        environment = {**shared, "RANK": rank, "LOCAL_RANK": local_rank, "GROUP_RANK": node}
+        os.environ.update({key: str(value) for key, value in environment.items()})
         torch.set_num_threads(1)
-        with open(folder / f"said{rank}", "w") as said, contextlib.redirect_stdout(said):
+        with open(folder / f"said{rank}", "w") as output, contextlib.redirect_stdout(output):
             torch.save(job(), folder / f"saw{rank}.pt")
 
     fork = multiprocessing.get_context("fork")
@@ -201,7 +205,7 @@ def in_processes(world, job, folder, nodes=1):
 
 
 def first_and_others():
-    """Run every kind of function by the first process; -> what this one saw."""
+    """Run every kind of function by the first process. -> what this one saw."""
     distributed.init_distributed("cpu")
     r, saw, run = distributed.rank(), {}, distributed.run_on_first
 
@@ -256,7 +260,11 @@ class SignalsWhileWaiting:
 
 
 def told_to_stop(ending):
-    """How a call of run_on_first ends where the others, and then where the first is told to."""
+    """Tell the other processes to stop, and then the first, while they are in run_on_first.
+
+    Returns:
+        How both calls ended.
+    """
     objects = distributed.object_store
     store = objects.store
     signal.signal(signal.SIGTERM, signals.handle)
@@ -277,7 +285,7 @@ def told_to_stop(ending):
 
 
 def outlast_the_limit(run):
-    """A limit of 1 s for collectives: what run_on_first makes of it, and what a barrier does."""
+    """Set a limit of 1 s for collectives. -> what run_on_first returns, and how a barrier ends."""
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
     outlasts = run(lambda: time.sleep(1.5) or "done")
     try:
@@ -293,7 +301,7 @@ def outlast_the_limit(run):
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    """Four processes of two nodes: what each saw of run_on_first, and what they printed."""
+    """Run four processes of two nodes. -> what each saw of run_on_first, and what they printed."""
     return in_processes(4, first_and_others, tmp_path_factory.mktemp("four"), nodes=2)
 
 
@@ -322,7 +330,7 @@ def test_what_it_raises_ends_all_and_is_said_once(four):
 
 
 def test_a_run_that_is_told_to_stop_while_it_waits_ends(four):
-    saw, said = four
+    saw, _ = four
     stopped = "StopRequested", signals.EXIT_CODE
     assert [one["told"] for one in saw] == [("no end", "done"), *[stopped] * 3]
     assert [one["first told"] for one in saw] == [stopped, *[("SystemExit", 75)] * 3]
