@@ -82,16 +82,16 @@ def decoded(data):
 
 
 def test_pixels_are_those_of_pil_and_small_images_stay_as_they_are(jpegs):
-    plain, data = read(jpegs, "pretrain", None), read(jpegs, "pretrain", 38)
+    uncached, data = read(jpegs, "pretrain", None), read(jpegs, "pretrain", 38)
     assert isinstance(data, CachedSet)
     assert len(data) == 15
     assert not hasattr(data, "images")
-    assert list(data.files) == list(plain.files)
-    assert torch.equal(data.labels, plain.labels)
-    assert (data.classes, data.mean, data.std) == (plain.classes, plain.mean, plain.std)
+    assert list(data.files) == list(uncached.files)
+    assert torch.equal(data.labels, uncached.labels)
+    assert (data.classes, data.mean, data.std) == (uncached.classes, uncached.mean, uncached.std)
     shrunk = 0
     for i in range(15):
-        image, got = plain.decode(i), data.decode(i)
+        image, got = uncached.decode(i), data.decode(i)
         short, long = min(image.size), max(image.size)
         if short > 38:
             shrunk += 1
@@ -118,9 +118,9 @@ def test_views_of_images_that_were_not_shrunk_are_the_very_same(jpegs, backend):
 
 
 def test_rows_and_limits_are_taken_of_one_whole_cache(jpegs, builds):
-    plain, data = read(jpegs, "pretrain", None), read(jpegs, "pretrain", 64)
+    uncached, data = read(jpegs, "pretrain", None), read(jpegs, "pretrain", 64)
     rows = torch.tensor([11, 2, 7])
-    few, plain_few = data.select(rows), plain.select(rows)
+    few, plain_few = data.select(rows), uncached.select(rows)
     assert same(few, plain_few)
     assert few.labels.tolist() == [2, 0, 1]
     assert list(few.files) == list(plain_few.files)
@@ -165,9 +165,9 @@ def test_a_changed_folder_is_cached_anew(jpegs, builds, capsys):
     added = os.path.join(jpegs, "train", "b", "9.jpg")
     before = read(jpegs)
     old = np.asarray(read(jpegs).decode(8))
-    said = capsys.readouterr().out
-    assert said.endswith("caching 15 images once\n")
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().out
+    assert printed.endswith("caching 15 images once\n")
+    assert printed.count("\n") == 1
     assert len(builds) == 1
     changes = [
         lambda: Image.new("RGB", (41, 45), (200, 0, 0)).save(path),
@@ -180,14 +180,14 @@ def test_a_changed_folder_is_cached_anew(jpegs, builds, capsys):
     ]
     for i, change in enumerate(changes):
         change()
-        plain, data = read(jpegs, cache=None), read(jpegs)
-        said = capsys.readouterr().out
+        uncached, data = read(jpegs, cache=None), read(jpegs)
+        printed = capsys.readouterr().out
         assert len(builds) == i + 2
-        assert "caching" in said
-        assert "anew" in said
-        assert said.count("\n") == 1
-        assert len(data) == len(plain)
-        shrunk = plain.decode(7).resize(data.decode(7).size, Image.Resampling.BILINEAR)
+        assert "caching" in printed
+        assert "anew" in printed
+        assert printed.count("\n") == 1
+        assert len(data) == len(uncached)
+        shrunk = uncached.decode(7).resize(data.decode(7).size, Image.Resampling.BILINEAR)
         assert np.array_equal(data.decode(7), shrunk)
         assert files(jpegs) == [".npy", ".u8"]  # the old one is gone ...
     assert np.array_equal(before.decode(8), old)  # ... but for who had it
@@ -236,9 +236,9 @@ def test_a_build_that_fails_leaves_nothing(jpegs, monkeypatch):
     broken = os.path.join(jpegs, "train", "b", "3.jpg")
     with open(broken, "wb") as f:
         f.write(b"not a picture")
-    plain = read(jpegs, "pretrain", None)
+    uncached = read(jpegs, "pretrain", None)
     with pytest.raises(SystemExit) as without:
-        list(Loader(plain, 15, 1, 0, CPU, augment="eval", image_size=24, workers=0).epoch(0))
+        list(Loader(uncached, 15, 1, 0, CPU, augment="eval", image_size=24, workers=0).epoch(0))
     for workers in (1, 2):
         monkeypatch.setattr(cache, "default_workers", lambda workers=workers: workers)
         with pytest.raises(SystemExit) as error:
@@ -316,26 +316,48 @@ def test_building_leaves_the_random_state_alone(jpegs, monkeypatch, workers):
 
 
 TWO_NODES = """
-import os, pickle, numpy as np, torch
+import pickle
+
+import numpy as np
+import torch
+
 from data import cache
 from data.datasets import load
 from engine import distributed
+
 distributed.init_distributed()
-rank, did, write, hash_files = distributed.rank(), [], cache.write, cache.hash_files
-cache.write = lambda *a: did.append("write") or write(*a)
-cache.hash_files = lambda *a: did.append("hash") or hash_files(*a)
+rank = distributed.rank()
+calls = []
+plain_write = cache.write
+plain_hash_files = cache.hash_files
 
-def seen(root):
-    did.clear()
+def write(*args):
+    calls.append("write")
+    return plain_write(*args)
+
+def hash_files(*args):
+    calls.append("hash")
+    return plain_hash_files(*args)
+
+cache.write = write
+cache.hash_files = hash_files
+
+def decode(data, count):
+    return [torch.from_numpy(np.array(data.decode(i))) for i in range(count)]
+
+def calls_and_images(root):
+    calls.clear()
     data = load("train", 0, name="folder", root=root, cache=24)
-    return list(did), [torch.from_numpy(np.array(data.decode(i))) for i in range(15)]
+    return list(calls), decode(data, 15)
 
-shared, own = seen("jpegs"), seen(f"own{rank}")
-distributed.node_firsts = [0, 0]                   # from here on, two of one node
-node = seen("jpegs")
-few = pickle.load(open("test.pkl", "rb"))
-few = [torch.from_numpy(np.array(few.decode(i))) for i in range(2)]
-torch.save((shared, own, node, few), f"saw{rank}.pt")
+shared = calls_and_images("jpegs")
+of_this_node = calls_and_images(f"own{rank}")
+# From here on, both processes are of one node.
+distributed.node_firsts = [0, 0]
+on_one_node = calls_and_images("jpegs")
+with open("test.pkl", "rb") as f:
+    unpickled = decode(pickle.load(f), 2)
+torch.save((shared, of_this_node, on_one_node, unpickled), f"saw{rank}.pt")
 distributed.cleanup()
 """
 
@@ -354,9 +376,9 @@ def run_on_two_nodes(folder):
             text=True,
         )
         started.append(process)
-    said = [process.communicate(timeout=120)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
-    return said
+    printed = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], printed
+    return printed
 
 
 @pytest.mark.slow
@@ -375,21 +397,21 @@ def test_two_processes_build_once_and_read_the_same(jpegs, tmp_path):
     for node in (0, 1):
         shutil.copytree(os.path.join(jpegs, "train"), tmp_path / f"own{node}")
     (tmp_path / "job.py").write_text(TWO_NODES)
-    said = run_on_two_nodes(tmp_path)
-    assert "caching 15 images anew" in said[0]
-    assert "jpegs/train" not in said[1]
-    assert "own0.cache24: caching 15" in said[0]
-    assert "own1.cache24: caching 15" in said[1]
+    printed = run_on_two_nodes(tmp_path)
+    assert "caching 15 images anew" in printed[0]
+    assert "jpegs/train" not in printed[1]
+    assert "own0.cache24: caching 15" in printed[0]
+    assert "own1.cache24: caching 15" in printed[1]
     saw = [torch.load(tmp_path / f"saw{rank}.pt") for rank in (0, 1)]
     assert [did for (did, _), *_ in saw] == [["hash", "write"], ["hash"]]
     assert [did for _, (did, _), *_ in saw] == [["hash", "write"]] * 2
     assert [did for _, _, (did, _), _ in saw] == [["hash"], []]
-    plain = read(jpegs)
+    uncached = read(jpegs)
     for *sets, few in saw:
         for _, images in sets:
-            assert all(np.array_equal(x, plain.decode(i)) for i, x in enumerate(images))
+            assert all(np.array_equal(x, uncached.decode(i)) for i, x in enumerate(images))
         assert all(np.array_equal(x, test.decode(i)) for i, x in enumerate(few))
-    assert (np.asarray(plain.decode(8)).mean((0, 1)) - [200, 0, 0]).max() < 3
+    assert (np.asarray(uncached.decode(8)).mean((0, 1)) - [200, 0, 0]).max() < 3
 
 
 # -------------------------------------------------- a build that ends early
@@ -404,13 +426,13 @@ def stops(monkeypatch):
     decoded, limit = [], {"count": None}
     monkeypatch.setattr(cache, "default_workers", lambda: 0)
     monkeypatch.setattr(cache, "RECORD_SECONDS", 0)
-    plain = cache.Shrunk.__call__
+    original = cache.Shrunk.__call__
 
     def call(self, rows):
         if limit["count"] is not None and len(decoded) == limit["count"]:
             limit["error"]()
         decoded.append(rows)
-        return plain(self, rows)
+        return original(self, rows)
 
     def stop_after(count, error=None):
         before = sum(decoded, [])
@@ -528,13 +550,13 @@ def test_a_disk_that_becomes_full_keeps_nothing_half_made(jpegs, stops, monkeypa
     """At the first sync the index is made; the last ones are those of the last rows."""
     old = read(jpegs)
     os.utime(f"{jpegs}/train/c/1.jpg", ns=(1, 1))
-    calls, plain = [], cache.sync
+    calls, original = [], cache.sync
 
     def sync(file):
         calls.append(file)
         if len(calls) == full_at:
             raise OSError(errno.ENOSPC, "No space left on device")
-        plain(file)
+        original(file)
 
     monkeypatch.setattr(cache, "sync", sync)
     with pytest.raises(SystemExit) as refusal:
@@ -569,8 +591,8 @@ def test_a_disk_that_others_fill_meanwhile_keeps_nothing_half_made(jpegs, stops,
     usage = namedtuple("usage", "free")
     calls = []
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage(10**6 if not calls else 100))
-    plain = cache.UnfinishedCache.record
-    monkeypatch.setattr(cache.UnfinishedCache, "record", lambda self: calls.append(plain(self)))
+    original = cache.UnfinishedCache.record
+    monkeypatch.setattr(cache.UnfinishedCache, "record", lambda self: calls.append(original(self)))
     with pytest.raises(SystemExit, match="free there, those of 8 images that were made and are re"):
         read(jpegs)
     assert files(jpegs) == []
@@ -589,9 +611,9 @@ def test_a_truncated_image_ends_two_processes_with_one_sentence(jpegs, tmp_path)
     )
     done = run(tmp_path, tmp_path / "job.py", processes=2, check=False)
     assert done.returncode == 1
-    said = done.stderr + (tmp_path / "said1.err").read_text()
-    assert said.count("\n") == 1
-    assert said.startswith(f"{broken} cannot be read as an image (")
+    printed = done.stderr + (tmp_path / "said1.err").read_text()
+    assert printed.count("\n") == 1
+    assert printed.startswith(f"{broken} cannot be read as an image (")
 
 
 # -------------------------------------------------- where it lies
@@ -636,13 +658,13 @@ def test_large_photographs_are_reduced_by_the_jpeg_decoder(tmp_path, monkeypatch
     photograph(403, 301).save(folder / "3.png")
     photograph(403, 301).convert("L").save(folder / "4.jpg", quality=95)
     photograph(90, 80).save(folder / "small" / "0.jpg")
-    plain = load("pretrain", 0, name="folder", root=str(folder))
+    uncached = load("pretrain", 0, name="folder", root=str(folder))
     reduced = load("pretrain", 0, name="folder", root=str(folder), cache=24)
-    state = cache.hash_files(plain.files, skip=False)
+    state = cache.hash_files(uncached.files, skip=False)
     assert state not in reduced.path
     differences = []
-    for i in range(len(plain)):
-        image = plain.decode(i)
+    for i in range(len(uncached)):
+        image = uncached.decode(i)
         size = (24 * image.width // min(image.size), 24 * image.height // min(image.size))
         wanted = np.asarray(image.resize(size, Image.Resampling.BILINEAR), float)
         assert reduced.decode(i).size == size

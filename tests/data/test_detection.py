@@ -166,9 +166,9 @@ def test_vocs_files_become_cocos_form(voc_devkit):
     # It holds the red square.
     assert image[0, y1 + 2 : y2 - 2, x1 + 2 : x2 - 2].min() > 200
     assert image[0, : y1 - 3].max() < 160 > image[0, y2 + 3 :].max()
-    found = as_detections(val["annotations"])
-    assert average_precision(val, found, "box")["box AP"] == pytest.approx(100)
-    assert average_precision(val, found[:3], "box")["box AP"] == pytest.approx(100)
+    detections = as_detections(val["annotations"])
+    assert average_precision(val, detections, "box")["box AP"] == pytest.approx(100)
+    assert average_precision(val, detections[:3], "box")["box AP"] == pytest.approx(100)
 
 
 def test_vocs_boxes_without_area_neither_train_nor_are_evaluated(voc_devkit, capsys):
@@ -190,8 +190,8 @@ def test_vocs_boxes_without_area_neither_train_nor_are_evaluated(voc_devkit, cap
     assert len(detection.Images(val, "box")) == 4
     assert [a["image_id"] for a in val["annotations"]] == [3, 4]
     assert val["annotations"][0]["bbox"][2] == 1
-    found = as_detections(val["annotations"])
-    assert average_precision(val, found, "box")["box AP"] == pytest.approx(100)
+    detections = as_detections(val["annotations"])
+    assert average_precision(val, detections, "box")["box AP"] == pytest.approx(100)
 
 
 @pytest.mark.parametrize(

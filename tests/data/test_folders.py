@@ -174,11 +174,11 @@ def images_of(root, part="pretrain"):
 def test_parts_by_other_names(tmp_path, capsys, train, val):
     make_files(tmp_path, f"{train}/a/1.png", f"{train}/b/2.png", f"{val}/a/3.png", f"{val}/b/4.png")
     assert images_of(tmp_path) == [f"{train}/a/1.png", f"{train}/b/2.png"]
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert images_of(tmp_path, "test") == [f"{val}/a/3.png", f"{val}/b/4.png"]
     assert capsys.readouterr().out == ""  # it was said of the training part
     for name, right in ((train, ("train",)), (val, ("val", "test"))):
-        assert (f"{name} is taken as its part" in said) == (name not in right)
+        assert (f"{name} is taken as its part" in printed) == (name not in right)
 
 
 def test_two_folders_for_one_part_are_refused_and_links_are_not(tmp_path):
@@ -209,9 +209,9 @@ def test_a_cache_beside_train_is_no_class(tmp_path, capsys):
 def test_folders_beside_train_are_named_and_train_may_be_a_class(tmp_path, capsys):
     make_files(tmp_path, "train/1.png", "held out/2.png")
     assert images_of(tmp_path) == ["train/1.png"]
-    said = capsys.readouterr().out
-    assert "train alone is trained on; left out are 1 folders" in said
-    assert "is held out;" in said
+    printed = capsys.readouterr().out
+    assert "train alone is trained on; left out are 1 folders" in printed
+    assert "is held out;" in printed
     os.rename(tmp_path / "train", tmp_path / "Train")
     os.rename(tmp_path / "held out", tmp_path / "Car")
     assert load("pretrain", 0, name="folder", root=str(tmp_path)).classes == ["Car", "Train"]
@@ -237,7 +237,7 @@ HIDDEN = (
 
 def test_hidden_and_system_folders_and_files_are_left_out_and_counted_once(tmp_path, capsys):
     make_files(tmp_path, "train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png")
-    plain = read(tmp_path)
+    visible_only = read(tmp_path)
     assert capsys.readouterr().out == ""
     make_files(
         tmp_path,
@@ -248,13 +248,13 @@ def test_hidden_and_system_folders_and_files_are_left_out_and_counted_once(tmp_p
         "train/.empty/",
     )
     data = read(tmp_path)
-    said = capsys.readouterr().out
-    assert f"{len(HIDDEN) + 3} hidden or system folders and files under" in said
-    assert said.count("\n") == 1
-    assert list(data.files) == list(plain.files)
-    assert data.classes == plain.classes == ["a", "b"]
+    printed = capsys.readouterr().out
+    assert f"{len(HIDDEN) + 3} hidden or system folders and files under" in printed
+    assert printed.count("\n") == 1
+    assert list(data.files) == list(visible_only.files)
+    assert data.classes == visible_only.classes == ["a", "b"]
     assert data.labels.tolist() == [0, 1]
-    assert data.fingerprint() == plain.fingerprint()
+    assert data.fingerprint() == visible_only.fingerprint()
 
 
 def test_a_hidden_folder_may_hold_the_data_set_itself(tmp_path):

@@ -230,11 +230,12 @@ def test_names_that_are_no_text(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path, name):
-    folder, (make, said, at_once) = good(tmp_path / "all"), BAD[name]
+    folder = good(tmp_path / "all")
+    make, message, at_once = BAD[name]
     make(os.path.join(folder, name))
     sentence = (
         rf"^{os.path.join(folder, name)} cannot be read as an image "
-        rf"\([^\n]*({said})[^\n]*\); remove or replace it$"
+        rf"\([^\n]*({message})[^\n]*\); remove or replace it$"
     )
     data = load("pretrain", 0, name="folder", root=folder)
     assert len(data) == 8
@@ -266,12 +267,12 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=sentence):
         load("pretrain", 0, name="folder", root=folder, check_files=True)
     monkeypatch.undo()
-    data, plain = load("pretrain", 0, name="folder", root=folder), Image.open
+    data, original = load("pretrain", 0, name="folder", root=folder), Image.open
 
     def refuse(path, **how):
         if path.endswith("m3.png"):
             raise PermissionError(13, "Permission denied", path)
-        return plain(path, **how)
+        return original(path, **how)
 
     monkeypatch.setattr(Image, "open", refuse)
     with pytest.raises(SystemExit, match=sentence):
@@ -311,11 +312,14 @@ def test_a_broken_image_is_replaced_by_the_next_whatever_the_workers_and_batches
     for workers in (0, 1, 2):
         ld = loader(data, workers, 3)
         runs.append((*views(ld), ld.replaced()))
-    a, i, said = runs[0]
-    assert all(torch.equal(a, b) and torch.equal(i, j) and said == t for b, j, t in runs)
-    assert sorted(i.tolist()) == list(range(9))
-    assert said.startswith("3 of 9 images were replaced by those after them; the first: ")
-    assert "m2.png cannot" in said
+    first_views, first_index, replaced = runs[0]
+    for epoch_views, index, sentence in runs[1:]:
+        assert torch.equal(first_views, epoch_views)
+        assert torch.equal(first_index, index)
+        assert sentence == replaced
+    assert sorted(first_index.tolist()) == list(range(9))
+    assert replaced.startswith("3 of 9 images were replaced by those after them; the first: ")
+    assert "m2.png cannot" in replaced
     # IFND's look at them: the same pixels.
     steps = ordered_batches(data, torch.arange(9), "eval", 8, CPU, workers=0)
     seen = torch.cat([x[:, 0, 0, 0] for x, _ in steps])
@@ -397,15 +401,15 @@ def test_folders_that_are_not_as_they_should_be(classes, monkeypatch, capsys):
     RGB.save(os.path.join(train, "b", "x.gif"))
     put(os.path.join(train, "b", "notes.txt"), b"of no interest")
     assert len(read()) == 18
-    said = capsys.readouterr().out
-    assert "1 files under" in said
-    assert said.strip().endswith("b/x.gif")
-    plain = os.scandir
+    printed = capsys.readouterr().out
+    assert "1 files under" in printed
+    assert printed.strip().endswith("b/x.gif")
+    original = os.scandir
 
     def refuse(path):
         if path.endswith("/b"):
             raise PermissionError(13, "Permission denied", path)
-        return plain(path)
+        return original(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(SystemExit, match=f"{train}/b cannot be listed .Permission denied"):
@@ -467,14 +471,14 @@ def test_data_check_files_looks_once_at_each_file_and_opens_none(tmp_path, monke
     files = [str(tmp_path / f"{i:04d}.jpg") for i in range(1200)]
     for file in files:
         put(file, b"x")
-    plain, stats, accesses, nodes = os.stat, [], [], []
+    original, stats, accesses, nodes = os.stat, [], [], []
 
     def run_on_first(function, per_node):
         nodes.append(per_node)
         return function()
 
     monkeypatch.setattr(image_files.distributed, "run_on_first", run_on_first)
-    monkeypatch.setattr(os, "stat", lambda path, **how: stats.append(path) or plain(path, **how))
+    monkeypatch.setattr(os, "stat", lambda path, **how: stats.append(path) or original(path, **how))
     monkeypatch.setattr(os, "access", lambda path, how: accesses.append(path) or True)
     load("pretrain", 0, name="folder", root=str(tmp_path), check_files=True)
     assert sorted(file for file in stats if file.endswith(".jpg")) == sorted(accesses) == files
@@ -501,15 +505,17 @@ def sixteen_bits(folder, bits, n=40):
 
 
 def test_few_bits_in_a_file_of_16_are_told_once(tmp_path, capsys, monkeypatch):
-    opened, plain = [], image_files.open_image
-    monkeypatch.setattr(image_files, "open_image", lambda file: opened.append(file) or plain(file))
+    opened, original = [], image_files.open_image
+    monkeypatch.setattr(
+        image_files, "open_image", lambda file: opened.append(file) or original(file)
+    )
     image_files.say_if_dark(sixteen_bits(tmp_path / "12", 12))
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
     assert len(opened) == 14  # every third of 40
-    assert f"{tmp_path}/12/00.png has 16 bits" in said
-    assert "highest value is 4095 of 65535" in said
-    assert "multiplied by 16\n" in said
+    assert f"{tmp_path}/12/00.png has 16 bits" in printed
+    assert "highest value is 4095 of 65535" in printed
+    assert "multiplied by 16\n" in printed
     image_files.say_if_dark(sixteen_bits(tmp_path / "8", 8, 2))
     assert "multiplied by 256\n" in capsys.readouterr().out
 

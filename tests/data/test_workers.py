@@ -177,7 +177,7 @@ def kill_oneself(number, i):
 
 
 @pytest.mark.parametrize(
-    "number,said",
+    "number,message",
     [
         (
             signal.SIGKILL,
@@ -190,8 +190,8 @@ def kill_oneself(number, i):
         ),
     ],
 )
-def test_a_worker_that_is_killed_is_named_with_its_signal(number, said):
-    with pytest.raises(InputLost, match=said):
+def test_a_worker_that_is_killed_is_named_with_its_signal(number, message):
+    with pytest.raises(InputLost, match=message):
         list(in_workers(functools.partial(kill_oneself, number), range(10), 2))
     assert not multiprocessing.active_children()
 
@@ -226,7 +226,7 @@ def raise_error(error, i):
 
 @pytest.mark.parametrize("count", [0, 2])
 @pytest.mark.parametrize(
-    "function,said",
+    "function,message",
     [
         (functools.partial(raise_error, MemoryError()), "memory ran out; allow more"),
         (functools.partial(raise_error, OSError(errno.ENOMEM, "")), "memory ran out; allow more"),
@@ -236,20 +236,20 @@ def raise_error(error, i):
         ),
     ],
 )
-def test_what_was_short_is_said(count, function, said):
-    with pytest.raises(InputLost, match=f"^images could not be read: .*{said}"):
+def test_what_was_short_is_said(count, function, message):
+    with pytest.raises(InputLost, match=f"^images could not be read: .*{message}"):
         list(in_workers(function, range(4), count))
 
 
 @pytest.mark.parametrize(
-    "function,said",
+    "function,message",
     [
         (out_of_files, r"Too many open files.*\(\d+\); raise ulimit -n"),
         (out_of_memory, "memory ran out"),
     ],
 )
-def test_real_limits_in_a_worker(function, said):
-    with pytest.raises(InputLost, match=said):
+def test_real_limits_in_a_worker(function, message):
+    with pytest.raises(InputLost, match=message):
         list(in_workers(function, range(4), 2))
 
 
@@ -273,21 +273,21 @@ def test_a_fault_of_the_program_keeps_its_traceback(make):
 
 
 @pytest.mark.parametrize(
-    "error,said",
+    "error,message",
     [
         (MemoryError(), "memory ran out"),
         (OSError(errno.EMFILE, "Too many open files"), "raise ulimit -n"),
     ],
 )
 def test_an_image_is_not_called_broken_when_something_else_is_short(
-    folder, monkeypatch, error, said
+    folder, monkeypatch, error, message
 ):
     """PIL's errors end up in "cannot be read as an image": the image is whole."""
     monkeypatch.setattr(
         Image, "open", functools.partial(lambda error, *_, **__: raise_error(error, 0), error)
     )
     for count in (0, 2):
-        with pytest.raises(InputLost, match=said) as raised:
+        with pytest.raises(InputLost, match=message) as raised:
             list(loader(folder, count).epoch(0))
         assert "cannot be read as an image" not in str(raised.value)
 
