@@ -123,8 +123,10 @@ def test_names_that_print_alike_are_told_apart(tmp_path):
     for part, form in (("train", "NFD"), ("val", "NFC")):
         put_images(tmp_path / part / unicodedata.normalize(form, "caf\u00e9"), 1)
         put_images(tmp_path / part / "tea", 1)
-    said = obstacle(tmp_path)
-    assert r"class 'cafe\u0301' (beside 'caf\xe9', which prints alike) is among the train" in said
+    sentence = obstacle(tmp_path)
+    assert (
+        r"class 'cafe\u0301' (beside 'caf\xe9', which prints alike) is among the train" in sentence
+    )
 
 
 def test_obstacles_of_either_part(tmp_path):

@@ -194,7 +194,7 @@ def test_which_gpus_a_build_serves(kernels, capability, served):
 
 def test_a_v100_beside_a_build_for_cuda_13_is_refused_with_the_way_out(machine):
     machine("cuda", 1, (7, 0))
-    said = refusal()
+    sentence = refusal()
     for part in (
         "Tesla V100-SXM2-16GB",
         "7.0",
@@ -204,7 +204,7 @@ def test_a_v100_beside_a_build_for_cuda_13_is_refused_with_the_way_out(machine):
         "https://download.pytorch.org/whl/cu126",
         "--device cpu",
     ):
-        assert part in said
+        assert part in sentence
     assert devices.choose("cpu") == torch.device("cpu")
 
 
@@ -227,9 +227,9 @@ def test_other_gpus_are_not_sent_to_old_builds(machine):
 @pytest.mark.parametrize("warned", [True, False])  # torch warns once in a process
 def test_a_driver_that_is_too_old_is_said_and_refused_where_cuda_is_asked_for(driver, warned):
     driver(TOO_OLD.format(12080), warned)
-    said = refusal("cuda")
+    sentence = refusal("cuda")
     for part in ("driver", "serves CUDA 12.8", torch.__version__, "CUDA 13.0", "/whl/cu126"):
-        assert part in said
+        assert part in sentence
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch's own words do not come on top
         assert devices.choose() == torch.device("cpu")

@@ -65,7 +65,7 @@ def test_a_signature_that_cannot_be_read_is_imported(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
-    "arguments, code, said",
+    "arguments, code, message",
     [
         (["--help"], 0, "--device NAME"),
         (["--cfg", "yaml/quickstart.yaml", "loss.temprature=1"], 1, "did you mean temperature?"),
@@ -76,7 +76,7 @@ def test_a_signature_that_cannot_be_read_is_imported(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_what_needs_no_torch_does_not_import_it(script, arguments, code, said):
+def test_what_needs_no_torch_does_not_import_it(script, arguments, code, message):
     done = subprocess.run(
         [sys.executable, "-X", "importtime", script, *arguments],
         cwd=ROOT,
@@ -84,7 +84,7 @@ def test_what_needs_no_torch_does_not_import_it(script, arguments, code, said):
         text=True,
     )
     assert done.returncode == code
-    assert said in done.stdout + done.stderr
+    assert message in done.stdout + done.stderr
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
     assert "yaml" in imported
     assert not imported & {"torch", "torchvision", "numpy", "tqdm", "PIL"}

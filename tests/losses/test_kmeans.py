@@ -64,10 +64,15 @@ def test_the_start_finds_groups_that_random_rows_miss():
 def test_memory_beyond_the_data_is_under_200_MB():
     """Peak resident memory of a process of its own, before and after."""
     job = textwrap.dedent("""
-        import resource, torch
+        import resource
+
+        import torch
+
         from losses.kmeans import kmeans
+
         def peak():
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
         x = torch.randn(50000, 128)
         x @ x[:8].T
         kmeans(x[:100].clone(), 2)
@@ -140,11 +145,11 @@ def test_lloyds_iterations_are_the_literal_ones():
     for _ in range(4):
         labels = torch.cdist(x, centroids).argmin(1)
         centroids = torch.stack([x[labels == c].mean(0) for c in range(12)])
-    found, moved, mine = run_lloyd(x, x[:12], 4)
+    scaled_objective, moved, labels = run_lloyd(x, x[:12], 4)
     assert torch.allclose(moved, centroids, atol=1e-6)
-    assert torch.equal(mine, torch.cdist(x, centroids).argmin(1))
-    points = kmeans_rows.Points(x, 12)
-    assert found / points.distance_scale == pytest.approx(objective(x, centroids, mine), rel=1e-5)
+    assert torch.equal(labels, torch.cdist(x, centroids).argmin(1))
+    ours = scaled_objective / kmeans_rows.Points(x, 12).distance_scale
+    assert ours == pytest.approx(objective(x, centroids, labels), rel=1e-5)
 
 
 def test_lloyd_stops_where_centroids_stand_still():
