@@ -16,48 +16,58 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["train_pretrain", "train_linear", "train_finetune", "train_detect", "processes"]
 )
-os.environ["OMP_NUM_THREADS"] = "1"  # of the server, which is not yet there
+# The server starts with the first process, and takes this over.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def run(folder, script, *arguments, processes=1, check=True):
     """Run a script in a folder, by one process or by several that form a process group.
 
-    script: the name of one of ours, or the path of a file. What it prints, of the first process, and
-    what it exits with come back as a subprocess.CompletedProcess. check: it must exit with 0.
+    Args:
+        folder: the working directory.
+        script: the name of one of our scripts, or the absolute path of a file.
+        arguments: its command line.
+        processes: how many processes run it.
+        check: every process must exit with 0.
+
+    Returns:
+        A subprocess.CompletedProcess with the output of the first process and the worst exit code.
     """
-    script = os.path.join(ROOT, script)  # a whole path stays as it is
+    script = os.path.join(ROOT, script)  # an absolute path stays as it is
     arguments = [str(argument) for argument in arguments]
-    environments = [{}] if processes == 1 else group(processes)
+    environments = [{}] if processes == 1 else group_environments(processes)
     started = [
-        SERVER.Process(target=child, args=(str(folder), script, arguments, environment))
+        SERVER.Process(target=run_script, args=(str(folder), script, arguments, environment))
         for environment in environments
     ]
     for process in started:
         process.start()
     for process in started:
         process.join()
-    out, err = (read(folder, kind, environments[0]) for kind in ("out", "err"))
+    out = read_output(folder, "out", environments[0])
+    errors = [read_output(folder, "err", environment) for environment in environments]
     codes = [process.exitcode for process in started]
-    others = [read(folder, "err", environment) for environment in environments[1:]]
-    assert not check or not any(codes), "\n".join([out, err, *others])
-    return subprocess.CompletedProcess([script, *arguments], max(codes, key=abs), out, err)
+    if check:
+        assert not any(codes), "\n".join([out, *errors])
+    worst_code = max(codes, key=abs)
+    return subprocess.CompletedProcess([script, *arguments], worst_code, out, errors[0])
 
 
 def torchrun(processes, arguments, folder, check=True):
-    """torchrun itself, which starts fresh interpreters. -> a subprocess.CompletedProcess."""
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run"),
-        *("--nproc_per_node", str(processes), "--master_port", str(free_port())),
-        *map(str, arguments),
-    ]
+    """Run torchrun itself, which starts fresh interpreters. -> a subprocess.CompletedProcess."""
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    command += ["--nproc_per_node", str(processes)]
+    command += ["--master_port", str(free_port())]
+    command += map(str, arguments)
     environment = {**os.environ, "PYTHONPATH": ROOT}
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
-def group(processes):
-    """What torchrun would tell each of several processes of one machine."""
+def group_environments(processes):
+    """Make the environment variables that torchrun gives each process of one machine."""
     common = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
@@ -68,28 +78,30 @@ def group(processes):
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """Find a TCP port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
-def child(folder, script, arguments, environment):
-    """What a fork of the server does."""
+def run_script(folder, script, arguments, environment):
+    """Be the script: this is what a fork of the server does."""
     os.chdir(folder)
     os.environ.update(environment)
-    multiprocessing.set_start_method("fork", force=True)  # as in a program of its own
-    for number, kind in ((1, "out"), (2, "err")):
-        path = said(folder, kind, environment)
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    # Image workers are forked, as they are in a program that was started by itself.
+    multiprocessing.set_start_method("fork", force=True)
+    for descriptor, kind in ((1, "out"), (2, "err")):
+        path = output_file(folder, kind, environment)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
 
 
-def said(folder, kind, environment):
-    """The file with what a process printed."""
+def output_file(folder, kind, environment):
+    """Name the file that takes what a process prints. kind: "out" or "err"."""
     return os.path.join(folder, f"said{environment.get('RANK', '')}.{kind}")
 
 
-def read(folder, kind, environment):
-    with open(said(folder, kind, environment)) as f:
+def read_output(folder, kind, environment):
+    with open(output_file(folder, kind, environment)) as f:
         return f.read()

@@ -194,15 +194,22 @@ def test_voc_through_the_script(voc_devkit, tmp_path, monkeypatch):
 
 
 JOB_THAT_NOTES_IMAGES = """
-import json, os, sys
+import json
+import os
+
 import train_detect
-seen, real = [], train_detect.records
+
+seen = []
+plain_records = train_detect.records
+
 def records(output, image_id, *more):
     seen.append(image_id)
-    return real(output, image_id, *more)
+    return plain_records(output, image_id, *more)
+
 train_detect.records = records
 train_detect.main()
-json.dump(seen, open(f"seen{os.environ['RANK']}.json", "w"))
+with open(f"seen{os.environ['RANK']}.json", "w") as f:
+    json.dump(seen, f)
 """
 
 
@@ -261,15 +268,21 @@ def test_two_processes_say_a_refusal_once(tmp_path):
 
 
 JOB_THAT_IS_KILLED = f"""
-import os, signal, sys
+import os
+import signal
+import sys
+
 sys.path.insert(0, {ROOT!r})
 import train_detect
-plain = train_detect.checkpoint.save
+
+plain_save = train_detect.checkpoint.save
+
 def save(path, settings, epoch, **parts):
     if epoch == 3:
-        plain(path, settings, epoch, **parts)
+        plain_save(path, settings, epoch, **parts)
     else:
-        os.killpg(0, signal.SIGKILL)  # the group, its worker included
+        os.killpg(0, signal.SIGKILL)  # the whole group, the worker included
+
 train_detect.checkpoint.save = save
 train_detect.main()
 """
@@ -384,9 +397,9 @@ def test_a_save_after_an_evaluation_asks_for_no_other(voc_devkit, tmp_path, monk
         patch.setattr(train_detect.checkpoint, "save", killed)
         script(patch, tmp_path, *common)
     script(monkeypatch, tmp_path, *common)
-    said = capsys.readouterr().out
-    assert "going on from runs/a/detect/last.pt after iteration 3 of 4" in said
-    assert "evaluated first" not in said
+    printed = capsys.readouterr().out
+    assert "going on from runs/a/detect/last.pt after iteration 3 of 4" in printed
+    assert "evaluated first" not in printed
 
 
 def test_weights_are_compared_by_what_they_are(voc_devkit, tmp_path, monkeypatch):

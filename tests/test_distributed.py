@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 
 from engine import distributed, signals
-from processes import ROOT, group, run
+from processes import ROOT, group_environments, run
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """Two processes run every collective once; -> the folder with what each saw."""
+    """Let two processes run every collective once. -> what each saw."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "job.py").write_text(
         textwrap.dedent("""
@@ -80,9 +80,11 @@ def two(tmp_path_factory):
 
 def test_collectives(two):
     for saw in two:
-        assert saw["gather"].tolist() == [0, 1, 2, 10, 11, 12] and saw["mean"].item() == 0.5
+        assert saw["gather"].tolist() == [0, 1, 2, 10, 11, 12]
+        assert saw["mean"].item() == 0.5
         assert saw["sum"].item() == 2**61 + 1  # whole numbers, exactly
-        assert saw["objects"] == [{"rank": 0}, {"rank": 1}] and saw["bn"].tolist() == [0.5, 0.5]
+        assert saw["objects"] == [{"rank": 0}, {"rank": 1}]
+        assert saw["bn"].tolist() == [0.5, 0.5]
 
 
 def test_several_tensors_are_gathered_by_one_message(two):
@@ -91,10 +93,10 @@ def test_several_tensors_are_gathered_by_one_message(two):
         assert torch.equal(
             values, torch.cat([torch.arange(6.0).view(3, 2), torch.arange(6.0).view(3, 2) + 10])
         )
-        assert torch.equal(index, torch.tensor([0, 1, 2, -1, 0, 1])) and index.dtype == torch.long
-        assert saw["told"] == 3 * (
-            2 * 4 + 8
-        )  # three rows of two floats and one index, to one other process
+        assert torch.equal(index, torch.tensor([0, 1, 2, -1, 0, 1]))
+        assert index.dtype == torch.long
+        # Three rows of two floats and one index went to one other process.
+        assert saw["told"] == 3 * (2 * 4 + 8)
 
 
 def test_an_exchange_deals_rows_in_any_order_and_takes_them_back(two):
@@ -104,10 +106,9 @@ def test_an_exchange_deals_rows_in_any_order_and_takes_them_back(two):
     assert first(2) == [[0, 100], [2, 102]]  # one row to each
     assert first(3) == [[102, 0, 4], [2, 104, 100]]  # one from the other, which comes first; two
     assert first(1) == [[100], [0]]
-    assert all(
-        saw["back"] == {2: True, 3: True, 1: True} and saw["dealt"][3].dtype == torch.bfloat16
-        for saw in two
-    )
+    for saw in two:
+        assert saw["back"] == {2: True, 3: True, 1: True}
+        assert saw["dealt"][3].dtype == torch.bfloat16
 
 
 def test_the_gradient_of_a_gather_is_summed_over_its_users(two):
@@ -116,10 +117,8 @@ def test_the_gradient_of_a_gather_is_summed_over_its_users(two):
 
 
 def test_clusters_are_the_same_on_every_rank(two):
-    assert (
-        all(torch.equal(a, b) for a, b in zip(two[0]["kmeans"], two[1]["kmeans"]))
-        and len(two[1]["kmeans"][1].unique()) == 3
-    )
+    assert all(torch.equal(a, b) for a, b in zip(two[0]["kmeans"], two[1]["kmeans"]))
+    assert len(two[1]["kmeans"][1].unique()) == 3
 
 
 def test_uneven_data_lose_and_repeat_no_image(two):
@@ -165,9 +164,14 @@ def test_two_processes_see_the_very_views_of_one(two):
 
 
 def in_processes(world, job, folder, nodes=1):
-    """job() in `world` processes that torchrun might have started on so many nodes. They are forks
-    of this one, which saves them the seconds of an import; the store is this process's, as it is
-    torchrun's. -> what job returned in each, and what each printed."""
+    """Call job() in `world` processes that torchrun might have started on so many nodes.
+
+    They are forks of this process, which saves them the seconds of an import. The store is this
+    process's, as it is torchrun's.
+
+    Returns:
+        What job returned in each process, and what each printed.
+    """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
         "WORLD_SIZE": world,
@@ -179,11 +183,11 @@ def in_processes(world, job, folder, nodes=1):
     }
 
     def work(rank):
-        node, local = divmod(rank, world // nodes)
-        own = {"RANK": rank, "LOCAL_RANK": local, "GROUP_RANK": node}
-        os.environ.update({key: str(value) for key, value in {**shared, **own}.items()})
+        node, local_rank = divmod(rank, world // nodes)
+        environment = {**shared, "RANK": rank, "LOCAL_RANK": local_rank, "GROUP_RANK": node}
+        os.environ.update({key: str(value) for key, value in environment.items()})
         torch.set_num_threads(1)
-        with open(folder / f"said{rank}", "w") as said, contextlib.redirect_stdout(said):
+        with open(folder / f"said{rank}", "w") as output, contextlib.redirect_stdout(output):
             torch.save(job(), folder / f"saw{rank}.pt")
 
     fork = multiprocessing.get_context("fork")
@@ -201,7 +205,7 @@ def in_processes(world, job, folder, nodes=1):
 
 
 def first_and_others():
-    """Run every kind of function by the first process; -> what this one saw."""
+    """Run every kind of function by the first process. -> what this one saw."""
     distributed.init_distributed("cpu")
     r, saw, run = distributed.rank(), {}, distributed.run_on_first
 
@@ -256,7 +260,11 @@ class SignalsWhileWaiting:
 
 
 def told_to_stop(ending):
-    """How a call of run_on_first ends where the others, and then where the first is told to."""
+    """Tell the other processes to stop, and then the first, while they are in run_on_first.
+
+    Returns:
+        How both calls ended.
+    """
     objects = distributed.object_store
     store = objects.store
     signal.signal(signal.SIGTERM, signals.handle)
@@ -277,7 +285,7 @@ def told_to_stop(ending):
 
 
 def outlast_the_limit(run):
-    """A limit of 1 s for collectives: what run_on_first makes of it, and what a barrier does."""
+    """Set a limit of 1 s for collectives. -> what run_on_first returns, and how a barrier ends."""
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
     outlasts = run(lambda: time.sleep(1.5) or "done")
     try:
@@ -293,13 +301,15 @@ def outlast_the_limit(run):
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    """Four processes of two nodes: what each saw of run_on_first, and what they printed."""
+    """Run four processes of two nodes. -> what each saw of run_on_first, and what they printed."""
     return in_processes(4, first_and_others, tmp_path_factory.mktemp("four"), nodes=2)
 
 
 def test_the_first_process_works_for_all(four):
     for saw in four[0]:
-        assert saw["value"] == {"by": 0} and saw["large"] == 9 * 2**20 and saw["still"] == 0
+        assert saw["value"] == {"by": 0}
+        assert saw["large"] == 9 * 2**20
+        assert saw["still"] == 0
     assert [saw["node"]["by"] for saw in four[0]] == [0, 0, 2, 2]
 
 
@@ -315,11 +325,12 @@ def test_what_it_raises_ends_all_and_is_said_once(four):
         ended,
     ]
     assert [one["both nodes"] for one in saw] == [("SystemExit", "process 0 refuses"), *[ended] * 3]
-    assert saw[0]["no pickle"] != "no end" and saw[1]["no pickle"] == "SystemExit"
+    assert saw[0]["no pickle"] != "no end"
+    assert saw[1]["no pickle"] == "SystemExit"
 
 
 def test_a_run_that_is_told_to_stop_while_it_waits_ends(four):
-    saw, said = four
+    saw, _ = four
     stopped = "StopRequested", signals.EXIT_CODE
     assert [one["told"] for one in saw] == [("no end", "done"), *[stopped] * 3]
     assert [one["first told"] for one in saw] == [stopped, *[("SystemExit", 75)] * 3]
@@ -327,7 +338,8 @@ def test_a_run_that_is_told_to_stop_while_it_waits_ends(four):
 
 def test_objects_of_any_size_are_gathered_and_a_problem_ends_all(four):
     for r, saw in enumerate(four[0]):
-        assert saw["objects"] == [0, 1, 2, 3] and saw["mixed"] == [0, 2**21, 2, 3]
+        assert saw["objects"] == [0, 1, 2, 3]
+        assert saw["mixed"] == [0, 2**21, 2, 3]
         assert saw["agree"] == [None, "1 disagrees" if r == 0 else 1]
 
 
@@ -336,7 +348,8 @@ def test_the_wait_for_the_first_outlasts_the_limit_of_collectives(four):
     saw = four[0]
     assert [one["outlasts"] for one in saw] == ["done"] * 4
     ends = [one["barrier"] for one in saw]
-    assert ends[0] == "no end" and "no end" not in ends[1:]
+    assert ends[0] == "no end"
+    assert "no end" not in ends[1:]
     assert any("imed out" in end for end in ends[1:])  # and the others lose a peer
 
 
@@ -390,7 +403,8 @@ def test_two_processes_train_as_one(name, tmp_path):
         for key, value in one[part].items():
             assert torch.allclose(value.float(), two[part][key].float(), atol=1e-5), f"{part}.{key}"
             compared += 1
-    assert compared > 20 and len(two["rng"]) == 2
+    assert compared > 20
+    assert len(two["rng"]) == 2
 
 
 @pytest.mark.slow
@@ -415,13 +429,10 @@ def test_a_batch_in_parts_is_a_step(tmp_path):
     def line(name):
         return json.loads((tmp_path / "runs" / name / "log.jsonl").read_text().splitlines()[-1])
 
-    assert (
-        line("parts")["loss"] == pytest.approx(line("split")["loss"], abs=1e-4)
-        and line("parts")["K"] == line("split")["K"]
-    )
-    assert four["epoch"] == 2 and line("four")["loss"] == pytest.approx(
-        line("split")["loss"], abs=0.2
-    )
+    assert line("parts")["loss"] == pytest.approx(line("split")["loss"], abs=1e-4)
+    assert line("parts")["K"] == line("split")["K"]
+    assert four["epoch"] == 2
+    assert line("four")["loss"] == pytest.approx(line("split")["loss"], abs=0.2)
 
 
 @pytest.mark.slow
@@ -450,7 +461,8 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     done = run(
         tmp_path, "train_pretrain.py", *TINY, "optim.batch_size=33", processes=2, check=False
     )
-    assert done.returncode != 0 and "batch_size 33 does not divide by 2 processes" in done.stderr
+    assert done.returncode != 0
+    assert "batch_size 33 does not divide by 2 processes" in done.stderr
 
 
 # -------------------------------------------------- what the processes say as they end
@@ -507,9 +519,15 @@ def test_a_script_in_two_processes_refuses_once(tmp_path):
             "RANK=0, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start with torchrun",
         ),
         ({"RANK": "3", "WORLD_SIZE": "4"}, "RANK=3, but not MASTER_ADDR, MASTER_PORT"),
-        (group(2)[0] | {"RANK": "2"}, "RANK=2, WORLD_SIZE=2 and .*RANK below WORLD_SIZE"),
-        (group(2)[0] | {"RANK": "zero"}, "RANK=zero, .* must be whole numbers"),
-        (group(2)[0] | {"MASTER_PORT": "http"}, "MASTER_PORT=http: they must be whole numbers"),
+        (
+            group_environments(2)[0] | {"RANK": "2"},
+            "RANK=2, WORLD_SIZE=2 and .*RANK below WORLD_SIZE",
+        ),
+        (group_environments(2)[0] | {"RANK": "zero"}, "RANK=zero, .* must be whole numbers"),
+        (
+            group_environments(2)[0] | {"MASTER_PORT": "http"},
+            "MASTER_PORT=http: they must be whole numbers",
+        ),
     ],
 )
 def test_an_environment_with_half_a_process_group_is_refused(environment, sentence, monkeypatch):

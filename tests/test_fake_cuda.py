@@ -33,9 +33,8 @@ from data.datasets import ArraySet
 from data.loader import Loader
 from engine import checkpoint, distributed
 from evaluation.features import knn
-from losses import Contrast
+from losses import Contrast, ifnd
 from losses.diagnostics import step_diagnostics
-from losses.ifnd import IFND as ClusteringLoss
 from losses.jcl import JCL
 from losses.kmeans import kmeans
 from losses.mochi import MoCHi
@@ -132,9 +131,9 @@ class FakeGPU(TorchDispatchMode):
         return NotImplemented
 
 
-def move(module, *given, **named):
-    """nn.Module.to, which cannot move a fake tensor."""
-    where = [x for x in (*given, *named.values()) if isinstance(x, (str, torch.device))]
+def move(module, *args, **kwargs):
+    """Do what nn.Module.to does, which cannot move a fake tensor."""
+    where = [x for x in (*args, *kwargs.values()) if isinstance(x, (str, torch.device))]
     for part in module.modules():
         for name, p in part._parameters.items():
             if p is not None:
@@ -147,17 +146,20 @@ def move(module, *given, **named):
 
 @contextlib.contextmanager
 def fake_gpu():
-    """-> a FakeGPU, with which all that asks for one finds an A100."""
+    """Let all that asks for a GPU find an A100. -> the FakeGPU."""
     optimizers, init = [], torch.optim.Optimizer.__init__
 
-    def remember(self, *given, **named):
+    def remember(self, *args, **kwargs):
         optimizers.append(self)
-        init(self, *given, **named)
+        init(self, *args, **kwargs)
 
     def backward(loss):
-        assert loss.device == GPU and loss.dtype == torch.float32 and loss.requires_grad
-        for p in [p for o in optimizers for group in o.param_groups for p in group["params"]]:
-            p.grad = torch.empty_like(p)
+        assert loss.device == GPU
+        assert loss.dtype == torch.float32
+        assert loss.requires_grad
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for parameter in [p for group in groups for p in group["params"]]:
+            parameter.grad = torch.empty_like(parameter)
 
     answers = dict(
         is_bf16_supported=True,
@@ -173,8 +175,8 @@ def fake_gpu():
             (torch.Tensor, "backward", backward),
             (torch.optim.Optimizer, "__init__", remember),
             (torch.cuda.amp.common, "amp_definitely_not_available", bool),
-            (data.loader, "prefetch", lambda items: items),
-        ):  # no thread
+            (data.loader, "prefetch", lambda items: items),  # without its thread
+        ):
             stack.enter_context(mock.patch.object(where, name, value))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()))
         yield stack.enter_context(FakeGPU())
@@ -227,8 +229,10 @@ def test_a_wait_is_recorded(what):
 def test_a_condition_and_a_list_are_waits():
     with fake_gpu() as gpu:
         x = torch.zeros(3, device=GPU)
-        assert bool(x.sum() > 0) and x.tolist() == [0.0] * 3
-        assert len(gpu.waits) == 4 and gpu.kinds() == {"item"}
+        assert bool(x.sum() > 0)
+        assert x.tolist() == [0.0] * 3
+        assert len(gpu.waits) == 4
+        assert gpu.kinds() == {"item"}
 
 
 def test_half_precision_at_a_loss_is_found():
@@ -444,18 +448,23 @@ def test_augmentation(recipe, side):
     u = augment.sample_parameters(6, torch.Generator().manual_seed(0))
     with fake_gpu() as gpu:
         views = augment.apply(torch.zeros(6, 3, side, side, dtype=torch.uint8, device=GPU), u)
-        assert views.device == GPU and views.shape == (6, 3, 16, 16)
-        assert views.dtype == torch.float32 and gpu.kinds() <= {COPY}
+        assert views.device == GPU
+        assert views.shape == (6, 3, 16, 16)
+        assert views.dtype == torch.float32
+        assert gpu.kinds() <= {COPY}
 
 
 def test_neighbours_and_clusters():
     with fake_gpu():
         x, labels = torch.zeros(20, 4, device=GPU), torch.zeros(20, dtype=torch.long, device=GPU)
-        found = knn(x, labels, x[:7], 5, 0.1)
-        assert found.device == GPU and found.shape == (7,) and found.dtype == torch.long
+        classes = knn(x, labels, x[:7], 5, 0.1)
+        assert classes.device == GPU
+        assert classes.shape == (7,)
+        assert classes.dtype == torch.long
         centroids, cluster = kmeans(x, 3)
         assert centroids.device == cluster.device == GPU
-        assert centroids.shape == (3, 4) and cluster.shape == (20,)
+        assert centroids.shape == (3, 4)
+        assert cluster.shape == (20,)
 
 
 class Context(types.SimpleNamespace):
@@ -468,27 +477,33 @@ def test_log_partition_forward_and_backward(which):
     with fake_gpu() as gpu:
         q, n = F.normalize(torch.zeros(5, 4, device=GPU)), torch.zeros(9, 4, device=GPU)
         mask = torch.ones(5, 9, dtype=torch.bool, device=GPU) if which == "mask" else None
-        own = torch.arange(5, device=GPU) if which == "own" else None
-        levels = which == "levels"
-        mine = torch.zeros(2, 5, 1, dtype=torch.int, device=GPU) if levels else None
-        theirs = torch.zeros(2, 1, 9, dtype=torch.int, device=GPU) if levels else None
+        self_index = torch.arange(5, device=GPU) if which == "own" else None
+        has_levels = which == "levels"
+        q_labels = torch.zeros(2, 5, 1, dtype=torch.int, device=GPU) if has_levels else None
+        n_labels = torch.zeros(2, 1, 9, dtype=torch.int, device=GPU) if has_levels else None
         context = Context()
-        Z = LogPartition.forward(context, q, n, 0.1, mask, own, mine, theirs)
+        Z = LogPartition.forward(context, q, n, 0.1, mask, self_index, q_labels, n_labels)
         gradient, *none = LogPartition.backward(context, torch.zeros_like(Z))
-        assert Z.shape == ((2, 5) if levels else (5,)) and gradient.shape == q.shape
-        assert Z.dtype == gradient.dtype == torch.float32 and gradient.device == GPU
-        assert none == [None] * 6 and not gpu.waits
+        assert Z.shape == ((2, 5) if has_levels else (5,))
+        assert gradient.shape == q.shape
+        assert Z.dtype == gradient.dtype == torch.float32
+        assert gradient.device == GPU
+        assert none == [None] * 6
+        assert not gpu.waits
 
 
 @pytest.mark.parametrize("name", ["nce", "ring", "jcl", "mochi", "ifnd", "attract", "list"])
 def test_figures_of_a_loss_wait_for_nothing(name):
     """But IFND, which compares the labels of all images once an epoch."""
     given = {"temperature": 0.2}
-    ifnd = ClusteringLoss(9, 30, clusters=[2, 3], reassign_every=2, **given)
-    attract = ClusteringLoss(9, 30, clusters=[2], reassign_every=2, mode="attract", **given)
-    mochi = MoCHi(mixed=3, query_mixed=2, warmup_epochs=0, **given)
-    losses = {"nce": NCE(**given), "ring": Ring(9, **given), "jcl": JCL(9, **given)}
-    losses |= {"mochi": mochi, "ifnd": ifnd, "attract": attract}
+    losses = {
+        "nce": NCE(**given),
+        "ring": Ring(9, **given),
+        "jcl": JCL(9, **given),
+        "mochi": MoCHi(mixed=3, query_mixed=2, warmup_epochs=0, **given),
+        "ifnd": ifnd.IFND(9, 30, clusters=[2, 3], reassign_every=2, **given),
+        "attract": ifnd.IFND(9, 30, clusters=[2], reassign_every=2, mode="attract", **given),
+    }
     losses["list"] = Together([losses[part] for part in ("ifnd", "ring", "mochi", "jcl")])
     with fake_gpu() as gpu:
         loss_fn = move(losses[name], GPU)
@@ -499,7 +514,8 @@ def test_figures_of_a_loss_wait_for_nothing(name):
         output = loss_fn(contrast, 3.0)
         labels = None if name in ("ifnd", "attract", "list") else index[:30]
         figures = step_diagnostics(loss_fn, [contrast], [output], labels, 3.0)
-        assert {value.device for value in figures.values()} == {GPU} and not gpu.waits
+        assert {value.device for value in figures.values()} == {GPU}
+        assert not gpu.waits
 
 
 def test_gather_forward_and_backward(monkeypatch):
@@ -508,4 +524,6 @@ def test_gather_forward_and_backward(monkeypatch):
         x = torch.zeros(5, 4, device=GPU)
         y = distributed.AllGather.forward(Context(), x)
         gradient = distributed.AllGather.backward(Context(), torch.zeros_like(y))
-        assert y.device == gradient.device == GPU and gradient.shape == x.shape and not gpu.waits
+        assert y.device == gradient.device == GPU
+        assert gradient.shape == x.shape
+        assert not gpu.waits

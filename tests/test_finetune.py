@@ -1,4 +1,7 @@
-"""Fine-tuning on few labels: which images, what moves, what is kept, what is refused. Tiny runs on the built-in shapes."""
+"""Fine-tuning on few labels: which images, what moves, what is kept, what is refused.
+
+The runs are tiny, and train on the built-in shapes.
+"""
 
 import json
 import os
@@ -30,7 +33,7 @@ SETTINGS = [
 
 
 def backbone(path, seed):
-    """Some encoder's weights in a file, as train_pretrain.py leaves them."""
+    """Write the weights of a new encoder to a file, as train_pretrain.py leaves them."""
     torch.manual_seed(seed)
     os.makedirs(path.parent, exist_ok=True)
     torch.save(Encoder(backbone="resnet10", stem="cifar", width=8).backbone.state_dict(), path)
@@ -47,15 +50,18 @@ def json_lines(path):
 
 @pytest.fixture
 def finetune(tmp_path, monkeypatch, capsys):
-    """-> a function that runs the script with SETTINGS and more, in this process and in tmp_path; it returns what was printed."""
+    """Give a function that runs the script in this process and in tmp_path.
 
-    def go(*more):
+    It takes settings beside SETTINGS, and returns what was printed.
+    """
+
+    def run_here(*more):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["train_finetune.py", *SETTINGS, *map(str, more)])
         train_finetune.main()
         return capsys.readouterr().out
 
-    return go
+    return run_here
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +74,7 @@ def finished(tmp_path_factory):
     ).stdout
 
 
-# ---------------------------------------------------------------------------------------------------- which images
+# ------------------------------------------------------------------------------------- which images
 
 
 def test_the_draw_is_balanced_the_same_for_a_seed_and_a_small_one_is_in_a_large_one():
@@ -76,19 +82,15 @@ def test_the_draw_is_balanced_the_same_for_a_seed_and_a_small_one_is_in_a_large_
     train = ArraySet(
         torch.zeros(2000, 3, 8, 8, dtype=torch.uint8), labels, list("abcdefghij"), None, None
     )
-    few, more, other = (
-        Finetune(labels=0.01).choose(train, 3),
-        Finetune(labels=0.1).choose(train, 3),
-        Finetune(labels=0.01).choose(train, 4),
-    )
-    assert (
-        labels[few].bincount().tolist() == [2] * 10
-        and labels[more].bincount().tolist() == [20] * 10
-    )
-    assert torch.equal(few, Finetune(labels=0.01).choose(train, 3)) and not torch.equal(few, other)
-    assert set(few.tolist()) < set(more.tolist()) and Finetune(labels=1.0).choose(
-        train, 3
-    ).tolist() == list(range(2000))
+    one_percent = Finetune(labels=0.01).choose(train, 3)
+    ten_percent = Finetune(labels=0.1).choose(train, 3)
+    another_seed = Finetune(labels=0.01).choose(train, 4)
+    assert labels[one_percent].bincount().tolist() == [2] * 10
+    assert labels[ten_percent].bincount().tolist() == [20] * 10
+    assert torch.equal(one_percent, Finetune(labels=0.01).choose(train, 3))
+    assert not torch.equal(one_percent, another_seed)
+    assert set(one_percent.tolist()) < set(ten_percent.tolist())
+    assert Finetune(labels=1.0).choose(train, 3).tolist() == list(range(2000))
     with pytest.raises(ValueError, match="is 2, fewer than the 10 classes; take at least 10/2000"):
         Finetune(labels=0.001).choose(train, 3)
 
@@ -134,7 +136,10 @@ def test_a_list_with_folders_or_a_byte_order_mark(tmp_path):
 
 
 def test_images_that_a_list_leaves_out_are_never_read(finetune, tmp_path):
-    """They are no images at all here, and nobody notices. Another list under the same name is another run."""
+    """They are no images at all here, and nobody notices.
+
+    Another list under the same name is another run.
+    """
     rng = np.random.default_rng(0)
     for part, count in (("train", 8), ("val", 5)):
         for c in "ab":
@@ -158,10 +163,8 @@ def test_images_that_a_list_leaves_out_are_never_read(finetune, tmp_path):
         "finetune.list=some.txt",
         "finetune.batch_size=8",
     ]
-    assert (
-        "50 % of the labels: 8 of 16 training images, some.txt; 10 test images, 2 classes"
-        in finetune(*settings)
-    )
+    protocol = "50 % of the labels: 8 of 16 training images, some.txt; 10 test images, 2 classes"
+    assert protocol in finetune(*settings)
     assert json_lines(tmp_path / "runs" / "a" / "finetune.jsonl")[0]["figures"]["top-5"] == 100
     listed.write_text("\n".join(f"{c}_{i}.png" for c in "ab" for i in (7, 1, 2, 3)))
     with pytest.raises(SystemExit, match="another run: labelled was"):
@@ -178,31 +181,22 @@ def test_images_that_a_list_leaves_out_are_never_read(finetune, tmp_path):
         finetune(*settings)
 
 
-# ---------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 
 def test_the_loss_falls_and_figures_are_kept(finished):
     folder, out = finished
     log = json_lines(folder / "runs" / "a" / "finetune" / "log.jsonl")
-    assert [line["epoch"] for line in log] == list(range(1, 9)) and log[-1]["loss"] < log[0][
-        "loss"
-    ] - 0.1
+    assert [line["epoch"] for line in log] == list(range(1, 9))
+    assert log[-1]["loss"] < log[0]["loss"] - 0.1
     (line,) = json_lines(folder / "runs" / "a" / "finetune.jsonl")
-    assert line["weights"] == os.path.join("runs", "a", "backbone.pt") and {
-        "protocol",
-        "seed",
-        "seconds",
-        "figures",
-    } <= set(line)
-    assert (
-        "100 % of the labels: 128 of 128 training images, class-balanced" in line["protocol"]
-        and "random" not in line["protocol"]
-    )
-    assert (
-        0 < line["figures"]["top-1"] < line["figures"]["top-5"] <= 100
-        and line["protocol"] in out
-        and f"{line['figures']['top-1']:.2f}" in out
-    )
+    assert line["weights"] == os.path.join("runs", "a", "backbone.pt")
+    assert {"protocol", "seed", "seconds", "figures"} <= set(line)
+    assert "100 % of the labels: 128 of 128 training images, class-balanced" in line["protocol"]
+    assert "random" not in line["protocol"]
+    assert 0 < line["figures"]["top-1"] < line["figures"]["top-5"] <= 100
+    assert line["protocol"] in out
+    assert f"{line['figures']['top-1']:.2f}" in out
 
 
 def test_it_starts_from_the_weights_given_every_layer_moves_and_each_part_at_its_own_rate(
@@ -217,31 +211,32 @@ def test_it_starts_from_the_weights_given_every_layer_moves_and_each_part_at_its
     )
     finetune("--weights", "given.pt", "name=a", "finetune.lr=0.05", "finetune.lr_classifier=1e-12")
     finetune("--weights", "none", "name=none", "finetune.lr=1e-12")
-    slow, a, none = (state(tmp_path, name)["model"] for name in ("slow", "a", "none"))
-    assert len(weights) > 30 and not any("head" in key for key in a)
+    slow = state(tmp_path, "slow")["model"]
+    a = state(tmp_path, "a")["model"]
+    none = state(tmp_path, "none")["model"]
+    assert len(weights) > 30
+    assert not any("head" in key for key in a)
     assert all(torch.allclose(slow[f"encoder.backbone.{k}"], given[k], atol=1e-9) for k in weights)
     assert not any(torch.equal(a[f"encoder.backbone.{k}"], given[k]) for k in weights)
-    assert not torch.equal(
-        slow["encoder.backbone.bn1.running_mean"], given["bn1.running_mean"]
-    )  # BatchNorm is in train mode
-    assert not slow["fc.bias"].allclose(a["fc.bias"], atol=1e-3) and a["fc.bias"].abs().max() < 1e-9
+    # BatchNorm is in training mode.
+    assert not torch.equal(slow["encoder.backbone.bn1.running_mean"], given["bn1.running_mean"])
+    assert not slow["fc.bias"].allclose(a["fc.bias"], atol=1e-3)
+    assert a["fc.bias"].abs().max() < 1e-9
     assert not torch.allclose(
         none["encoder.backbone.conv1.weight"], given["conv1.weight"], atol=1e-2
     )
     (line,) = json_lines(tmp_path / "runs" / "none" / "finetune.jsonl")
-    assert (
-        line["weights"] == "none" and "fine-tuned from random weights on 50 %" in line["protocol"]
-    )
-    assert (
-        config.load(str(tmp_path / "runs" / "none" / "config.yaml"))["finetune"]["lr"] == 1e-12
-    )  # report.py finds the row by it
+    assert line["weights"] == "none"
+    assert "fine-tuned from random weights on 50 %" in line["protocol"]
+    # report.py finds the row by the saved settings.
+    saved = config.load(str(tmp_path / "runs" / "none" / "config.yaml"))
+    assert saved["finetune"]["lr"] == 1e-12
 
 
 @pytest.mark.slow
 def test_stopped_and_resumed_is_bit_equal_to_undisturbed(finetune, tmp_path, monkeypatch):
     backbone(tmp_path / "given.pt", 7)
-    whole = ["--weights", "given.pt", "name=whole"]
-    finetune(*whole)
+    finetune("--weights", "given.pt", "name=whole")
     save = checkpoint.save
 
     def save_and_die(*args, **parts):
@@ -252,28 +247,25 @@ def test_stopped_and_resumed_is_bit_equal_to_undisturbed(finetune, tmp_path, mon
     for _ in range(2):  # after the first epoch, and after the second
         with pytest.raises(KeyboardInterrupt):
             finetune("--weights", "given.pt", "name=cut")
-    assert (
-        state(tmp_path, "cut")["epoch"] == 2
-        and not (tmp_path / "runs" / "cut" / "finetune.jsonl").exists()
-    )
+    assert state(tmp_path, "cut")["epoch"] == 2
+    assert not (tmp_path / "runs" / "cut" / "finetune.jsonl").exists()
     monkeypatch.setattr(checkpoint, "save", save)
-    assert "going on from" in finetune("--weights", "given.pt", "name=cut")
-    a, b = state(tmp_path, "whole"), state(tmp_path, "cut")
-    assert all(same(a[part], b[part]) for part in ("epoch", "model", "optimizer", "scaler", "rng"))
-    (a,), (b,) = (
-        json_lines(tmp_path / "runs" / name / "finetune.jsonl") for name in ("whole", "cut")
-    )
-    assert a["figures"] == b["figures"] and [
-        line["epoch"] for line in json_lines(tmp_path / "runs" / "cut" / "finetune" / "log.jsonl")
-    ] == [1, 2, 3]
+    assert "going on after epoch 2 of 3" in finetune("--weights", "given.pt", "name=cut")
+    whole, cut = state(tmp_path, "whole"), state(tmp_path, "cut")
+    for part in ("epoch", "model", "optimizer", "scaler", "rng"):
+        assert same(whole[part], cut[part]), part
+    (whole,) = json_lines(tmp_path / "runs" / "whole" / "finetune.jsonl")
+    (cut,) = json_lines(tmp_path / "runs" / "cut" / "finetune.jsonl")
+    assert whole["figures"] == cut["figures"]
+    log = json_lines(tmp_path / "runs" / "cut" / "finetune" / "log.jsonl")
+    assert [line["epoch"] for line in log] == [1, 2, 3]
 
 
 def test_cmc_is_fine_tuned_on_both_streams(finetune, tmp_path):
     finetune("--weights", "none", "model.host=cmc", "finetune.epochs=1", "name=a")
     model = state(tmp_path, "a")["model"]
-    assert {"encoder.backbone.L.conv1.weight", "encoder.backbone.ab.conv1.weight"} <= set(
-        model
-    ) and model["fc.weight"].shape == (12, 64)
+    assert {"encoder.backbone.L.conv1.weight", "encoder.backbone.ab.conv1.weight"} <= set(model)
+    assert model["fc.weight"].shape == (12, 64)
 
 
 @pytest.mark.slow
@@ -289,32 +281,28 @@ def test_two_processes_fine_tune_as_one(tmp_path):
     run(tmp_path, "train_finetune.py", *settings, "name=two", processes=2)
     run(tmp_path, "train_finetune.py", *settings, "name=one", "model.bn_splits=2")
     one, two = (state(tmp_path, name)["model"] for name in ("one", "two"))
-    assert one.keys() == two.keys() and all(
-        torch.allclose(one[key].float(), two[key].float(), atol=1e-4) for key in one
-    )
-    (one,), (two,) = (
-        json_lines(tmp_path / "runs" / name / "finetune.jsonl") for name in ("one", "two")
-    )
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[key].float(), two[key].float(), atol=1e-4) for key in one)
+    (one,) = json_lines(tmp_path / "runs" / "one" / "finetune.jsonl")
+    (two,) = json_lines(tmp_path / "runs" / "two" / "finetune.jsonl")
     assert one["figures"] == pytest.approx(two["figures"], abs=0.2)
 
 
-# ---------------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 
 def test_a_finished_run_says_so_and_another_in_its_folder_is_refused_until_fresh(
     finetune, tmp_path
 ):
-    backbone(tmp_path / "given.pt", 9), backbone(tmp_path / "other.pt", 10)
+    backbone(tmp_path / "given.pt", 9)
+    backbone(tmp_path / "other.pt", 10)
     settings = ["name=a", "finetune.epochs=2"]
     finetune("--weights", "given.pt", *settings)
     shutil.copy(tmp_path / "given.pt", tmp_path / "copy.pt")
-    out = finetune(
-        "--weights", "copy.pt", *settings, "knn.k=5"
-    )  # the same weights under another name
-    assert (
-        "is finished, all 2 epochs; its figures are in" in out
-        and len(json_lines(tmp_path / "runs" / "a" / "finetune.jsonl")) == 1
-    )
+    # These are the same weights under another name.
+    out = finetune("--weights", "copy.pt", *settings, "knn.k=5")
+    assert "is finished, all 2 epochs; its figures are in" in out
+    assert len(json_lines(tmp_path / "runs" / "a" / "finetune.jsonl")) == 1
     for more, message in (
         (["--weights", "other.pt"], "weights was 'sha256 "),
         (["--weights", "none"], "is now 'none'"),
@@ -347,7 +335,8 @@ def test_a_finished_run_says_so_and_another_in_its_folder_is_refused_until_fresh
         ),
         (
             ["finetune.labels=10"],
-            "labels is 10; it is a share of the training labels, above 0 and at most 1, so 1 % is 0.01",
+            "labels is 10; it is a share of the training labels, above 0 and at most 1, "
+            "so 1 % is 0.01",
         ),
         (
             ["finetune.labels=0.01"],
@@ -359,7 +348,8 @@ def test_a_finished_run_says_so_and_another_in_its_folder_is_refused_until_fresh
         ),
         (
             ["finetune.batch_size=256"],
-            "finetune.batch_size 256 is larger than the 64 labelled images; lower finetune.batch_size",
+            "finetune.batch_size 256 is larger than the 64 labelled images; "
+            "lower finetune.batch_size",
         ),
         (["finetune.lr_classifier=0"], "lr_classifier is 0.0; it must be above 0"),
         (["finetune.momentum=-1"], "finetune: Invalid momentum value: -1.0"),
@@ -372,7 +362,8 @@ def test_a_finished_run_says_so_and_another_in_its_folder_is_refused_until_fresh
         (["finetune.lr=1e30"], "try a lower finetune.lr or finetune.lr_classifier"),
         (
             ["model.bn_splits=7"],
-            "finetune.batch_size 32 gives each process 32 images, which model.bn_splits 7 does not divide",
+            "finetune.batch_size 32 gives each process 32 images, "
+            "which model.bn_splits 7 does not divide",
         ),
         (["--weights", "nowhere.pt"], "nowhere.pt does not exist"),
     ],
@@ -380,14 +371,14 @@ def test_a_finished_run_says_so_and_another_in_its_folder_is_refused_until_fresh
 def test_bad_input_is_one_sentence(finetune, arguments, message):
     with pytest.raises(SystemExit) as stopped:
         finetune("--weights", "none", *arguments)
-    assert message in str(stopped.value) and "\n" not in str(stopped.value)
+    assert message in str(stopped.value)
+    assert "\n" not in str(stopped.value)
 
 
 def test_without_weights_it_says_how_to_get_them(tmp_path):
     done = run(tmp_path, "train_finetune.py", *SETTINGS, "name=nothing", check=False)
-    assert (
-        done.returncode == 1
-        and "holds no backbone.pt; first run: python train_pretrain.py" in done.stderr
-        and "--weights none" in done.stderr
-    )
-    assert "Traceback" not in done.stderr and not (tmp_path / "runs").exists()
+    assert done.returncode == 1
+    assert "holds no backbone.pt; first run: python train_pretrain.py" in done.stderr
+    assert "--weights none" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()

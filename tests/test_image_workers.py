@@ -198,7 +198,8 @@ def test_every_script_trains_whatever_the_size_of_dev_shm(script, nbytes, source
     )
     if code == 77:
         pytest.skip("the kernel lets no process have a mount namespace of its own")
-    assert code == 0 and err == "", out + err
+    assert code == 0, out + err
+    assert err == "", out + err
     left = {
         "train_pretrain.py": "backbone.pt",
         "train_linear.py": "linear.jsonl",
@@ -265,7 +266,9 @@ KEPT = {
 
 
 def assert_one_sentence(code, out, err, *parts):
-    assert code == 1 and err.count("\n") == 1 and err.endswith("\n"), (code, out + err)
+    assert code == 1, (code, out + err)
+    assert err.count("\n") == 1, (code, out + err)
+    assert err.endswith("\n"), (code, out + err)
     for part in parts:
         assert re.search(part, err), err
 
@@ -302,7 +305,8 @@ def test_the_sentence_names_the_checkpoint_and_the_same_line_goes_on_from_it(
         "; runs/cut/last.pt holds the state after epoch 1 of 3, and the same line goes on from",
     )
     code, out, err = run(script, tmp_path, "cut", *arguments)
-    assert code == 0 and "going on after epoch 1 of 3" in out, out + err
+    assert code == 0, out + err
+    assert "going on after epoch 1 of 3" in out, out + err
     assert_equal(tmp_path, "cut", undisturbed(*PAIR, *WORKERS)[0])
 
 
@@ -362,9 +366,8 @@ def test_two_processes_end_when_one_loses_a_worker(images, tmp_path):  # noqa: F
         for rank, fault in enumerate((None, KillsAWorker(1, 2)))
     ]
     codes = [end_of(process) for process in processes]
-    assert codes[1] == 1 and codes[0] not in (0, None), words(tmp_path, "two", "0") + words(
-        tmp_path, "two", "1"
-    )
+    assert codes[1] == 1, words(tmp_path, "two", "0") + words(tmp_path, "two", "1")
+    assert codes[0] not in (0, None), words(tmp_path, "two", "0") + words(tmp_path, "two", "1")
     err = words(tmp_path, "two", "1")[1]
     assert_one_sentence(
         codes[1],
@@ -405,7 +408,9 @@ def test_torchrun_ends_the_other_process(script, sources, tmp_path):
         tmp_path,
         check=False,
     )
-    assert (
-        done.returncode == 1 and "was killed by SIGKILL; most likely memory ran out" in done.stderr
-    ), done.stdout + done.stderr
-    assert f"{KEPT[script]}\n" in done.stderr and "[rank" not in done.stderr
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "was killed by SIGKILL; most likely memory ran out" in done.stderr, (
+        done.stdout + done.stderr
+    )
+    assert f"{KEPT[script]}\n" in done.stderr
+    assert "[rank" not in done.stderr

@@ -10,30 +10,37 @@ import pytest
 
 from engine import orphans
 from processes import ROOT, free_port
-from test_faults import there
+from test_faults import wait_until_a_run_waits
 from test_scripts import QUICK, TINY
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "getppid"), reason="no parents here")
 
-# Each process writes its number, and rank 0 says that it trains, in the second step of an epoch.
+# Each process writes down its number, and tells in the second step of an epoch that it trains.
 SCRIPT = """
-import os, runpy, sys
+import os
+import runpy
+import sys
+import time
+
 sys.path[:0] = [{root!r}, {tests!r}]
-open("process" + os.environ["RANK"], "w").write(str(os.getpid()))
+rank = os.environ["RANK"]
+with open("process" + rank, "w") as f:
+    f.write(str(os.getpid()))
 import test_faults
-def say_so():
-    with open("fifo" + os.environ["RANK"], "w") as fifo:
+
+def tell_that_it_trains():
+    with open("fifo" + rank, "w") as fifo:
         fifo.write("it trains")
-    import time
     time.sleep({pause})
-test_faults.at(0, 1, say_so)
+
+test_faults.at(0, 1, tell_that_it_trains)
 sys.argv[0] = {script!r}
 runpy.run_path({script!r}, run_name="__main__")
 """
 
 
 def is_running(process):
-    """Is it there, and not only waiting for init to take its exit code?"""
+    """Is the process there, and does it not only wait for init to take its exit code?"""
     try:
         with open(f"/proc/{process}/stat") as f:
             return f.read().rpartition(")")[2].split()[0] != "Z"
@@ -58,28 +65,26 @@ def test_the_processes_of_a_killed_torchrun_save_and_end(processes, tmp_path):
     (tmp_path / "job.py").write_text(text)
     for rank in range(processes):
         os.mkfifo(tmp_path / f"fifo{rank}")
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)),
-        *("--master_port", str(free_port()), "job.py", "--cfg", QUICK, *TINY),
-        *("knn.every=0", "optim.epochs=1000", "name=a"),
-    ]
-    with open(tmp_path / "said", "w") as said:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    command += ["--nproc_per_node", str(processes), "--master_port", str(free_port())]
+    command += ["job.py", "--cfg", QUICK, *TINY, "knn.every=0", "optim.epochs=1000", "name=a"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "output", "w") as output:
         torchrun = subprocess.Popen(
-            command, cwd=tmp_path, stdout=said, stderr=said, env=environment
+            command, cwd=tmp_path, stdout=output, stderr=output, env=environment
         )
     for rank in range(processes):
-        there(tmp_path / f"fifo{rank}")
+        wait_until_a_run_waits(tmp_path / f"fifo{rank}")
     torchrun.send_signal(signal.SIGKILL)
     torchrun.wait()
     numbers = [(tmp_path / f"process{rank}").read_text() for rank in range(processes)]
     ended = wait_until(lambda: not any(map(is_running, numbers)))
-    words = (tmp_path / "said").read_text()
+    printed = (tmp_path / "output").read_text()
     for number in filter(is_running, numbers):
         os.kill(int(number), signal.SIGKILL)
-    assert ended, words
-    assert "told to stop: runs/a/last.pt holds the state after step" in words, words
-    assert "Traceback" not in words, words
+    assert ended, printed
+    assert "told to stop: runs/a/last.pt holds the state after step" in printed, printed
+    assert "Traceback" not in printed, printed
 
 
 def test_it_is_told_when_it_has_another_parent(monkeypatch):
@@ -88,7 +93,8 @@ def test_it_is_told_when_it_has_another_parent(monkeypatch):
     monkeypatch.setattr(os, "kill", lambda *given: told.append(given))
     monkeypatch.setattr(orphans.time, "sleep", lambda seconds: None)
     orphans.watch(42, 7)
-    assert told == [(42, signal.SIGTERM)] and next(parents, "all asked") == "all asked"
+    assert told == [(42, signal.SIGTERM)]
+    assert next(parents, "all asked") == "all asked"
 
 
 @pytest.mark.parametrize("by_torchrun", [True, False])

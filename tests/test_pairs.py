@@ -1,5 +1,7 @@
-"""Every method on every host, and methods together: two epochs on shapes, in one process and in two; ranks stay equal, resume is bit-exact, and labels
-do not reach the weights."""
+"""Every method on every host, and methods together: two epochs on shapes, in one process or two.
+
+Ranks stay equal, a resumed run is bit-exact, and labels do not reach the weights.
+"""
 
 import functools
 import json
@@ -18,39 +20,44 @@ LOSSES = {
     "jcl": ["model.n_views=3"],
     "ifnd": ["loss.clusters=[4,8]", "loss.reassign_every=1"],
 }
-DRAWS = {("ir", "nce"), ("cmc", "ring"), ("ir", "ring")}  # as the papers do on a bank
-IFND, RING, MOCHI = (
-    "{name: ifnd, temperature: 0.2, clusters: [4, 8], reassign_every: 1%s}",
-    "{name: ring, temperature: 0.2, inner: 0.05, outer: 0.6%s}",
-    "{name: mochi, temperature: 0.2, hardest: 8, mixed: 10, query_mixed: 5, warmup_epochs: 1}",
-)
+# The pairs that draw their negatives from the bank, as the papers do.
+DRAWS = {("ir", "nce"), ("cmc", "ring"), ("ir", "ring")}
+
+IFND = "name: ifnd, temperature: 0.2, clusters: [4, 8], reassign_every: 1"
+RING = "name: ring, temperature: 0.2, inner: 0.05, outer: 0.6"
+MOCHI = "name: mochi, temperature: 0.2, hardest: 8, mixed: 10, query_mixed: 5, warmup_epochs: 1"
+JCL = "name: jcl, temperature: 0.2"
 TOGETHER = {
     "moco-ifnd+ring+mochi": [
         "model.host=moco",
         "model.queue_size=64",
-        f"loss=[{IFND % ''}, {RING % ''}, {MOCHI}]",
+        f"loss=[{{{IFND}}}, {{{RING}}}, {{{MOCHI}}}]",
     ],
     "ir-ring+jcl": [
         "model.host=ir",
         "model.n_views=2",
-        f"loss=[{RING % ', n_negatives: 20'}, {{name: jcl, temperature: 0.2}}]",
+        f"loss=[{{{RING}, n_negatives: 20}}, {{{JCL}}}]",
     ],
-    "simclr-ring+attract": ["model.host=simclr", f"loss=[{RING % ''}, {IFND % ', mode: attract'}]"],
+    "simclr-ring+attract": [
+        "model.host=simclr",
+        f"loss=[{{{RING}}}, {{{IFND}, mode: attract}}]",
+    ],
 }
-PAIRS = {
-    f"{host}-{loss}": [
-        f"model.host={host}",
-        *of_host,
-        f"loss.name={loss}",
-        *of_loss,
-        *(["loss.n_negatives=20"] if (host, loss) in DRAWS else []),
-    ]
-    for host, of_host in HOSTS.items()
-    for loss, of_loss in LOSSES.items()
-} | TOGETHER
 
+
+def pair_settings(host, loss):
+    settings = [f"model.host={host}", *HOSTS[host], f"loss.name={loss}", *LOSSES[loss]]
+    if (host, loss) in DRAWS:
+        settings.append("loss.n_negatives=20")
+    return settings
+
+
+PAIRS = {f"{host}-{loss}": pair_settings(host, loss) for host in HOSTS for loss in LOSSES}
+PAIRS |= TOGETHER
 ORACLE = {"oracle": [*PAIRS["moco-mochi"], "loss.oracle=true"]}
-# Every host, every loss (plain InfoNCE: test_distributed.py) and the longest list once; the rest are slow.
+
+# Every host, every loss and the longest list are run once; the rest are slow.
+# (test_distributed.py has plain InfoNCE.)
 QUICK = ["ir-ring", "cmc-mochi", "moco-ifnd", "simclr-jcl", "moco-ifnd+ring+mochi", "oracle"]
 GROUPS = {
     "quick": {name: settings for name, settings in (PAIRS | ORACLE).items() if name in QUICK},
@@ -67,68 +74,100 @@ JOBS = [
     for group in GROUPS
 ]
 
+# A job trains all pairs of a group, each twice: undisturbed, and as a run that was cut after its
+# first epoch and resumes with shuffled labels.
 JOB = """
-    import copy, functools, hashlib, json, os, shutil, sys
+    import copy
+    import functools
+    import hashlib
+    import json
+    import os
+    import shutil
+    import sys
+
     sys.path.insert(0, {root!r})
     import torch
     from engine import checkpoint, distributed
     import train_pretrain
     from training import build
 
-    device, stop, saved = distributed.init_distributed(), distributed.cleanup, None
-    distributed.init_distributed, distributed.cleanup = lambda asked: device, lambda: None
-    plain = checkpoint.save
+    # All runs of the job share one process group.
+    device = distributed.init_distributed()
+    leave_group = distributed.cleanup
+    distributed.init_distributed = lambda asked: device
+    distributed.cleanup = lambda: None
 
-    def save(path, settings, epoch, **parts):              # every rank keeps its own state; the first epoch's file is what a kill would leave
+    plain_save = checkpoint.save
+    plain_load = build.load
+    saved = None
+
+    def save(path, settings, epoch, **parts):
+        # Every rank keeps its own state.
         global saved
-        plain(path, settings, epoch, **parts)
-        saved = dict(rng=torch.get_rng_state(), **{{k: copy.deepcopy(v.state_dict()) for k, v in parts.items()}})
-        del saved["place"]["finished"]                     # the epoch's figures, times among them
+        plain_save(path, settings, epoch, **parts)
+        saved = {{name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}}
+        saved["rng"] = torch.get_rng_state()
+        # The figures of the epoch have times among them, which differ from run to run.
+        del saved["place"]["finished"]
+        # The file of the first epoch is what a killed run would leave.
         if distributed.is_main() and epoch == 1:
             cut = os.path.dirname(path) + "-cut"
             os.makedirs(cut)
             shutil.copy(path, cut)
 
-    def digest(x, h):
-        if isinstance(x, torch.Tensor):
-            h.update(x.contiguous().numpy().tobytes())
-        elif isinstance(x, (dict, list, tuple)):
-            [digest(v, h) for v in (x.values() if isinstance(x, dict) else x)]
+    def update_hash(hasher, value):
+        if isinstance(value, torch.Tensor):
+            hasher.update(value.contiguous().numpy().tobytes())
+        elif isinstance(value, dict):
+            update_hash(hasher, list(value.values()))
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                update_hash(hasher, item)
         else:
-            h.update(repr(x).encode())
-        return h.hexdigest()
+            hasher.update(repr(value).encode())
 
-    def run(name, settings, load=build.load):
+    def digest(value):
+        hasher = hashlib.sha256()
+        update_hash(hasher, value)
+        return hasher.hexdigest()
+
+    def pretrain(name, settings, load):
         build.load = load
         sys.argv = ["train_pretrain.py", *{tiny!r}, *settings, f"name={{name}}"]
         train_pretrain.main()
-        return {{k: digest(v, hashlib.sha256()) for k, v in saved.items()}}
+        return {{part: digest(state) for part, state in saved.items()}}
 
-    load = build.load
-
-    @functools.wraps(load)                                 # whose settings are read from its signature
-    def shuffled(*given, **settings):
-        data = load(*given, **settings)
-        data.labels = data.labels[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))]
+    # The settings of a data set are read from the signature of `load`, which `wraps` keeps.
+    @functools.wraps(plain_load)
+    def load_with_shuffled_labels(*args, **settings):
+        data = plain_load(*args, **settings)
+        generator = torch.Generator().manual_seed(0)
+        data.labels = data.labels[torch.randperm(len(data), generator=generator)]
         return data
 
     checkpoint.save = save
-    found = {{}}
+    digests = {{}}
     for name, settings in {pairs!r}.items():
-        whole = run(name, settings)
+        whole = pretrain(name, settings, plain_load)
         distributed.barrier()
-        found[name] = distributed.all_gather_object((whole, run(name + "-cut", settings, shuffled)))
+        resumed = pretrain(name + "-cut", settings, load_with_shuffled_labels)
+        digests[name] = distributed.all_gather_object((whole, resumed))
     if distributed.is_main():
-        json.dump(found, open("found.json", "w"))
-    stop()
+        with open("digests.json", "w") as f:
+            json.dump(digests, f)
+    leave_group()
 """
 
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """train(processes, group) runs all pairs of a group, whole and cut, in one job; each job is run once.
+    """train(processes, group) runs all pairs of a group, undisturbed and cut, in one job.
 
-    It returns {pair: [(whole, resumed) of each rank]}, each a digest of every part of the state; and the folder. What resumes has its labels shuffled.
+    Each job is run once. What resumes has its labels shuffled.
+
+    Returns:
+        {pair: [(whole, resumed) of each rank]}, where both are the digests of every part of the
+        state; and the folder of the runs.
     """
 
     @functools.cache
@@ -138,7 +177,7 @@ def train(tmp_path_factory):
             textwrap.dedent(JOB).format(root=ROOT, tiny=TINY, pairs=GROUPS[group])
         )
         run(folder, folder / "job.py", processes=processes)
-        with open(folder / "found.json") as f:
+        with open(folder / "digests.json") as f:
             return json.load(f), folder
 
     return train_once
@@ -154,8 +193,8 @@ CASES = [
 
 @pytest.mark.parametrize("processes, group, pair", CASES)
 def test_trains_stays_equal_and_resumes_exactly(train, processes, group, pair):
-    found, folder = train(processes, group)
-    ranks = found[pair]
+    digests, folder = train(processes, group)
+    ranks = digests[pair]
     for whole, resumed in ranks:
         assert whole == resumed  # weights, host, loss, optimizer, random numbers
     for part in ("encoder", "host", "loss", "optimizer"):
@@ -164,24 +203,33 @@ def test_trains_stays_equal_and_resumes_exactly(train, processes, group, pair):
     with open(folder / "runs" / pair / "log.jsonl") as f:
         log = [json.loads(line) for line in f]
     assert [line["epoch"] for line in log] == [1, 2]
-    assert all(v == v and abs(v) < 1e9 for line in log for k, v in line.items() if k != "hardware")
-    assert abs(log[-1]["loss"] - log[0]["loss"]) > 1e-6 and log[-1]["spread"] > 0.01
+    for line in log:
+        for name, figure in line.items():
+            assert name == "hardware" or abs(figure) < 1e9, name  # nan is not below 1e9 either
+    assert abs(log[-1]["loss"] - log[0]["loss"]) > 1e-6
+    assert log[-1]["spread"] > 0.01
 
 
 @pytest.mark.parametrize("processes, group", JOBS)
 def test_labels_reach_the_weights_of_an_oracle_alone(train, processes, group):
-    """Those which resumed had other labels; all but the oracle ended as if they had not, by the test above. The log's figures differ: labels are for these."""
-    found, folder = train(processes, group)
-    assert {
-        pair for pair, ranks in found.items() if any(whole != resumed for whole, resumed in ranks)
-    } == {"oracle"} & found.keys()
-    for pair in {"oracle", "moco-nce", "simclr-ring"} & found.keys():
-        logs = [
-            json.loads((folder / "runs" / name / "log.jsonl").read_text().splitlines()[-1])
-            for name in (pair, f"{pair}-cut")
-        ]
-        assert logs[0].get("oracle") == (1 if pair == "oracle" else None)
-        assert (
-            pair == "oracle"
-            or logs[0]["false negatives used %"] != logs[1]["false negatives used %"]
-        )
+    """The resumed runs had other labels, and all but the oracle ended as if they had not.
+
+    The figures of the log differ, for labels serve to compute these.
+    """
+    digests, folder = train(processes, group)
+    changed = {
+        pair for pair, ranks in digests.items() if any(whole != resumed for whole, resumed in ranks)
+    }
+    assert changed == {"oracle"} & digests.keys()
+    for pair in {"oracle", "moco-nce", "simclr-ring"} & digests.keys():
+        whole = last_log_line(folder / "runs" / pair)
+        resumed = last_log_line(folder / "runs" / f"{pair}-cut")
+        if pair == "oracle":
+            assert whole["oracle"] == 1
+        else:
+            assert "oracle" not in whole
+            assert whole["false negatives used %"] != resumed["false negatives used %"]
+
+
+def last_log_line(run_folder):
+    return json.loads((run_folder / "log.jsonl").read_text().splitlines()[-1])

@@ -512,9 +512,8 @@ def test_rows_follow_the_released_code(recipe):
             assert loss.items() >= facts.get("loss", {}).items(), name
         if "probe" in facts and cfg["linear"]["classifier"] == "sgd":
             assert cfg["linear"].items() >= facts["probe"].items(), name
-            assert cfg["linear"]["features"] == "augmented" and not cfg["linear"]["standardize"], (
-                name
-            )
+            assert cfg["linear"]["features"] == "augmented", name
+            assert not cfg["linear"]["standardize"], name
             assert_views(cfg["linear"]["augment"], facts["probe_views"])
 
 
@@ -649,10 +648,8 @@ def pcl_average_precision(scores, labels):
 def test_difficult_images_are_negatives_as_in_pcls_code():
     LinearSVC = pytest.importorskip("sklearn.svm").LinearSVC
     for name in ("ifnd/voc07_ifnd", "ifnd/voc07_moco"):
-        assert (
-            settings_of(name)["linear"]["difficult"] == "negative"
-            and settings_of(name)["linear"]["C"] == 0.5
-        )
+        assert settings_of(name)["linear"]["difficult"] == "negative"
+        assert settings_of(name)["linear"]["C"] == 0.5
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(160, 6, generator=generator)
     y = torch.where(x[:, :2] + torch.randn(160, 2, generator=generator) > 0.5, 1, -1)
@@ -855,4 +852,5 @@ def test_a_set_for_transfer_has_its_own_normalisation(probe):
             for i in range(3):
                 Image.new("RGB", (16, 16), (80 * i, 40, 40)).save(f"f/{part}/{name}/{i}.png")
     sizes, normalisation = probe("linear.data=folder", "linear.root=f", "linear.batch_size=4")
-    assert sizes == [4, 2] and normalisation == IMAGENET
+    assert sizes == [4, 2]
+    assert normalisation == IMAGENET

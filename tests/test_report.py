@@ -147,9 +147,9 @@ def test_tables_without_a_run_stay_out_and_own_runs_come_first(out):
     train("own", "mine", linear=40.0)
     text = out("--markdown", "report.md")
     titles = [line for line in text.splitlines() if line in ("Other runs", "T 1", "T 2")]
-    assert (
-        titles == ["Other runs"] and text.startswith("Other runs\n") and len(text.splitlines()) < 10
-    )
+    assert titles == ["Other runs"]
+    assert text.startswith("Other runs\n")
+    assert len(text.splitlines()) < 10
     assert text.endswith("\n\n2 of the papers' 2 tables have no run yet; --all prints them\n")
     with open("report.md") as f:
         assert f.read().count("###") == 1
@@ -157,16 +157,17 @@ def test_tables_without_a_run_stay_out_and_own_runs_come_first(out):
     train("a_ir", "a", linear=50.0)
     text = out()
     titles = [line for line in text.splitlines() if line in ("Other runs", "T 1", "T 2")]
-    assert (
-        titles == ["Other runs", "T 1"] and "MoCo" in text
-    )  # the whole of a table in which a run stands
+    # the whole of a table in which a run stands
+    assert titles == ["Other runs", "T 1"]
+    assert "MoCo" in text
     assert "1 of the papers' 2 tables have no run yet" in text
     text = out("--all")
     assert [line for line in text.splitlines() if line in ("Other runs", "T 1", "T 2")] == [
         "Other runs",
         "T 1",
         "T 2",
-    ] and "no run yet" not in text
+    ]
+    assert "no run yet" not in text
 
 
 def test_seeds_are_averaged_with_their_spread(out):
@@ -176,11 +177,9 @@ def test_seeds_are_averaged_with_their_spread(out):
     text = out()
     assert line_of(text, "IR") == ["IR", "80 [1]", "51.0 ± 1.4 (n 2) [3]"]
     assert "[3] a, b: linear top-1 after 4 epochs, 2 min on a toy; protocol [2]" in text
-    assert (
-        "[2] linear layer on standardized pooled features" in text
-        and "lr 0.1, momentum" in text
-        and "[1] reported: somebody" in text
-    )
+    assert "[2] linear layer on standardized pooled features" in text
+    assert "lr 0.1, momentum" in text
+    assert "[1] reported: somebody" in text
 
 
 def test_other_settings_never_stand_in_the_row(out):
@@ -202,17 +201,14 @@ def test_other_settings_never_stand_in_the_row(out):
     row, ours = line_of(text, "IR")
     assert ours.startswith("55.0 (n 1) [")
     below = [line for line in text.splitlines() if line.startswith("- other settings")]
-    assert len(below) == 3 and all(
-        any(figure in line for line in below) for figure in ("33.0", "44.0", "66.0")
-    )
+    assert len(below) == 3
+    assert all(any(figure in line for line in below) for figure in ("33.0", "44.0", "66.0"))
     assert (
         "NOT this row's setting: data.limit was None and is 100; optim.epochs was 4 and is 1"
         in text
     )
-    assert (
-        "NOT this row's setting: 2 of 4 epochs done" in text
-        and "NOT this row's setting: the file asks for linear layer on" in text
-    )
+    assert "NOT this row's setting: 2 of 4 epochs done" in text
+    assert "NOT this row's setting: the file asks for linear layer on" in text
 
 
 def test_unlike_runs_are_not_averaged(out):
@@ -220,8 +216,11 @@ def test_unlike_runs_are_not_averaged(out):
     train("ir", "a", "optim.lr=0.2", linear=10.0)
     train("ir", "b", "optim.lr=0.3", "seed=1", linear=20.0)
     text = out()
-    assert "10.0 (n 1)" in text and "20.0 (n 1)" in text and "15.0" not in text
-    assert "optim.lr was 0.1 and is 0.2" in text and "optim.lr was 0.1 and is 0.3" in text
+    assert "10.0 (n 1)" in text
+    assert "20.0 (n 1)" in text
+    assert "15.0" not in text
+    assert "optim.lr was 0.1 and is 0.2" in text
+    assert "optim.lr was 0.1 and is 0.3" in text
 
 
 def test_the_same_seed_twice_is_one_seed(out):
@@ -229,10 +228,8 @@ def test_the_same_seed_twice_is_one_seed(out):
     train("ir", "a", linear=50.0)
     train("ir", "again", linear=50.0)
     text = out()
-    assert (
-        "50.0 (n 1)" in text
-        and "runs/again has the settings, seed and epochs of runs/a, so it adds no seed" in text
-    )
+    assert "50.0 (n 1)" in text
+    assert "runs/again has the settings, seed and epochs of runs/a, so it adds no seed" in text
 
 
 def test_a_run_without_its_figure_is_named(out):
@@ -279,7 +276,8 @@ def test_which_figure_counts(out, figure, expected):
     )
     text = out()
     table = text[: text.index("Other evaluations")]
-    assert f"{expected} (n 1)" in table and table.count("(n 1)") == 1
+    assert f"{expected} (n 1)" in table
+    assert table.count("(n 1)") == 1
     assert ("finetune" in text[text.index("Other evaluations") :]) == (figure != "finetune top-1")
 
 
@@ -295,7 +293,9 @@ def test_the_figures_key_is_preferred_and_the_last_line_counts(out):
         line | {"figures": {"top-1": 52.0}},
     )
     text = out()
-    assert "52.0 (n 1)" in text and "50.0" not in text and "51.0" not in text
+    assert "52.0 (n 1)" in text
+    assert "50.0" not in text
+    assert "51.0" not in text
 
 
 def test_other_peoples_weights_are_not_the_runs(out):
@@ -322,15 +322,11 @@ def test_other_peoples_weights_are_not_the_runs(out):
         },
     )
     text = out()
-    assert (
-        "50.0 (n 1)" in line_of(text, "IR")[-1]
-        and "70.0" not in text[: text.index("Other evaluations")]
-    )
-    assert (
-        "a of downloads/resnet18.pth" in text
-        and "b of downloads/resnet18.pth" in text
-        and "knn 60.0, top-1 71.0" in text
-    )
+    assert "50.0 (n 1)" in line_of(text, "IR")[-1]
+    assert "70.0" not in text[: text.index("Other evaluations")]
+    assert "a of downloads/resnet18.pth" in text
+    assert "b of downloads/resnet18.pth" in text
+    assert "knn 60.0, top-1 71.0" in text
 
 
 def test_transfer_rows_say_whose_weights_and_how_long_those_were_trained(out):
@@ -362,9 +358,9 @@ def test_transfer_rows_say_whose_weights_and_how_long_those_were_trained(out):
     runs = "dtd_long_0 of long_0, dtd_long_1 of long_1"
     assert f"{runs}: linear top-1 after 4 epochs, 2 min on a toy; protocol [" in text
     assert "] evaluated on dtd: linear layer" in text
-    assert (
-        "62.0 (n 1)" in text and "optim.epochs was 4 and is 1" in text and "Other runs" not in text
-    )
+    assert "62.0 (n 1)" in text
+    assert "optim.epochs was 4 and is 1" in text
+    assert "Other runs" not in text
 
 
 def test_an_evaluation_on_other_data_is_not_the_rows(out):
@@ -383,11 +379,9 @@ def test_an_evaluation_on_other_data_is_not_the_rows(out):
         },
     )
     text = out()
-    assert (
-        line_of(text, "IR") == ["IR"]
-        and "60.0 (n 1)" in text
-        and "NOT this row's setting: the file asks for linear layer" in text
-    )
+    assert line_of(text, "IR") == ["IR"]
+    assert "60.0 (n 1)" in text
+    assert "NOT this row's setting: the file asks for linear layer" in text
 
 
 def test_fine_tuning_on_another_share_of_labels_is_not_the_rows(out):
@@ -407,9 +401,10 @@ def test_fine_tuning_on_another_share_of_labels_is_not_the_rows(out):
             },
         )
     text = out()
-    assert "40.0 (n 1)" in line_of(text, "IR")[-1] and [
-        line for line in text.splitlines() if "70.0 (n 1)" in line
-    ][0].startswith("- other settings")
+    assert "40.0 (n 1)" in line_of(text, "IR")[-1]
+    assert [line for line in text.splitlines() if "70.0 (n 1)" in line][0].startswith(
+        "- other settings"
+    )
 
 
 def test_detection_by_the_rows_own_protocol_stands_in_the_row_and_from_random_weights_does_not(out):
@@ -454,7 +449,8 @@ def test_detection_by_the_rows_own_protocol_stands_in_the_row_and_from_random_we
         },
     )
     text = out()
-    assert "38.5 (n 1)" in line_of(text, "IR")[-1] and "it began from random weights" in text
+    assert "38.5 (n 1)" in line_of(text, "IR")[-1]
+    assert "it began from random weights" in text
     assert [line for line in text.splitlines() if "11.5 (n 1)" in line][0].startswith(
         "- other settings"
     )
@@ -478,7 +474,9 @@ def test_an_evaluation_cut_off_before_its_end_is_marked(out):
         ),
     )
     text = out()
-    assert "32.0 (n 1)" in text and "31.0" not in text and line_of(text, "IR") == ["IR"]
+    assert "32.0 (n 1)" in text
+    assert "31.0" not in text
+    assert line_of(text, "IR") == ["IR"]
     assert "NOT this row's setting: evaluated before the end, at iteration 20000" in text
 
 
@@ -490,11 +488,9 @@ def test_a_probe_of_an_unfinished_run_stays_marked_when_the_run_has_gone_on(out)
     with open("runs/a/linear.jsonl", "w") as f:
         f.write(line.replace("backbone.pt", "last.pt"))
     text = out()
-    assert (
-        line_of(text, "IR") == ["IR"]
-        and "50.0 (n 1)" in text
-        and "of last.pt at an epoch that was not noted" in text
-    )
+    assert line_of(text, "IR") == ["IR"]
+    assert "50.0 (n 1)" in text
+    assert "of last.pt at an epoch that was not noted" in text
 
 
 def test_other_runs(out):
@@ -566,11 +562,10 @@ def test_two_folders_of_images_are_two_experiments(out):
     assert "30.5 ± 0.7" in next(line for line in other.splitlines() if line.startswith("d0, d1 "))
     for name, figure, data in (("b0", "10.0", "folder birds"), ("c1", "90.0", "folder fish")):
         (line,) = (line for line in other.splitlines() if line.startswith(f"{name} "))
-        assert figure in line and data in line
-    assert (
-        "beside a0: data.root was 'x/birds' and is 'y/birds'" in other
-        and "adds no seed" not in text
-    )
+        assert figure in line
+        assert data in line
+    assert "beside a0: data.root was 'x/birds' and is 'y/birds'" in other
+    assert "adds no seed" not in text
 
 
 def test_two_folders_are_no_baseline_for_one_another(out):
@@ -601,12 +596,11 @@ def test_a_probe_on_the_runs_own_folder_is_its_own(out):
     text = out()
     assert "50.0 [1]" in next(line for line in text.splitlines() if line.startswith("a "))
     elsewhere = text[text.index("Other evaluations") :]
-    assert "50.0" not in elsewhere and "evaluated on folder birds" not in text
-    assert (
-        "evaluated on folder fish: p" in elsewhere
-        and "evaluated on dtd: p" in elsewhere
-        and "60.0" in elsewhere
-    )
+    assert "50.0" not in elsewhere
+    assert "evaluated on folder birds" not in text
+    assert "evaluated on folder fish: p" in elsewhere
+    assert "evaluated on dtd: p" in elsewhere
+    assert "60.0" in elsewhere
 
 
 def linear_line(figure, **more):
@@ -761,15 +755,15 @@ def test_truncated_lines_and_files_that_do_not_load_are_survived(out):
     with open("runs/broken/config.yaml", "w") as f:
         f.write("model: [")
     text = out()
+    assert "45.0 (n 1)" in text
     assert (
-        "45.0 (n 1)" in text
-        and "Left out: yaml/wrong.yaml: loss.temprature is not a setting; did you mean temperature?"
+        "Left out: yaml/wrong.yaml: loss.temprature is not a setting; did you mean temperature?"
         in text
     )
     assert (
         "Left out: yaml/z_twice.yaml: T 1, IR, CIFAR-10 is already the cell of yaml/ir.yaml" in text
-        and "Left out: runs/broken/config.yaml is not YAML" in text
     )
+    assert "Left out: runs/broken/config.yaml is not YAML" in text
 
 
 def test_a_cell_that_no_file_lays_out_is_shown_as_such(out):
@@ -783,8 +777,11 @@ def test_a_cell_that_no_file_lays_out_is_shown_as_such(out):
         linear=50.0,
     )
     text = out()
-    assert "75.8" not in text and "somebody" not in text  # its recipe may have changed since
-    assert "IR of old" in text and "NOT this row's setting: no file lays out this cell" in text
+    # its recipe may have changed since
+    assert "75.8" not in text
+    assert "somebody" not in text
+    assert "IR of old" in text
+    assert "NOT this row's setting: no file lays out this cell" in text
 
 
 def test_single_runs_several_folders_and_order(out):
@@ -792,8 +789,11 @@ def test_single_runs_several_folders_and_order(out):
     for i in (10, 9):
         train("ir", f"a{i}", f"seed={i}", linear=float(i))
     text = out()
-    assert "a9, a10: linear top-1" in text and "9.5 ± 0.7 (n 2)" in text and out() == text
-    assert "10.0 (n 1)" in out("runs/a10") and "9.5 ± 0.7 (n 2)" in out("runs/a10", "runs/a9")
+    assert "a9, a10: linear top-1" in text
+    assert "9.5 ± 0.7 (n 2)" in text
+    assert out() == text
+    assert "10.0 (n 1)" in out("runs/a10")
+    assert "9.5 ± 0.7 (n 2)" in out("runs/a10", "runs/a9")
 
 
 def test_a_gain_is_of_equal_seeds(out):
@@ -850,11 +850,15 @@ def test_what_methods_log_of_themselves(out, capsys):
     with open("own.png", "rb") as a, open("again.png", "rb") as b:
         assert a.read() == b.read()
     with Image.open("own.png") as image:
-        assert image.size == (1200, 320) and len(image.convert("RGB").getcolors(10**6)) > 50
+        assert image.size == (1200, 320)
+        assert len(image.convert("RGB").getcolors(10**6)) > 50
 
 
 def test_figures_of_a_strangers_loss_have_panels_of_their_own(out):
-    """Those that all losses log, and settings over time, have none; those of a list have a prefix."""
+    """Figures that all losses log, and settings over time, have no panel.
+
+    The figures of a list of losses have the loss as a prefix.
+    """
     pytest.importorskip("matplotlib")
     own_file()
     train("own", "a", "loss.name=ring", done=0)
@@ -880,9 +884,8 @@ def test_markdown(out):
         "|---|---|---|",
         "| IR \\| bank | 80.5 [1] | 50.0 (n 1) [3] |",
     ]
-    assert text[6].startswith("[1] reported: somebody") and text[8].startswith(
-        "[3] a: linear top-1 after 4 epochs"
-    )
+    assert text[6].startswith("[1] reported: somebody")
+    assert text[8].startswith("[3] a: linear top-1 after 4 epochs")
 
 
 def test_picture(out):
@@ -895,11 +898,9 @@ def test_picture(out):
     out("--png", "a.png")
     out("--png", "b.png")
     with Image.open("a.png") as image:
-        assert (
-            image.format == "PNG"
-            and image.size[0] == 1100
-            and len(image.convert("RGB").getcolors(10**6)) > 50
-        )
+        assert image.format == "PNG"
+        assert image.size[0] == 1100
+        assert len(image.convert("RGB").getcolors(10**6)) > 50
     with open("a.png", "rb") as a, open("b.png", "rb") as b:
         assert a.read() == b.read()
 
@@ -911,11 +912,9 @@ def test_a_band_is_the_spread_of_seeds_where_all_have_the_figure(here):
     write("b", "log", {"epoch": 5, "loss": 9.0})
     runs, _ = report.read_runs(["runs"], [])
     epochs, middle, low, high = report.curve(runs, "loss")
-    assert (
-        epochs == [1, 2, 3, 4]
-        and middle[0] == 2.0
-        and high[0] - low[0] == pytest.approx(2 * torch.tensor([1.0, 3.0]).std().item())
-    )
+    assert epochs == [1, 2, 3, 4]
+    assert middle[0] == 2.0
+    assert high[0] - low[0] == pytest.approx(2 * torch.tensor([1.0, 3.0]).std().item())
 
 
 @pytest.mark.parametrize(
@@ -941,8 +940,6 @@ def test_no_runs_folder_is_one_sentence(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert (
-        done.returncode == 1
-        and done.stderr.startswith("there is no folder runs; train first, e.g.")
-        and done.stderr.count("\n") == 1
-    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("there is no folder runs; train first, e.g.")
+    assert done.stderr.count("\n") == 1

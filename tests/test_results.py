@@ -43,11 +43,9 @@ def test_every_run_has_its_files_and_its_command(text):
             "linear.jsonl",
             "log.jsonl",
         ]
-        assert (
-            [line["epoch"] for line in log] == list(range(len(log)))
-            and "knn" in log[0]
-            and "knn" in log[-1]
-        )
+        assert [line["epoch"] for line in log] == list(range(len(log)))
+        assert "knn" in log[0]
+        assert "knn" in log[-1]
         assert re.search(
             rf"^\| [^\n]*\bname={re.sub('_[0-9]+$', '', run)}_0\b", text, re.MULTILINE
         ), f"no command of {run}"
@@ -89,13 +87,14 @@ def test_the_cheapest_row_again(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
     assert end.value.code == signals.EXIT
     again = lines("runs/moco_0/log.jsonl")
-    assert len(again) == 3 and again[0]["knn"] == pytest.approx(stored[0]["knn"], abs=1)
+    assert len(again) == 3
+    assert again[0]["knn"] == pytest.approx(stored[0]["knn"], abs=1)
     for one, other in zip(again[1:], stored[1:]):
-        assert one.keys() == other.keys() and all(
+        assert one.keys() == other.keys()
+        assert all(
             one[key] == other[key]
             for key in ("K", "chance", "lr", "used %", "false negatives used %")
         )
-        assert one["loss"] == pytest.approx(other["loss"], rel=3e-3) and one[
-            "spread"
-        ] == pytest.approx(other["spread"], rel=0.03)
+        assert one["loss"] == pytest.approx(other["loss"], rel=3e-3)
+        assert one["spread"] == pytest.approx(other["spread"], rel=0.03)
         assert one["positive"] == pytest.approx(other["positive"], abs=0.02)

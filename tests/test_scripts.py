@@ -31,20 +31,22 @@ TINY = [
 ]
 
 
+IFND = "{name: ifnd, temperature: 0.2, clusters: [3], reassign_every: 1}"
+MOCHI = "{name: mochi, hardest: 8, mixed: 9, query_mixed: 5, warmup_epochs: 0}"
 TIMES = "seconds", "images/s", "data wait"
 
 
 def state(folder, name):
-    """A run's checkpoint, without the times of its last epoch."""
+    """Read a run's checkpoint, without the times of its last epoch."""
     saved = torch.load(os.path.join(folder, "runs", name, "last.pt"), weights_only=True)
     figures = saved.get("place", {}).get("finished") or {}
-    for name in TIMES:
-        figures.pop(name, None)
+    for figure in TIMES:
+        figures.pop(figure, None)
     return saved
 
 
 def same(a, b):
-    """Two checkpoints' contents are equal, bit for bit."""
+    """Are two checkpoints' contents equal, bit for bit?"""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -54,25 +56,32 @@ def same(a, b):
     return a == b
 
 
+def pretrain(folder, *arguments, check=True):
+    return run(folder, "train_pretrain.py", "--cfg", QUICK, *TINY, *arguments, check=check)
+
+
+def probe(folder, *arguments, check=True):
+    return run(folder, "train_linear.py", "--cfg", QUICK, *TINY, *arguments, check=check)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run, with kNN."""
     folder = tmp_path_factory.mktemp("finished")
-    done = run(folder, "train_pretrain.py", "--cfg", QUICK, *TINY, "knn.every=2", "name=a")
+    done = pretrain(folder, "knn.every=2", "name=a")
     return folder, done.stdout
 
 
 def test_what_a_run_leaves_and_prints(finished):
     folder, out = finished
     a = folder / "runs" / "a"
-    assert {"config.yaml", "log.jsonl", "last.pt", "backbone.pt", "augmentation.png"} <= set(
-        os.listdir(a)
-    ) and any(f.startswith("events") for f in os.listdir(a))
+    files = set(os.listdir(a))
+    assert {"config.yaml", "log.jsonl", "last.pt", "backbone.pt", "augmentation.png"} <= files
+    assert any(file.startswith("events") for file in files)
     with open(a / "log.jsonl") as f:
         log = [json.loads(line) for line in f]
-    assert [line["epoch"] for line in log] == [0, 1, 2, 3] and [
-        ("knn" in line) for line in log
-    ] == [True, False, True, True]
+    assert [line["epoch"] for line in log] == [0, 1, 2, 3]
+    assert [("knn" in line) for line in log] == [True, False, True, True]
     assert {
         "loss",
         "lr",
@@ -86,51 +95,49 @@ def test_what_a_run_leaves_and_prints(finished):
         "false negatives used %",
         "false negatives left out %",
     } <= set(log[1])
-    assert "log(K+1)" in out and "untrained" in out and "after   3 epochs" in out
+    assert "log(K+1)" in out
+    assert "untrained" in out
+    assert "after   3 epochs" in out
     assert "weighted kNN, k 12 (knn.k is 200, " in out  # of 128 images
-    saved = config.load(str(a / "config.yaml"))  # serves as a --cfg itself
-    assert saved["optim"]["epochs"] == 3 and saved == state(folder, "a")["settings"]
+    # The saved settings serve as a --cfg themselves.
+    saved = config.load(str(a / "config.yaml"))
+    assert saved["optim"]["epochs"] == 3
+    assert saved == state(folder, "a")["settings"]
 
 
 def test_a_finished_run_has_nothing_left_to_do(finished):
     folder, _ = finished
     before = state(folder, "a")
-    out = run(folder, "train_pretrain.py", "--cfg", QUICK, *TINY, "knn.every=2", "name=a").stdout
-    assert "after epoch 3 of 3" in out and same(before, state(folder, "a"))
+    out = pretrain(folder, "knn.every=2", "name=a").stdout
+    assert "after epoch 3 of 3" in out
+    assert same(before, state(folder, "a"))
 
 
 def test_linear_probe(finished):
     folder, _ = finished
-    out = run(folder, "train_linear.py", "--cfg", QUICK, *TINY, "name=a").stdout
-    assert (
-        "raw pixels" in out
-        and "untrained encoder" in out
-        and "did not move" in out
-        and "linear layer on standardized pooled features" in out
-    )
+    out = probe(folder, "name=a").stdout
+    assert "raw pixels" in out
+    assert "untrained encoder" in out
+    assert "did not move" in out
+    assert "linear layer on standardized pooled features" in out
     with open(folder / "runs" / "a" / "linear.jsonl") as f:
         line = json.loads(f.read().splitlines()[-1])
-    assert set(line["rows"]) == {"raw pixels", "untrained encoder", "a"} and {
+    assert set(line["rows"]) == {"raw pixels", "untrained encoder", "a"}
+    assert {
         "protocol",
         "seed",
         "weights",
     } <= set(line)
     for row in line["rows"].values():
-        assert (
-            0 <= row["top-1, lr 0.1"] <= row["top-5, lr 0.1"] <= 100
-            and "top-1, lr 0.01" in row
-            and "knn" in row
-        )
+        assert 0 <= row["top-1, lr 0.1"] <= row["top-5, lr 0.1"] <= 100
+        assert "top-1, lr 0.01" in row
+        assert "knn" in row
 
 
 def test_linear_probe_with_augmentation_and_other_weights(finished):
     folder, _ = finished
-    out = run(
+    out = probe(
         folder,
-        "train_linear.py",
-        "--cfg",
-        QUICK,
-        *TINY,
         "name=b",
         "linear.features=augmented",
         "linear.standardize=false",
@@ -140,28 +147,30 @@ def test_linear_probe_with_augmentation_and_other_weights(finished):
         "runs/a/last.pt",
         "--no-baselines",
     ).stdout
-    assert "augmentation crop_flip" in out and "untrained" not in out
-    done = run(folder, "train_linear.py", "--cfg", QUICK, *TINY, "name=nothing", check=False)
-    assert (
-        done.returncode == 1
-        and "holds no backbone.pt; first run: python train_pretrain.py" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert "augmentation crop_flip" in out
+    assert "untrained" not in out
+    done = probe(folder, "name=nothing", check=False)
+    assert done.returncode == 1
+    assert "holds no backbone.pt; first run: python train_pretrain.py" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
 def test_the_probe_finds_a_linear_rule_and_nothing_where_there_is_none(tmp_path):
-    """Noisy images whose colour is their class: raw pixels tell it. The same images under labels drawn by lot: nobody can."""
+    """The images are noise, and their colour is their class, which raw pixels tell.
+
+    The same images under labels drawn by lot tell nobody anything.
+    """
     rng = np.random.default_rng(0)
     for part, count in (("train", 60), ("val", 20)):
         for i in range(3 * count):
             image = rng.integers(0, 200, (16, 16, 3), dtype=np.uint8)
             image[..., i % 3] += 55
-            for rule, c in (("colour", i % 3), ("lot", rng.integers(3))):
-                os.makedirs(tmp_path / rule / part / str(c), exist_ok=True)
-                Image.fromarray(image).save(tmp_path / rule / part / str(c) / f"{i}.png")
+            for rule, label in (("colour", i % 3), ("lot", rng.integers(3))):
+                folder = tmp_path / rule / part / str(label)
+                os.makedirs(folder, exist_ok=True)
+                Image.fromarray(image).save(folder / f"{i}.png")
     settings = [
-        *TINY,
         "data.name=folder",
         "data.limit=null",
         "data.image_size=16",
@@ -171,27 +180,22 @@ def test_the_probe_finds_a_linear_rule_and_nothing_where_there_is_none(tmp_path)
     ]
     top1 = {}
     for rule in ("colour", "lot"):
-        run(
+        pretrain(
             tmp_path,
-            "train_pretrain.py",
-            "--cfg",
-            QUICK,
             *settings,
             f"data.root={tmp_path / rule}",
             f"name={rule}",
         )
-        run(
+        probe(
             tmp_path,
-            "train_linear.py",
-            "--cfg",
-            QUICK,
             *settings,
             f"data.root={tmp_path / rule}",
             f"name={rule}",
         )
         with open(tmp_path / "runs" / rule / "linear.jsonl") as f:
             top1[rule] = json.loads(f.read())["rows"]["raw pixels"]["top-1, lr 0.01"]
-    assert top1["colour"] > 95 and top1["lot"] < 60  # chance is 33
+    assert top1["colour"] > 95
+    assert top1["lot"] < 60  # chance is 33
 
 
 def test_the_backbone_of_a_run_says_how_its_images_are_made(finished):
@@ -205,39 +209,31 @@ def test_the_backbone_of_a_run_says_how_its_images_are_made(finished):
 
 @pytest.mark.slow
 def test_cmc_is_probed_on_both_streams_side_by_side(tmp_path):
-    settings = [*TINY, "model.host=cmc", "optim.epochs=1", "knn.every=1", "name=a"]
-    out = run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *settings).stdout
-    assert "chance: 2 log(K+1)" in out and "kNN" in out
+    settings = ["model.host=cmc", "optim.epochs=1", "knn.every=1", "name=a"]
+    out = pretrain(tmp_path, *settings).stdout
+    assert "chance: 2 log(K+1)" in out
+    assert "kNN" in out
     weights = torch.load(tmp_path / "runs" / "a" / "backbone.pt", weights_only=True)
-    assert weights["L.conv1.weight"].shape[:2] == (8, 1) and weights["ab.conv1.weight"].shape[
-        :2
-    ] == (8, 2)
-    assert weights["L.layer1.0.conv1.weight"].shape[:2] == (
-        4,
-        8,
-    )  # the stages are halved, the stem is not
-    run(tmp_path, "train_linear.py", "--cfg", QUICK, *settings)
-    done = run(
+    assert weights["L.conv1.weight"].shape[:2] == (8, 1)
+    assert weights["ab.conv1.weight"].shape[:2] == (8, 2)
+    # The stages are half as wide. The stem is not.
+    assert weights["L.layer1.0.conv1.weight"].shape[:2] == (4, 8)
+    probe(tmp_path, *settings)
+    done = probe(
         tmp_path,
-        "train_linear.py",
-        "--cfg",
-        QUICK,
         *settings,
         "model.host=moco",
         "--weights",
         "runs/a/backbone.pt",
         check=False,
     )
-    assert done.returncode == 1 and "it is of another network than model.backbone" in done.stderr
+    assert done.returncode == 1
+    assert "it is of another network than model.backbone" in done.stderr
 
 
 def test_backbone_loads_into_torchvision(tmp_path):
-    run(
+    pretrain(
         tmp_path,
-        "train_pretrain.py",
-        "--cfg",
-        QUICK,
-        *TINY,
         "name=a",
         "optim.epochs=1",
         "model.backbone=resnet18",
@@ -246,18 +242,20 @@ def test_backbone_loads_into_torchvision(tmp_path):
     )
     weights = torch.load(tmp_path / "runs" / "a" / "backbone.pt", weights_only=True)
     missing = torchvision.models.resnet18().load_state_dict(weights, strict=False)
-    assert missing.missing_keys == ["fc.weight", "fc.bias"] and not missing.unexpected_keys
+    assert missing.missing_keys == ["fc.weight", "fc.bias"]
+    assert not missing.unexpected_keys
 
 
 @pytest.mark.slow
 def test_a_flat_folder_trains_as_one_with_classes(tmp_path):
-    """The same images: identical weights. (Shuffled labels: tests/test_pairs.py.)"""
+    """The same images give identical weights. (tests/test_pairs.py shuffles the labels.)"""
     images, labels = shapes(64)
     for i, (image, label) in enumerate(zip(images, labels)):
+        # Both folders list the images in the same order.
         for file in (
             tmp_path / "classes" / f"{label:02d}" / f"{i:03d}.png",
             tmp_path / "flat" / f"{label:02d}_{i:03d}.png",
-        ):  # listed in one order
+        ):
             os.makedirs(file.parent, exist_ok=True)
             Image.fromarray(image.transpose(1, 2, 0)).save(file)
     settings = [
@@ -267,21 +265,18 @@ def test_a_flat_folder_trains_as_one_with_classes(tmp_path):
         "optim.epochs=2",
         "data.workers=1",
         "model.queue_size=80",
-        "loss=[{name: ifnd, temperature: 0.2, clusters: [3], reassign_every: 1}, {name: mochi, hardest: 8, mixed: 9, query_mixed: 5, warmup_epochs: 0}]",
+        f"loss=[{IFND}, {MOCHI}]",
     ]
     for name in ("classes", "flat"):
-        run(
+        pretrain(
             tmp_path,
-            "train_pretrain.py",
-            "--cfg",
-            QUICK,
-            *TINY,
             *settings,
             f"data.root={tmp_path / name}",
             f"name={name}",
         )
     a, b = state(tmp_path, "classes"), state(tmp_path, "flat")
-    assert same(a["encoder"], b["encoder"]) and same(a["host"], b["host"])
+    assert same(a["encoder"], b["encoder"])
+    assert same(a["host"], b["host"])
 
 
 @pytest.mark.parametrize(
@@ -308,7 +303,8 @@ def test_a_flat_folder_trains_as_one_with_classes(tmp_path):
         (["optim.lr=1e30", "model.precision=fp32"], "the loss is nan at epoch"),
         (
             ["model.bn_splits=7"],
-            "optim.batch_size 32 gives each process 32 images, which optim.accumulate 1 times model.bn_splits 7 does not divide",
+            "optim.batch_size 32 gives each process 32 images, "
+            "which optim.accumulate 1 times model.bn_splits 7 does not divide",
         ),
     ],
 )
@@ -317,52 +313,40 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr(sys, "argv", ["train_pretrain.py", "--cfg", QUICK, *TINY, *arguments])
     with pytest.raises(SystemExit) as refusal:
         train_pretrain.main()
-    assert message in refusal.value.code and "\n" not in refusal.value.code
+    assert message in refusal.value.code
+    assert "\n" not in refusal.value.code
 
 
 def test_a_refusal_is_a_non_zero_exit_without_a_traceback(tmp_path):
-    done = run(
-        tmp_path, "train_pretrain.py", "--cfg", QUICK, *TINY, "loss.temprature=1", check=False
-    )
-    assert (
-        done.returncode == 1
-        and "did you mean temperature?" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    done = pretrain(tmp_path, "loss.temprature=1", check=False)
+    assert done.returncode == 1
+    assert "did you mean temperature?" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_another_runs_folder_is_refused_and_fresh_starts_over(tmp_path):
-    run(tmp_path, "train_pretrain.py", "--cfg", QUICK, *TINY, "name=a", "optim.epochs=1")
-    done = run(
+    pretrain(tmp_path, "name=a", "optim.epochs=1")
+    done = pretrain(
         tmp_path,
-        "train_pretrain.py",
-        "--cfg",
-        QUICK,
-        *TINY,
         "name=a",
         "optim.epochs=1",
         "loss.temperature=0.5",
         check=False,
     )
-    assert (
-        done.returncode == 1 and "loss.temperature was" in done.stderr and "--fresh" in done.stderr
-    )
+    assert done.returncode == 1
+    assert "loss.temperature was" in done.stderr
+    assert "--fresh" in done.stderr
     (tmp_path / "runs" / "a" / "linear.jsonl").write_text("{}\n")  # figures of the weights that go
-    run(
+    pretrain(
         tmp_path,
-        "train_pretrain.py",
-        "--cfg",
-        QUICK,
         "--fresh",
-        *TINY,
         "name=a",
         "optim.epochs=1",
         "loss.temperature=0.5",
     )
     assert state(tmp_path, "a")["settings"]["loss"]["temperature"] == 0.5
-    assert not os.path.exists(tmp_path / "runs" / "a" / "linear.jsonl") and os.path.exists(
-        tmp_path / "runs" / "a" / "linear.jsonl.before"
-    )
+    assert not os.path.exists(tmp_path / "runs" / "a" / "linear.jsonl")
+    assert os.path.exists(tmp_path / "runs" / "a" / "linear.jsonl.before")
 
 
 @pytest.mark.parametrize("script", [train_pretrain, train_linear], ids=["pretrain", "linear"])
@@ -372,7 +356,8 @@ def test_print_config_prints_and_does_nothing(script, tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit) as end:
         script.main()
     assert end.value.code is None
-    assert yaml.safe_load(capsys.readouterr().out)["seed"] == 3 and not os.listdir(tmp_path)
+    assert yaml.safe_load(capsys.readouterr().out)["seed"] == 3
+    assert not os.listdir(tmp_path)
 
 
 def test_the_readmes_loss_works(tmp_path):

@@ -52,12 +52,13 @@ DATA = ArraySet(
     (0.5,) * 3,
     (0.25,) * 3,
 )
+# what each script's main asks of config.load
 EXTRA = {
     "train_pretrain": (),
     "train_linear": (),
     "train_finetune": ("finetune",),
     "train_detect": ("detect",),
-}  # what each script's main asks of config.load
+}
 
 # a small run: section -> key -> its value, as it is written in a file
 RUN = {
@@ -327,15 +328,13 @@ FLOATS = [
 
 def draw_run(chance):
     """A valid run: a host, one loss or several, all sections."""
-    host, names = (
-        chance.choice(list(HOSTS)),
-        chance.choice([*([n] for n in LOSSES), ["ifnd", "ring"], ["ifnd", "jcl"]]),
-    )
+    host = chance.choice(list(HOSTS))
+    names = chance.choice([*([name] for name in LOSSES), ["ifnd", "ring"], ["ifnd", "jcl"]])
     views = {"n_views": "3"} if "jcl" in names else {}
-    losses = [
-        {"name": n, **LOSSES[n], **({"temperature": "0.2"} if len(names) > 1 else {})}
-        for n in names
-    ]
+    losses = [{"name": name, **LOSSES[name]} for name in names]
+    if len(losses) > 1:
+        for loss in losses:
+            loss["temperature"] = "0.2"
     sections = {section: dict(keys) for section, keys in RUN.items()}
     return {
         **sections,
@@ -344,22 +343,25 @@ def draw_run(chance):
     }
 
 
-def written(run):
-    """As YAML, a line a key."""
-    out = []
-    for section, keys in run.items():
-        out.append(f"{section}:" + (f" {keys}" if isinstance(keys, str) else ""))
-        for one in keys if isinstance(keys, list) else [keys] if isinstance(keys, dict) else []:
-            out += [
-                ("  - " if isinstance(keys, list) and not i else "    ") + f"{k}: {v}"
-                for i, (k, v) in enumerate(one.items())
-            ]
-    return "\n".join(out) + "\n"
+def to_yaml(run):
+    """Write a run as YAML, a line for each key."""
+    lines = []
+    for section, value in run.items():
+        if isinstance(value, str):
+            lines.append(f"{section}: {value}")
+            continue
+        lines.append(f"{section}:")
+        for keys in value if isinstance(value, list) else [value]:
+            first_line = len(lines)
+            lines += [f"    {key}: {word}" for key, word in keys.items()]
+            if isinstance(value, list):
+                lines[first_line] = "  - " + lines[first_line].lstrip(" ")
+    return "\n".join(lines) + "\n"
 
 
 def save(run):
     with open("a.yaml", "w", encoding="utf-8", newline="", errors="surrogatepass") as f:
-        f.write(written(run))
+        f.write(to_yaml(run))
 
 
 @functools.cache
@@ -391,34 +393,31 @@ def draw_key(chance, run):
     section = chance.choice([*run, "model", "loss", "loss", "name", "seed"])
     if section in ("name", "seed"):
         return section, run, str if section == "name" else int
-    one = run[section] if isinstance(run[section], dict) else chance.choice(run[section])
-    kinds = keys_of(section, one.get(config.CHOICE.get(section)))
-    key = chance.choice([k for k in kinds if k != "name" or isinstance(run[section], dict)])
-    return (
-        (f"{section}.{key}" if one is run[section] else f"{section}.{one['name']}.{key}"),
-        one,
-        kinds[key],
-    )
+    if isinstance(run[section], dict):
+        settings, path = run[section], section
+    else:
+        settings = chance.choice(run[section])
+        path = f"{section}.{settings['name']}"
+    kinds = keys_of(section, settings.get(config.CHOICE.get(section)))
+    key = chance.choice([key for key in kinds if key != "name" or path == section])
+    return f"{path}.{key}", settings, kinds[key]
 
 
 def draw_value(chance, kind):
-    """Something of that kind, sensible or not; or anything."""
+    """Draw something of that kind, sensible or not; or anything."""
     if chance.random() < 0.3:
         return chance.choice(ANYTHING)
-    kind = (
-        chance.choice([k for k in typing.get_args(kind) if k is not type(None)])
-        if type(None) in typing.get_args(kind)
-        else kind
-    )
+    alternatives = typing.get_args(kind)
+    if type(None) in alternatives:
+        kind = chance.choice([k for k in alternatives if k is not type(None)])
     if typing.get_origin(kind) is typing.Literal:
         return chance.choice(typing.get_args(kind))
     if typing.get_origin(kind) is list:
         item = typing.get_args(kind)[0]
         count = chance.choice([0, 1, 1, 2, 2, 3])
         return f"[{', '.join(draw_value(chance, item) for _ in range(count))}]"
-    return chance.choice(
-        {int: INTEGERS, float: FLOATS, bool: ["true", "false"], str: WORDS}.get(kind, ANYTHING)
-    )
+    values = {int: INTEGERS, float: FLOATS, bool: ["true", "false"], str: WORDS}
+    return chance.choice(values.get(kind, ANYTHING))
 
 
 class Tiny(nn.Module):
@@ -426,59 +425,52 @@ class Tiny(nn.Module):
 
     def __init__(self, dim, vectors):
         super().__init__()
-        self.dim, self.bn_splits, self.dtype, self.layer = (
-            dim,
-            1,
-            torch.float32,
-            nn.Linear(3, vectors * dim),
-        )
+        self.dim = dim
+        self.bn_splits = 1
+        self.dtype = torch.float32
+        self.layer = nn.Linear(3, vectors * dim)
 
     def forward(self, x):
-        return F.normalize(self.layer(x.mean((2, 3))).unflatten(1, (-1, self.dim)), dim=2).flatten(
-            1
-        )
+        vectors = self.layer(x.mean((2, 3))).unflatten(1, (-1, self.dim))
+        return F.normalize(vectors, dim=2).flatten(1)
 
 
 def build(cfg, file, touched):
-    """What train_pretrain.py and the other scripts make of the settings, on DATA, and a step.
+    """Build what the scripts make of the settings, on DATA, and take a step. -> True.
 
     The encoder is a Tiny unless its settings are `touched`.
     """
 
-    def make(target, section, **given):
-        return config.build(target, cfg[section], f"{file}: {section}", **given)
+    def make(target, section, **kwargs):
+        return config.build(target, cfg[section], f"{file}: {section}", **kwargs)
 
     torch.manual_seed(cfg["seed"])
     Host = config.method_class(cfg["model"], "model")
     if touched:
-        encoder = make(
-            getattr(Host, "Encoder", Encoder), "model", device=CPU, mean=DATA.mean, std=DATA.std
-        )
+        EncoderOfHost = getattr(Host, "Encoder", Encoder)
+        encoder = make(EncoderOfHost, "model", device=CPU, mean=DATA.mean, std=DATA.std)
     else:
         encoder = Tiny(cfg["model"]["dim"], 2 if cfg["model"]["host"] == "cmc" else 1)
     host = make(Host, "model", encoder=encoder, n_data=len(DATA))
-    several = config.loss_settings(cfg["loss"])
     losses = [
         config.build(
-            config.method_class(one, "loss"),
-            one,
+            config.method_class(settings, "loss"),
+            settings,
             f"{file}: loss",
             epochs=cfg["optim"]["epochs"],
             n_data=len(DATA),
             n_keys=host.n_keys,
             labels=DATA.labels,
         )
-        for one in several
+        for settings in config.loss_settings(cfg["loss"])
     ]
-    loss_fn = (
-        config.build(Together, {}, f"{file}: loss", losses=losses) if len(losses) > 1 else losses[0]
-    )
+    loss_fn = losses[0]
+    if len(losses) > 1:
+        loss_fn = config.build(Together, {}, f"{file}: loss", losses=losses)
     schedule = make(Schedule, "optim")
     make(sgd, "optim", parameters=encoder.parameters(), lr=schedule.lr)
-    assert all(
-        0 <= schedule(epoch) < float("inf")
-        for epoch in (0, 0.5, schedule.epochs / 2, schedule.epochs)
-    ), "a learning rate that is none"
+    for epoch in (0, 0.5, schedule.epochs / 2, schedule.epochs):
+        assert 0 <= schedule(epoch) < float("inf"), "a learning rate that is none"
     loader = config.build(
         Loader,
         cfg["data"],
@@ -502,51 +494,52 @@ def build(cfg, file, touched):
     for kind, section in ((Probe, "linear"), (Finetune, "finetune"), (Detect, "detect")):
         if section in cfg:
             assert str(make(kind, section))
-    if (
-        host.n_views <= 5
-        and not touched
-        and all(
-            getattr(one, size, 0) is None or getattr(one, size, 0) < 10000
-            for one in losses
-            for size in ("n_negatives", "mixed", "query_mixed")
-        )
-    ):
-        for epoch in (0, schedule.epochs - 1):  # in the first, MoCo's queue is still of no image
-            for part in losses:
-                if hasattr(part, "before_epoch"):
-                    part.before_epoch(
-                        epoch // part.reassign_every * part.reassign_every,
-                        lambda: F.normalize(torch.randn(len(DATA), encoder.dim), dim=1),
-                    )
-            contrasts = host(encoder, list(torch.rand(host.n_views, 8, 3, 16, 16)), torch.arange(8))
-            outputs = [loss_fn(contrast, epoch + 0.5) for contrast in contrasts]
-            loss = sum(output.loss for output in outputs)
-            loss.backward()
-            host.update_memory()
-            figures = [
-                step_diagnostics(loss_fn, [contrast], [output], DATA.labels, epoch + 0.5)
-                for contrast, output in zip(contrasts, outputs)
-            ]
-            assert all(one["K"] > 0 for one in figures) or any(
-                1 in getattr(part, "clusters", []) for part in losses
-            ), "a query has no negatives"
+    if host.n_views <= 5 and not touched and not draw_many(losses):
+        # In the first epoch the queue of MoCo still holds keys of no image.
+        for epoch in (0, schedule.epochs - 1):
+            take_step(encoder, host, loss_fn, losses, epoch)
     return True
+
+
+def draw_many(losses):
+    """Does a loss draw or mix so many negatives that a step would take long?"""
+    numbers = ("n_negatives", "mixed", "query_mixed")
+    counts = [getattr(loss, number, 0) for loss in losses for number in numbers]
+    return any(count is not None and count >= 10000 for count in counts)
+
+
+def take_step(encoder, host, loss_fn, losses, epoch):
+    """Take a step in the middle of an epoch. losses: loss_fn, or what it puts together."""
+    now = epoch + 0.5
+    for loss in losses:
+        if hasattr(loss, "before_epoch"):
+            reassigned = epoch // loss.reassign_every * loss.reassign_every
+            loss.before_epoch(
+                reassigned, lambda: F.normalize(torch.randn(len(DATA), encoder.dim), dim=1)
+            )
+    views = list(torch.rand(host.n_views, 8, 3, 16, 16))
+    contrasts = host(encoder, views, torch.arange(8))
+    outputs = [loss_fn(contrast, now) for contrast in contrasts]
+    sum(output.loss for output in outputs).backward()
+    host.update_memory()
+    has_one_cluster = any(1 in getattr(loss, "clusters", []) for loss in losses)
+    for contrast, output in zip(contrasts, outputs):
+        figures = step_diagnostics(loss_fn, [contrast], [output], DATA.labels, now)
+        assert figures["K"] > 0 or has_one_cluster, "a query has no negatives"
 
 
 # ----------------------------------------------------------------------------------- what must hold
 
 
-def meant(raw, got):
+def means(raw, got):
     """Is `got` what one reads in `raw`?"""
     if re.fullmatch(r"[-+]?[0-9][0-9_]*", raw):
         number = int(raw.replace("_", ""))  # not octal
-        return (
-            got == raw
-            or type(got) is int
-            and got == number
-            or type(got) is float
-            and got == float(number)
-        )
+        if type(got) is int:
+            return got == number
+        if type(got) is float:
+            return got == float(number)
+        return got == raw
     if re.fullmatch(r"[-+]?[0-9]+(:[0-9]+)+(\.[0-9]*)?", raw):
         return isinstance(got, str)  # not to the base of sixty
     return alike(yaml.safe_load(raw), got)
@@ -568,18 +561,18 @@ def alike(read, got):
     return type(read) is type(got) and read == got and read not in (float("inf"), float("-inf"))
 
 
-def flat(cfg):
+def flatten(cfg):
     """{"optim.lr": 0.1, "loss.ring.inner": 0.01, ...}"""
-    found = {}
+    values = {}
     for section, value in cfg.items():
-        for one in value if isinstance(value, list) else [value] if isinstance(value, dict) else []:
-            found |= {
-                f"{section}.{one['name'] + '.' if isinstance(value, list) else ''}{k}": v
-                for k, v in one.items()
-            }
-        if not isinstance(value, (list, dict)):
-            found[section] = value
-    return found
+        if isinstance(value, dict):
+            values |= {f"{section}.{key}": v for key, v in value.items()}
+        elif isinstance(value, list):
+            for loss in value:
+                values |= {f"{section}.{loss['name']}.{key}": v for key, v in loss.items()}
+        else:
+            values[section] = value
+    return values
 
 
 def outcome(call, *names):
@@ -591,9 +584,10 @@ def outcome(call, *names):
         return call()
     except SystemExit as refusal:
         sentence = refusal.code
-        assert (
-            isinstance(sentence, str) and sentence and "\n" not in sentence and len(sentence) < 1500
-        ), f"refused by {sentence!r:.300}"
+        assert isinstance(sentence, str), f"refused by {sentence!r:.300}"
+        assert sentence, f"refused by {sentence!r:.300}"
+        assert "\n" not in sentence, f"refused by {sentence!r:.300}"
+        assert len(sentence) < 1500, f"refused by {sentence!r:.300}"
         assert any(name in sentence for name in names), f"names none of {names}: {sentence:.300}"
     except Exception as error:
         raise AssertionError(f"{type(error).__name__}: {error}"[:300]) from error
@@ -625,17 +619,14 @@ class Tally:
             self.faults.append(f"{str(given)[:300]}\n        {str(error).splitlines()[0]}")
 
     def __str__(self):
-        return "\n".join(
-            [
-                f"{self.accepted} accepted, {self.refused} refused, {len(self.faults)} faults",
-                *self.faults[: int(os.environ.get("SHOW", 10))],
-            ]
-        )
+        counts = f"{self.accepted} accepted, {self.refused} refused, {len(self.faults)} faults"
+        shown = self.faults[: int(os.environ.get("SHOW", 10))]
+        return "\n".join([counts, *shown])
 
 
 @pytest.fixture
 def tally(tmp_path, monkeypatch):
-    """In a folder of its own. Says how many cases there were (pytest -rP shows it)."""
+    """Count cases in a folder of the test's own, and print how many there were (see pytest -rP)."""
     monkeypatch.chdir(tmp_path)
     tally = Tally()
     yield tally
@@ -648,18 +639,19 @@ def tally(tmp_path, monkeypatch):
 
 
 def check_values(words, script, names, before, given, chance):
-    """Given keys have what was given, and the others what they had."""
+    """The keys that were given have their new values, and the others what they had before."""
     arguments = config.command_line("").parse_args(["--cfg", "a.yaml", *words])
     cfg = outcome(lambda: config.load(arguments.cfg, arguments.overrides, EXTRA[script]), *names)
     if cfg is None:
         return False
-    after = flat(cfg)
+    after = flatten(cfg)
     chosen = [key.split(".")[0] for key in given if key in ("model.host", "loss.name")]
-    for key, (raw, place) in given.items():
+    for key, (raw, source) in given.items():
         # Another host takes the file's keys away, but not the command line's.
-        if place == "command line" or key.split(".")[0] not in chosen:
+        if source == "command line" or key.split(".")[0] not in chosen:
             message = f"{key}={raw:.100} became {after.get(key)!r:.100}"
-            assert key in after and meant(raw, after[key]), message
+            assert key in after, message
+            assert means(raw, after[key]), message
     for key in {**before, **after}:
         section = key.split(".")[0]
         if key not in given and section not in chosen and section in before:
@@ -677,25 +669,23 @@ def test_values_are_taken_as_they_stand_or_refused_and_what_follows_is_built_or_
     """One to three keys of a valid run get another value, in the file or on the command line."""
     chance, valid = random.Random(1), {}
     for _ in range(800 * CASES):
-        run, script = draw_run(chance), chance.choice(list(EXTRA))
-        if written(run) not in valid:  # parsing takes most of this test's time
+        run = draw_run(chance)
+        script = chance.choice(list(EXTRA))
+        valid_text = to_yaml(run)
+        if valid_text not in valid:  # parsing takes most of this test's time
             save(run)
-            valid[written(run)] = flat(config.load("a.yaml"))
-        before, given, words, names = valid[written(run)], {}, [], []
-        for key, one, kind in [
-            draw_key(chance, run) for _ in range(chance.choice([1, 1, 1, 2, 3]))
-        ]:
+            valid[valid_text] = flatten(config.load("a.yaml"))
+        before, given, words, names = valid[valid_text], {}, [], []
+        count = chance.choice([1, 1, 1, 2, 3])
+        for key, settings, kind in [draw_key(chance, run) for _ in range(count)]:
             raw = draw_value(chance, kind)
-            names += [
-                key.split(".")[-1],
-                *["n_views", "clusters"] * (key == "loss.name"),
-            ]  # another method's defaults may not suit the rest
-            if (
-                chance.random() < 0.3
-                and not re.search("[\n\r\t\x00\ufeff]|^---|^[.]{3}$", raw)
-                and key not in given
-            ):
-                one[key.split(".")[-1]] = raw
+            last = key.split(".")[-1]
+            names.append(last)
+            if key == "loss.name":  # another method's defaults may not suit the rest
+                names += ["n_views", "clusters"]
+            fits_in_a_line = not re.search("[\n\r\t\x00\ufeff]|^---|^[.]{3}$", raw)
+            if chance.random() < 0.3 and fits_in_a_line and key not in given:
+                settings[last] = raw
                 given[key] = raw, "file"
                 names.append("a.yaml")
             else:
@@ -703,12 +693,12 @@ def test_values_are_taken_as_they_stand_or_refused_and_what_follows_is_built_or_
                 given[key] = raw, "command line"
         save(run)
 
-        tally.case((given, written(run)), check_values, words, script, names, before, given, chance)
+        tally.case((given, to_yaml(run)), check_values, words, script, names, before, given, chance)
     assert min(tally.accepted, tally.refused) > 200 * CASES
 
 
 def check_refused(words, wrong):
-    """A sentence names the key, or the file."""
+    """The settings are refused in a sentence that names the key, or the file."""
     names = wrong.split(".")[0].strip(), repr(wrong.strip())[1:-1], "a.yaml"
     assert outcome(lambda: config.load("a.yaml", words), *names) is None, f"{wrong!r} was taken"
 
@@ -718,7 +708,7 @@ def test_a_key_that_does_not_exist_is_never_taken(tally):
     chance = random.Random(2)
     for _ in range(300 * CASES):
         run = draw_run(chance)
-        key, one, kind = draw_key(chance, run)
+        key, settings, kind = draw_key(chance, run)
         *path, last = key.split(".")
         i = chance.randrange(len(last) + 1)
         wrong = chance.choice(
@@ -743,20 +733,21 @@ def test_a_key_that_does_not_exist_is_never_taken(tally):
                 "name",
             ]
         )
-        if (
-            wrong.strip() == last
-            or wrong in dict(keys_of(path[0], one.get(config.CHOICE.get(path[0]))))
-            if path
-            else wrong.strip() in ("name", "seed")
-        ):
+        if path:
+            keys = keys_of(path[0], settings.get(config.CHOICE.get(path[0])))
+            exists = wrong.strip() == last or wrong in keys
+        else:
+            exists = wrong.strip() in ("name", "seed")
+        if exists:
             continue
         in_file = chance.random() < 0.5
         draw_value(chance, kind)
-        words = (
-            [] if in_file else [".".join([*path, wrong]) + f"={chance.choice(['3', '0.5', 'a'])}"]
-        )
+        value = chance.choice(["3", "0.5", "a"])
+        words = []
         if in_file:
-            one[wrong] = chance.choice(["3", "0.5", "a"])
+            settings[wrong] = value
+        else:
+            words.append(".".join([*path, wrong]) + f"={value}")
         save(run)
 
         tally.case((words, wrong), check_refused, words, wrong)
@@ -764,7 +755,7 @@ def test_a_key_that_does_not_exist_is_never_taken(tally):
 
 
 def check_refused_twice(words, key):
-    """A sentence says so."""
+    """The settings are refused in a sentence that says so."""
     sentence = f"{key} stands twice"
     assert outcome(lambda: config.load("a.yaml", words), sentence) is None, "was taken"
 
@@ -775,24 +766,26 @@ def test_a_key_twice_is_refused(tally):
     for _ in range(100 * CASES):
         run = draw_run(chance)
         section = chance.choice(list(run))
-        one = run[section] if isinstance(run[section], dict) else chance.choice(run[section])
-        key = chance.choice(list(one))
-        again, text, words = chance.choice([key, f"'{key}'", f'"{key}"']), written(run), []
+        is_list = isinstance(run[section], list)
+        settings = chance.choice(run[section]) if is_list else run[section]
+        key = chance.choice(list(settings))
+        again = chance.choice([key, f"'{key}'", f'"{key}"'])
+        text, words = to_yaml(run), []
         kind = chance.choice(["block", "flow", "section", "command line"])
-        pairs = [f"{k}: {v}" for k, v in one.items()]
-        pairs.insert(chance.randrange(len(pairs) + 1), f"{again}: {chance.choice([one[key], '3'])}")
+        pairs = [f"{k}: {v}" for k, v in settings.items()]
+        section_again = f"{section}: {{{', '.join(pairs)}}}\n"
+        position = chance.randrange(len(pairs) + 1)
+        pairs.insert(position, f"{again}: {chance.choice([settings[key], '3'])}")
         if kind == "section":
-            key, text = (
-                section,
-                text + f"{section}: {{{', '.join(f'{k}: {v}' for k, v in one.items())}}}\n",
-            )
+            key = section
+            text += section_again
         elif kind == "command line":
             words = [f"loss=[{{{', '.join(pairs)}}}]"]
         else:
-            run[section] = (
-                f"{{{', '.join(pairs)}}}" if kind == "flow" else "\n    " + "\n    ".join(pairs)
-            )
-            text = written(run)
+            flow = f"{{{', '.join(pairs)}}}"
+            block = "".join(f"\n    {pair}" for pair in pairs)
+            run[section] = flow if kind == "flow" else block
+            text = to_yaml(run)
         with open("a.yaml", "w") as f:
             f.write(text)
 
@@ -842,7 +835,7 @@ def test_files_with_anything_in_them(tally):
     ]
     rows = sorted(glob.glob(os.path.join(ROOT, "yaml", "*.yaml")))
     for _ in range(500 * CASES):
-        lines = written(draw_run(chance)).encode().splitlines(True)
+        lines = to_yaml(draw_run(chance)).encode().splitlines(True)
         if chance.random() < 0.5:
             with open(chance.choice(rows), "rb") as f:
                 lines = f.read().splitlines(True)
@@ -953,7 +946,7 @@ def test_what_no_run_can_bear_is_refused(make, message):
 
 
 @pytest.mark.parametrize(
-    "make,said",
+    "make,message",
     [
         (
             lambda: schedule(schedule="step", milestones=[3, 5, 9]),
@@ -1004,27 +997,29 @@ def test_what_no_run_can_bear_is_refused(make, message):
         "detect",
     ],
 )
-def test_what_does_less_than_it_says_is_said(make, said, capsys, recwarn):
-    """Not refused: a run cut short for a look is one of these (optim.epochs=10, a paper's file)."""
+def test_what_does_less_than_it_says_is_said(make, message, capsys, recwarn):
+    """These are not refused. A run that is cut short for a look is one of them.
+
+    An example is optim.epochs=10 with a paper's file.
+    """
     make()
     warned = [str(warning.message) for warning in recwarn]
-    assert re.search(said, "\n".join([capsys.readouterr().out, *warned]))
+    assert re.search(message, "\n".join([capsys.readouterr().out, *warned]))
 
 
 @pytest.mark.filterwarnings("error")
 def test_nothing_is_said_of_settings_that_suit(capsys, recwarn):
-    (
-        schedule(schedule="step", milestones=[3, 4]),
-        MoCo(Tiny(8, 1), 24, queue_size=24),
-        IFND(21, 24, clusters=[3]),
-        Ring(5, anneal_epochs=5.0),
-        Ring(5),
-        NCE(n_data=24, n_negatives=24),
-        MoCHi(epochs=1),
-        MoCHi(),
-        Detect(),
-    )
-    assert capsys.readouterr().out == "" and not recwarn.list
+    schedule(schedule="step", milestones=[3, 4])
+    MoCo(Tiny(8, 1), 24, queue_size=24)
+    IFND(21, 24, clusters=[3])
+    Ring(5, anneal_epochs=5.0)
+    Ring(5)
+    NCE(n_data=24, n_negatives=24)
+    MoCHi(epochs=1)
+    MoCHi()
+    Detect()
+    assert capsys.readouterr().out == ""
+    assert not recwarn.list
 
 
 def contrast(K=5):
@@ -1052,7 +1047,9 @@ def test_more_than_there_are_candidates_is_taken_as_it_is_meant(loss, K):
     figures = step_diagnostics(loss, [c], [output], None, 0.0)
     value = output.loss
     value.backward()
-    assert value.isfinite() and value > 0 and figures["K"] == K
+    assert value.isfinite()
+    assert value > 0
+    assert figures["K"] == K
 
 
 def test_neighbours_beyond_the_bank_and_a_small_temperature():
@@ -1079,7 +1076,8 @@ def test_neighbours_beyond_the_bank_and_a_small_temperature():
         (
             train_finetune,
             ["finetune.batch_size=1"],
-            "finetune.batch_size 1 leaves BatchNorm one image at a time, .* so raise finetune.batch_size",
+            "finetune.batch_size 1 leaves BatchNorm one image at a time, .* "
+            "so raise finetune.batch_size",
         ),
         (
             train_finetune,

@@ -53,16 +53,17 @@ def test_it_resolves_and_its_header_is_honest(path):
     cfg = config.load(path)
     with open(path) as f:
         head = [line for line in f.read().splitlines() if line.startswith("#")]
-    assert head and any(f"--cfg {short(path)}" in line for line in head), (
-        "the header says how to run it"
-    )
+    assert head, "the header says how to run it"
+    assert any(f"--cfg {short(path)}" in line for line in head), "the header says how to run it"
     assert cfg["name"] == short(path).removeprefix("yaml" + os.sep).removesuffix(".yaml").replace(
         os.sep, "_"
     )
     if short(path).count(os.sep) > 1:
         assert "paper" in cfg
     if "paper" in cfg:
-        assert cfg["paper"]["table"] and cfg["paper"]["row"] and cfg["paper"]["column"]
+        assert cfg["paper"]["table"]
+        assert cfg["paper"]["row"]
+        assert cfg["paper"]["column"]
         assert cfg["paper"].get("reported") is None or cfg["paper"].get("source"), (
             "a reported number needs its source"
         )
@@ -206,7 +207,7 @@ def test_it_takes_a_step(path):
     loss.backward()
     optimizer.step()
     host.update_memory()
-    assert loss.isfinite() and figures["K"] > 0
-    assert any(not torch.equal(p, b) for p, b in zip(encoder.parameters(), before)) and all(
-        p.isfinite().all() for p in encoder.parameters()
-    )
+    assert loss.isfinite()
+    assert figures["K"] > 0
+    assert any(not torch.equal(p, b) for p, b in zip(encoder.parameters(), before))
+    assert all(p.isfinite().all() for p in encoder.parameters())

@@ -76,7 +76,8 @@ def test_an_image_alone_is_treated_as_in_a_batch(size):
     alone = torch.cat(
         [aug.colour(x[i : i + 1].clone(), select_rows(u, slice(i, i + 1))) for i in range(9)]
     )
-    assert (whole - alone).abs().max() < 1e-5 and (whole - x).abs().max() > 0.1
+    assert (whole - alone).abs().max() < 1e-5
+    assert (whole - x).abs().max() > 0.1
 
 
 def test_grey_and_flip_equal_torchvisions(images):
@@ -197,7 +198,9 @@ def test_views_have_the_statistics_of_torchvisions(images, recipe):
 def test_jitter_draws_every_order_and_applies_it():
     drawn = augment.sample_jitter(24000, torch.Generator().manual_seed(0), 0.4, 0.4, 0.4, 0.1, 0.8)
     orders, counts = drawn["order"].unique(dim=0, return_counts=True)
-    assert len(orders) == 24 and counts.min() > 850 and counts.max() < 1150
+    assert len(orders) == 24
+    assert counts.min() > 850
+    assert counts.max() < 1150
     assert abs(drawn["apply"].float().mean() - 0.8) < 0.01
     x = torch.rand(24, 3, 8, 8)
     factors = drawn["factors"][:24]

@@ -28,7 +28,7 @@ from data.cache import CachedSet
 from data.datasets import load
 from data.loader import Loader
 from engine import checkpoint, config
-from processes import group, run
+from processes import group_environments, run
 
 CPU = torch.device("cpu")
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -82,20 +82,24 @@ def decoded(data):
 
 
 def test_pixels_are_those_of_pil_and_small_images_stay_as_they_are(jpegs):
-    plain, data = read(jpegs, "pretrain", None), read(jpegs, "pretrain", 38)
-    assert isinstance(data, CachedSet) and len(data) == 15 and not hasattr(data, "images")
-    assert list(data.files) == list(plain.files) and torch.equal(data.labels, plain.labels)
-    assert (data.classes, data.mean, data.std) == (plain.classes, plain.mean, plain.std)
+    uncached, data = read(jpegs, "pretrain", None), read(jpegs, "pretrain", 38)
+    assert isinstance(data, CachedSet)
+    assert len(data) == 15
+    assert not hasattr(data, "images")
+    assert list(data.files) == list(uncached.files)
+    assert torch.equal(data.labels, uncached.labels)
+    assert (data.classes, data.mean, data.std) == (uncached.classes, uncached.mean, uncached.std)
     shrunk = 0
     for i in range(15):
-        image, got = plain.decode(i), data.decode(i)
+        image, got = uncached.decode(i), data.decode(i)
         short, long = min(image.size), max(image.size)
         if short > 38:
             shrunk += 1
             other = 38 * long // short
             size = (38, other) if image.size[0] == short else (other, 38)
             image = image.resize(size, Image.Resampling.BILINEAR)
-        assert got.mode == "RGB" and got.size == image.size
+        assert got.mode == "RGB"
+        assert got.size == image.size
         assert np.array_equal(np.asarray(got), np.asarray(image))
     assert shrunk == 6  # 41 x 45 and 44 x 42 in each class; 38 x 48 just not
 
@@ -114,15 +118,17 @@ def test_views_of_images_that_were_not_shrunk_are_the_very_same(jpegs, backend):
 
 
 def test_rows_and_limits_are_taken_of_one_whole_cache(jpegs, builds):
-    plain, data = read(jpegs, "pretrain", None), read(jpegs, "pretrain", 64)
+    uncached, data = read(jpegs, "pretrain", None), read(jpegs, "pretrain", 64)
     rows = torch.tensor([11, 2, 7])
-    few, plain_few = data.select(rows), plain.select(rows)
-    assert same(few, plain_few) and few.labels.tolist() == [2, 0, 1]
+    few, plain_few = data.select(rows), uncached.select(rows)
+    assert same(few, plain_few)
+    assert few.labels.tolist() == [2, 0, 1]
     assert list(few.files) == list(plain_few.files)
     for part in ("pretrain", "train"):
         assert same(read(jpegs, part, None, limit=6), read(jpegs, part, 64, limit=6))
     assert len(builds) == 1
-    assert same(read(jpegs, "test", None), read(jpegs, "test", 64)) and len(builds) == 2
+    assert same(read(jpegs, "test", None), read(jpegs, "test", 64))
+    assert len(builds) == 2
     assert read(os.path.join(jpegs, "train"), "test", 64) is None
 
 
@@ -139,7 +145,8 @@ def test_parts_that_share_a_folder_have_files_of_their_own(tmp_path, builds):
     for _ in range(2):
         for part, grey in (("train", 10), ("test", 200)):
             image = load(part, 0, name="dtd", root=str(tmp_path), cache=15).decode(1)
-            assert image.size == (20, 15) and image.getpixel((3, 3)) == (grey,) * 3
+            assert image.size == (20, 15)
+            assert image.getpixel((3, 3)) == (grey,) * 3
     assert len(builds) == 2
     assert files(dtd, "images", 15) == [".npy", ".npy", ".u8", ".u8"]
 
@@ -158,8 +165,9 @@ def test_a_changed_folder_is_cached_anew(jpegs, builds, capsys):
     added = os.path.join(jpegs, "train", "b", "9.jpg")
     before = read(jpegs)
     old = np.asarray(read(jpegs).decode(8))
-    said = capsys.readouterr().out
-    assert said.endswith("caching 15 images once\n") and said.count("\n") == 1
+    printed = capsys.readouterr().out
+    assert printed.endswith("caching 15 images once\n")
+    assert printed.count("\n") == 1
     assert len(builds) == 1
     changes = [
         lambda: Image.new("RGB", (41, 45), (200, 0, 0)).save(path),
@@ -172,12 +180,14 @@ def test_a_changed_folder_is_cached_anew(jpegs, builds, capsys):
     ]
     for i, change in enumerate(changes):
         change()
-        plain, data = read(jpegs, cache=None), read(jpegs)
-        said = capsys.readouterr().out
+        uncached, data = read(jpegs, cache=None), read(jpegs)
+        printed = capsys.readouterr().out
         assert len(builds) == i + 2
-        assert "caching" in said and "anew" in said and said.count("\n") == 1
-        assert len(data) == len(plain)
-        shrunk = plain.decode(7).resize(data.decode(7).size, Image.Resampling.BILINEAR)
+        assert "caching" in printed
+        assert "anew" in printed
+        assert printed.count("\n") == 1
+        assert len(data) == len(uncached)
+        shrunk = uncached.decode(7).resize(data.decode(7).size, Image.Resampling.BILINEAR)
         assert np.array_equal(data.decode(7), shrunk)
         assert files(jpegs) == [".npy", ".u8"]  # the old one is gone ...
     assert np.array_equal(before.decode(8), old)  # ... but for who had it
@@ -216,7 +226,8 @@ def test_a_build_that_was_killed_is_built_again(jpegs, builds):
     ):
         damage()
         builds.clear()
-        assert same(read(jpegs), whole) and len(builds) == 1
+        assert same(read(jpegs), whole)
+        assert len(builds) == 1
         assert files(jpegs) == [".npy", ".u8"]
 
 
@@ -225,14 +236,15 @@ def test_a_build_that_fails_leaves_nothing(jpegs, monkeypatch):
     broken = os.path.join(jpegs, "train", "b", "3.jpg")
     with open(broken, "wb") as f:
         f.write(b"not a picture")
-    plain = read(jpegs, "pretrain", None)
+    uncached = read(jpegs, "pretrain", None)
     with pytest.raises(SystemExit) as without:
-        list(Loader(plain, 15, 1, 0, CPU, augment="eval", image_size=24, workers=0).epoch(0))
+        list(Loader(uncached, 15, 1, 0, CPU, augment="eval", image_size=24, workers=0).epoch(0))
     for workers in (1, 2):
         monkeypatch.setattr(cache, "default_workers", lambda workers=workers: workers)
         with pytest.raises(SystemExit) as error:
             read(jpegs, "pretrain")
-        assert str(error.value) == str(without.value) and broken in str(error.value)
+        assert str(error.value) == str(without.value)
+        assert broken in str(error.value)
         assert files(jpegs) == []
 
 
@@ -247,7 +259,8 @@ def test_a_disk_that_is_too_small_is_said(jpegs, tmp_path, monkeypatch):
         f"data.cache is 32: the 15 images take about 5.99e-05 GB in {jpegs}/train.cache32, "
         "3e-05 GB are free there; make room"
     ) in refusal.value.code
-    assert files(jpegs, size=32) == [] and len(read(jpegs, "test", 32)) == 6
+    assert files(jpegs, size=32) == []
+    assert len(read(jpegs, "test", 32)) == 6
     os.makedirs(tmp_path / "many")
     for i in range(400):  # 76,800 bytes: no need to go on until there is no room
         Image.new("RGB", (8, 8)).save(tmp_path / "many" / f"{i:03d}.png")
@@ -284,11 +297,13 @@ def test_two_runs_that_start_at_once_build_once(jpegs, builds, capsys):
         for thread in runs:
             thread.start()
         runs[0].join(0.3)
-        assert all(thread.is_alive() for thread in runs) and not builds
+        assert all(thread.is_alive() for thread in runs)
+        assert not builds
     # It was killed: one of the waiting builds, the other finds it built.
     for thread in runs:
         thread.join(30)
-    assert len(builds) == 1 and files(jpegs) == [".npy", ".u8"]
+    assert len(builds) == 1
+    assert files(jpegs) == [".npy", ".u8"]
     assert "another run is writing it; waiting" in capsys.readouterr().out
 
 
@@ -301,26 +316,48 @@ def test_building_leaves_the_random_state_alone(jpegs, monkeypatch, workers):
 
 
 TWO_NODES = """
-import os, pickle, numpy as np, torch
+import pickle
+
+import numpy as np
+import torch
+
 from data import cache
 from data.datasets import load
 from engine import distributed
+
 distributed.init_distributed()
-rank, did, write, hash_files = distributed.rank(), [], cache.write, cache.hash_files
-cache.write = lambda *a: did.append("write") or write(*a)
-cache.hash_files = lambda *a: did.append("hash") or hash_files(*a)
+rank = distributed.rank()
+calls = []
+plain_write = cache.write
+plain_hash_files = cache.hash_files
 
-def seen(root):
-    did.clear()
+def write(*args):
+    calls.append("write")
+    return plain_write(*args)
+
+def hash_files(*args):
+    calls.append("hash")
+    return plain_hash_files(*args)
+
+cache.write = write
+cache.hash_files = hash_files
+
+def decode(data, count):
+    return [torch.from_numpy(np.array(data.decode(i))) for i in range(count)]
+
+def calls_and_images(root):
+    calls.clear()
     data = load("train", 0, name="folder", root=root, cache=24)
-    return list(did), [torch.from_numpy(np.array(data.decode(i))) for i in range(15)]
+    return list(calls), decode(data, 15)
 
-shared, own = seen("jpegs"), seen(f"own{rank}")
-distributed.node_firsts = [0, 0]                   # from here on, two of one node
-node = seen("jpegs")
-few = pickle.load(open("test.pkl", "rb"))
-few = [torch.from_numpy(np.array(few.decode(i))) for i in range(2)]
-torch.save((shared, own, node, few), f"saw{rank}.pt")
+shared = calls_and_images("jpegs")
+of_this_node = calls_and_images(f"own{rank}")
+# From here on, both processes are of one node.
+distributed.node_firsts = [0, 0]
+on_one_node = calls_and_images("jpegs")
+with open("test.pkl", "rb") as f:
+    unpickled = decode(pickle.load(f), 2)
+torch.save((shared, of_this_node, on_one_node, unpickled), f"saw{rank}.pt")
 distributed.cleanup()
 """
 
@@ -328,7 +365,7 @@ distributed.cleanup()
 def run_on_two_nodes(folder):
     """-> what each of two processes printed, of which each is alone on its node."""
     started = []
-    for rank, environment in enumerate(group(2)):
+    for rank, environment in enumerate(group_environments(2)):
         environment |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank)}
         process = subprocess.Popen(
             [sys.executable, "job.py"],
@@ -339,9 +376,9 @@ def run_on_two_nodes(folder):
             text=True,
         )
         started.append(process)
-    said = [process.communicate(timeout=120)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
-    return said
+    printed = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], printed
+    return printed
 
 
 @pytest.mark.slow
@@ -360,19 +397,21 @@ def test_two_processes_build_once_and_read_the_same(jpegs, tmp_path):
     for node in (0, 1):
         shutil.copytree(os.path.join(jpegs, "train"), tmp_path / f"own{node}")
     (tmp_path / "job.py").write_text(TWO_NODES)
-    said = run_on_two_nodes(tmp_path)
-    assert "caching 15 images anew" in said[0] and "jpegs/train" not in said[1]
-    assert "own0.cache24: caching 15" in said[0] and "own1.cache24: caching 15" in said[1]
+    printed = run_on_two_nodes(tmp_path)
+    assert "caching 15 images anew" in printed[0]
+    assert "jpegs/train" not in printed[1]
+    assert "own0.cache24: caching 15" in printed[0]
+    assert "own1.cache24: caching 15" in printed[1]
     saw = [torch.load(tmp_path / f"saw{rank}.pt") for rank in (0, 1)]
     assert [did for (did, _), *_ in saw] == [["hash", "write"], ["hash"]]
     assert [did for _, (did, _), *_ in saw] == [["hash", "write"]] * 2
     assert [did for _, _, (did, _), _ in saw] == [["hash"], []]
-    plain = read(jpegs)
+    uncached = read(jpegs)
     for *sets, few in saw:
         for _, images in sets:
-            assert all(np.array_equal(x, plain.decode(i)) for i, x in enumerate(images))
+            assert all(np.array_equal(x, uncached.decode(i)) for i, x in enumerate(images))
         assert all(np.array_equal(x, test.decode(i)) for i, x in enumerate(few))
-    assert (np.asarray(plain.decode(8)).mean((0, 1)) - [200, 0, 0]).max() < 3
+    assert (np.asarray(uncached.decode(8)).mean((0, 1)) - [200, 0, 0]).max() < 3
 
 
 # -------------------------------------------------- a build that ends early
@@ -387,13 +426,13 @@ def stops(monkeypatch):
     decoded, limit = [], {"count": None}
     monkeypatch.setattr(cache, "default_workers", lambda: 0)
     monkeypatch.setattr(cache, "RECORD_SECONDS", 0)
-    plain = cache.Shrunk.__call__
+    original = cache.Shrunk.__call__
 
     def call(self, rows):
         if limit["count"] is not None and len(decoded) == limit["count"]:
             limit["error"]()
         decoded.append(rows)
-        return plain(self, rows)
+        return original(self, rows)
 
     def stop_after(count, error=None):
         before = sum(decoded, [])
@@ -435,7 +474,8 @@ def test_a_build_goes_on_where_it_was_and_makes_the_same_bytes(jpegs, stops, cap
     capsys.readouterr()
     stops(None)
     read(jpegs)
-    assert stops(None) == list(range(8, 15)) and contents(jpegs) == uninterrupted
+    assert stops(None) == list(range(8, 15))
+    assert contents(jpegs) == uninterrupted
     assert "caching 15 images, going on after 8\n" in capsys.readouterr().out
 
 
@@ -467,12 +507,14 @@ def test_what_is_left_of_a_build_is_taken_only_where_it_fits(jpegs, stops):
         damage()
         stops(None)
         read(jpegs)
-        assert stops(None) == list(range(15)) and contents(jpegs) == uninterrupted
+        assert stops(None) == list(range(15))
+        assert contents(jpegs) == uninterrupted
     leave_half(jpegs, stops)
     os.utime(f"{jpegs}/train/c/1.jpg", ns=(1, 1))
     stops(None)
     read(jpegs)
-    assert stops(None) == list(range(15)) and files(jpegs) == [".npy", ".u8"]
+    assert stops(None) == list(range(15))
+    assert files(jpegs) == [".npy", ".u8"]
 
 
 def test_what_skip_left_out_stops_a_build_that_goes_on_without(jpegs, stops):
@@ -495,9 +537,11 @@ def test_the_old_cache_stays_until_the_new_one_is_whole(jpegs, stops):
     stops(1, interrupt)
     with pytest.raises(KeyboardInterrupt):
         read(jpegs)
-    assert before.items() < contents(jpegs).items() and len(contents(jpegs)) == 4
+    assert before.items() < contents(jpegs).items()
+    assert len(contents(jpegs)) == 4
     stops(None)
-    assert same(read(jpegs), old) and len(contents(jpegs)) == 2
+    assert same(read(jpegs), old)
+    assert len(contents(jpegs)) == 2
     assert not set(contents(jpegs)) & set(before)
 
 
@@ -506,13 +550,13 @@ def test_a_disk_that_becomes_full_keeps_nothing_half_made(jpegs, stops, monkeypa
     """At the first sync the index is made; the last ones are those of the last rows."""
     old = read(jpegs)
     os.utime(f"{jpegs}/train/c/1.jpg", ns=(1, 1))
-    calls, plain = [], cache.sync
+    calls, original = [], cache.sync
 
     def sync(file):
         calls.append(file)
         if len(calls) == full_at:
             raise OSError(errno.ENOSPC, "No space left on device")
-        plain(file)
+        original(file)
 
     monkeypatch.setattr(cache, "sync", sync)
     with pytest.raises(SystemExit) as refusal:
@@ -526,7 +570,8 @@ def test_a_disk_that_becomes_full_keeps_nothing_half_made(jpegs, stops, monkeypa
         assert old.path in refusal.value.code
     else:
         assert "cannot be written (No space left on device)" in refusal.value.code
-    assert files(jpegs) == [".npy", ".u8"] and old.decode(3).size
+    assert files(jpegs) == [".npy", ".u8"]
+    assert old.decode(3).size
 
 
 def test_a_disk_too_small_for_old_and_new_names_the_old(jpegs, stops, monkeypatch):
@@ -537,15 +582,17 @@ def test_a_disk_too_small_for_old_and_new_names_the_old(jpegs, stops, monkeypatc
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage(20000))
     with pytest.raises(SystemExit, match="2e-05 GB are free there; make room, .*; or remove .*u8,"):
         read(jpegs)
-    assert stops(None) == [] and os.path.exists(old.path) and len(contents(jpegs)) == 2
+    assert stops(None) == []
+    assert os.path.exists(old.path)
+    assert len(contents(jpegs)) == 2
 
 
 def test_a_disk_that_others_fill_meanwhile_keeps_nothing_half_made(jpegs, stops, monkeypatch):
     usage = namedtuple("usage", "free")
     calls = []
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage(10**6 if not calls else 100))
-    plain = cache.UnfinishedCache.record
-    monkeypatch.setattr(cache.UnfinishedCache, "record", lambda self: calls.append(plain(self)))
+    original = cache.UnfinishedCache.record
+    monkeypatch.setattr(cache.UnfinishedCache, "record", lambda self: calls.append(original(self)))
     with pytest.raises(SystemExit, match="free there, those of 8 images that were made and are re"):
         read(jpegs)
     assert files(jpegs) == []
@@ -564,8 +611,9 @@ def test_a_truncated_image_ends_two_processes_with_one_sentence(jpegs, tmp_path)
     )
     done = run(tmp_path, tmp_path / "job.py", processes=2, check=False)
     assert done.returncode == 1
-    said = done.stderr + (tmp_path / "said1.err").read_text()
-    assert said.count("\n") == 1 and said.startswith(f"{broken} cannot be read as an image (")
+    printed = done.stderr + (tmp_path / "said1.err").read_text()
+    assert printed.count("\n") == 1
+    assert printed.startswith(f"{broken} cannot be read as an image (")
 
 
 # -------------------------------------------------- where it lies
@@ -574,13 +622,16 @@ def test_a_truncated_image_ends_two_processes_with_one_sentence(jpegs, tmp_path)
 def test_the_cache_of_a_single_class_lies_beside_its_part(jpegs, builds):
     for name in "bc":
         os.rename(f"{jpegs}/train/{name}", f"{jpegs}/{name}")
-    assert read(jpegs).labels is None and os.listdir(f"{jpegs}/train") == ["a"]
+    assert read(jpegs).labels is None
+    assert os.listdir(f"{jpegs}/train") == ["a"]
     # Earlier versions had it beside the class folder.
     os.rename(f"{jpegs}/train.cache24", f"{jpegs}/train/a.cache24")
-    assert read(jpegs).path.startswith(f"{jpegs}/train/a.cache24/") and len(builds) == 1
+    assert read(jpegs).path.startswith(f"{jpegs}/train/a.cache24/")
+    assert len(builds) == 1
     os.rename(f"{jpegs}/b", f"{jpegs}/train/b")
     data = read(jpegs)
-    assert data.classes == ["a", "b"] and data.path.startswith(f"{jpegs}/train.cache24/")
+    assert data.classes == ["a", "b"]
+    assert data.path.startswith(f"{jpegs}/train.cache24/")
     os.mkdir(f"{jpegs}/train/d.cache24")  # there is no class d
     with pytest.raises(SystemExit, match="d.cache24 holds no images"):
         read(jpegs)
@@ -607,13 +658,13 @@ def test_large_photographs_are_reduced_by_the_jpeg_decoder(tmp_path, monkeypatch
     photograph(403, 301).save(folder / "3.png")
     photograph(403, 301).convert("L").save(folder / "4.jpg", quality=95)
     photograph(90, 80).save(folder / "small" / "0.jpg")
-    plain = load("pretrain", 0, name="folder", root=str(folder))
+    uncached = load("pretrain", 0, name="folder", root=str(folder))
     reduced = load("pretrain", 0, name="folder", root=str(folder), cache=24)
-    state = cache.hash_files(plain.files, skip=False)
+    state = cache.hash_files(uncached.files, skip=False)
     assert state not in reduced.path
     differences = []
-    for i in range(len(plain)):
-        image = plain.decode(i)
+    for i in range(len(uncached)):
+        image = uncached.decode(i)
         size = (24 * image.width // min(image.size), 24 * image.height // min(image.size))
         wanted = np.asarray(image.resize(size, Image.Resampling.BILINEAR), float)
         assert reduced.decode(i).size == size

@@ -303,7 +303,8 @@ def test_all_ways_to_write_a_mask_are_one(tmp_path):
     """Polygons, run lengths as a list, and as a string."""
     polygons = [np.array([1.0, 1, 5, 1, 5, 5, 1, 5])]
     mask = coco.decode_mask(polygons, 6, 8)
-    assert mask.shape == (6, 8) and mask.sum() == 16
+    assert mask.shape == (6, 8)
+    assert mask.sum() == 16
     string = tools.encode(np.asfortranarray(mask))["counts"].decode()
     runs = coco.decode_counts(string).tolist()
     for counts in (string, runs):
@@ -356,7 +357,8 @@ def test_a_real_persons_mirror():
     names = read_json(path)["categories"][0]["keypoints"]
     mirrored = coco.mirrored_keypoints(names)
     assert [mirrored[i] for i in mirrored] == list(range(17))
-    assert mirrored[0] == 0 and mirrored[1] == 2
+    assert mirrored[0] == 0
+    assert mirrored[1] == 2
     for name, i in zip(names, mirrored):
         assert names[i][-3:] == name[-3:]
         assert (names[i] != name) == ("_" in name)

@@ -41,21 +41,21 @@ def as_detection(annotation, size, task):
 def test_the_truth_as_detections_has_ap_100(task):
     _, truth = detection.load("coco", coco_mini_folder(), "train2017", "val2017", task)
     sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
-    found = [
+    detections = [
         as_detection(annotation, sizes[annotation["image_id"]], task)
         for annotation in truth["annotations"]
         if not annotation["iscrowd"]
     ]
-    figures = average_precision(truth, found, task)
+    figures = average_precision(truth, detections, task)
     kinds = ["box"] if task == "box" else ["box", task]
     assert list(figures) == [f"{kind} {name}" for kind in kinds for name in ("AP", "AP50", "AP75")]
     assert all(value == pytest.approx(100, abs=1e-6) for value in figures.values()), figures
-    assert average_precision(truth, found, task) == figures  # the truth was not written into
+    assert average_precision(truth, detections, task) == figures  # the truth was not written into
     assert all(value == 0 for value in average_precision(truth, [], task).values())
-    for record in found:  # each box beside its object
+    for record in detections:  # each box beside its object
         x, y, w, h = record["bbox"]
         record["bbox"] = [x + w, y, w, h]
-    assert average_precision(truth, found, task)["box AP"] < 5
+    assert average_precision(truth, detections, task)["box AP"] < 5
 
 
 @pytest.mark.parametrize("task", ["mask", "keypoint"])
@@ -66,7 +66,7 @@ def test_targets_through_the_models_own_records_have_ap_100(task):
     """
     part, _ = detection.load("coco", coco_mini_folder(), "val2017", "val2017", task)
     images = detection.Images(part, task, training=True)
-    found = []
+    detections = []
     for row, image in enumerate(images.images):
         _, target = images[row, False]
         output = target | {"scores": torch.ones(len(target["labels"]))}
@@ -76,10 +76,10 @@ def test_targets_through_the_models_own_records_have_ap_100(task):
             for annotation, k in zip(images.annotations[image["id"]], output["keypoints"]):
                 if not annotation["num_keypoints"]:
                     k[:] = torch.tensor(points(annotation)).view(17, 3) + 0.5
-        found += records(output, image["id"], part["categories"], task)
+        detections += records(output, image["id"], part["categories"], task)
     kept = {image["id"] for image in images.images}
     truth = part | {"annotations": [a for a in part["annotations"] if a["image_id"] in kept]}
-    figures = average_precision(truth, found, task)
+    figures = average_precision(truth, detections, task)
     assert all(value == pytest.approx(100, abs=1e-6) for value in figures.values()), figures
 
 
@@ -95,8 +95,8 @@ def test_ids_that_are_texts_give_the_same(tmp_path):
     for change in (None, to_text):
         root = make_coco(tmp_path, "mask", change, change)
         _, truth = detection.load("coco", root, "train", "val", "mask")
-        found = [as_detection(a, (6, 8), "mask") for a in truth["annotations"][:1]]
-        figures = average_precision(truth, found, "mask")
+        detections = [as_detection(a, (6, 8), "mask") for a in truth["annotations"][:1]]
+        figures = average_precision(truth, detections, "mask")
         assert figures["box AP50"] == figures["mask AP50"] == pytest.approx(50.495)
 
 
@@ -114,7 +114,9 @@ def test_the_picture_draws_whatever_was_kept(tmp_path, task):
     assert drawn.shape == (4, 3, 400, 400)
     assert 0 <= drawn.min() <= drawn.max() <= 1
     assert torch.equal(drawn[1], torch.zeros(3, 400, 400))  # black, and nothing found in it
-    assert drawn[0].any() and drawn[2].any() and drawn[3].any()
+    assert drawn[0].any()
+    assert drawn[2].any()
+    assert drawn[3].any()
 
 
 def test_a_missing_pycocotools_is_one_sentence(monkeypatch):

@@ -69,9 +69,11 @@ def test_shapes_are_deterministic_balanced_and_varied():
     images, labels = shapes(120)
     again, _ = shapes(120)
     other, _ = shapes(120, seed=1)
-    assert np.array_equal(images, again) and not np.array_equal(images, other)
+    assert np.array_equal(images, again)
+    assert not np.array_equal(images, other)
     assert images.shape == (120, 3, 32, 32)
-    assert (np.bincount(labels) == 10).all() and len(CLASSES) == 12
+    assert (np.bincount(labels) == 10).all()
+    assert len(CLASSES) == 12
     assert shapes(12, size=48)[0].shape == (12, 3, 48, 48)
 
 
@@ -90,7 +92,8 @@ def test_forms_are_where_they_should_be(name):
     x, y = np.meshgrid(side, side)
     d = distance(name, x, y)
     area = (d < 0).mean() * 16
-    assert 0.8 < area < 3.3 and d[0, 0] > 0.5
+    assert 0.8 < area < 3.3
+    assert d[0, 0] > 0.5
     assert np.abs(np.diff(d, axis=1)).max() <= 0.0201
 
 
@@ -101,7 +104,8 @@ def test_limit_is_balanced_fixed_and_nested(arrays):
     labels = torch.arange(1000) % 10
     rows = balanced_rows(labels, 1000, 95, seed=0)
     counts = labels[rows].bincount()
-    assert counts.max() - counts.min() <= 1 and len(rows.unique()) == 95
+    assert counts.max() - counts.min() <= 1
+    assert len(rows.unique()) == 95
     assert torch.equal(rows, balanced_rows(labels, 1000, 95, seed=0))
     assert not torch.equal(rows, balanced_rows(labels, 1000, 95, seed=1))
     assert set(rows.tolist()) <= set(balanced_rows(labels, 1000, 200, seed=0).tolist())
@@ -163,10 +167,12 @@ def test_labels_do_not_say_which_images_a_limit_takes(jpegs, tmp_path):
 def test_flat_folder_has_no_labels(jpegs):
     root = os.path.join(jpegs, "train", "a")
     flat = load("pretrain", 0, name="folder", root=root)
-    assert len(flat) == 5 and flat.labels is None
+    assert len(flat) == 5
+    assert flat.labels is None
     assert load("test", 0, name="folder", root=root) is None
     views, index = next(loader(flat, batch_size=4).epoch(0))
-    assert views[0].shape == (4, 3, 32, 32) and len(index) == 4
+    assert views[0].shape == (4, 3, 32, 32)
+    assert len(index) == 4
 
 
 @pytest.mark.parametrize(
@@ -200,7 +206,8 @@ def test_imagenet100_selects_its_classes_and_names_a_missing_one(tmp_path):
             os.makedirs(tmp_path / "imagenet" / part / c)
             Image.new("RGB", (8, 8)).save(tmp_path / "imagenet" / part / c / "x.JPEG")
     data = load("pretrain", 0, name="imagenet100", root=str(tmp_path))
-    assert len(data) == 100 and data.classes == sorted(classes)
+    assert len(data) == 100
+    assert data.classes == sorted(classes)
     assert len(load("test", 0, name="imagenet", root=str(tmp_path))) == 101
     os.remove(tmp_path / "imagenet" / "train" / classes[0] / "x.JPEG")
     with pytest.raises(SystemExit, match=f"1 of its 100 classes.*{classes[0]}"):
@@ -227,7 +234,8 @@ def test_real_cifar10():
     root = real("cifar-10-batches-py") and REAL
     train = load("pretrain", 0, name="cifar10", root=root)
     test = load("test", 0, name="cifar10", root=root)
-    assert train.images.shape == (50000, 3, 32, 32) and len(test) == 10000
+    assert train.images.shape == (50000, 3, 32, 32)
+    assert len(test) == 10000
     assert train.labels.bincount().tolist() == [5000] * 10
     pixels = train.images.float().div(255)
     for value, written in (
@@ -243,7 +251,9 @@ def test_real_jpeg_folder():
     test = load("test", 0, name="folder", root=root)
     assert (len(train), len(test), len(train.classes)) == (3000, 1000, 10)
     views, index = next(loader(train, image_size=64, augment="moco_v2", workers=2).epoch(0))
-    assert len(views) == 2 and views[0].shape == (8, 3, 64, 64) and views[0].std() > 0.3
+    assert len(views) == 2
+    assert views[0].shape == (8, 3, 64, 64)
+    assert views[0].std() > 0.3
 
 
 # -------------------------------------------------- loader
@@ -297,7 +307,8 @@ def test_jpegs_are_cropped_as_arrays_are():
         epochs = [loader(data, **settings).epoch(0) for data in (arrays, Files())]
         for (a, _), (b, _) in zip(*epochs):
             for x, y in zip(a, b):  # in units of std 0.25
-                assert (x - y).abs().mean() < 0.01 and (x - y).abs().max() < 0.2
+                assert (x - y).abs().mean() < 0.01
+                assert (x - y).abs().max() < 0.2
 
 
 def test_prefetch_keeps_the_order_runs_ahead_stops_early_and_passes_errors_on():
@@ -312,13 +323,17 @@ def test_prefetch_keeps_the_order_runs_ahead_stops_early_and_passes_errors_on():
         if error:
             raise error
 
-    assert list(prefetch(items(10))) == list(range(10)) and list(prefetch(iter([]))) == []
+    assert list(prefetch(items(10))) == list(range(10))
+    assert list(prefetch(iter([]))) == []
     made.clear()
     begun.clear()
     few = prefetch(items(1000))
-    assert next(few) == 0 and begun.wait(10)  # two wait, one is in hand
+    # two wait, one is in hand
+    assert next(few) == 0
+    assert begun.wait(10)
     few.close()
-    assert len(made) < 7 and not [t for t in threading.enumerate() if t.name == "prefetch"]
+    assert len(made) < 7
+    assert not [t for t in threading.enumerate() if t.name == "prefetch"]
     for error in (ValueError("broken"), SystemExit("broken")):
         got = prefetch(items(2, error))
         assert [next(got), next(got)] == [0, 1]
@@ -329,7 +344,8 @@ def test_prefetch_keeps_the_order_runs_ahead_stops_early_and_passes_errors_on():
 def test_a_loader_that_runs_ahead_gives_the_very_views(arrays):
     one, other = loader(arrays), loader(arrays)
     for (a, i), (b, j) in zip(one.epoch(2), prefetch(other.epoch(2))):
-        assert torch.equal(torch.stack(a), torch.stack(b)) and torch.equal(i, j)
+        assert torch.equal(torch.stack(a), torch.stack(b))
+        assert torch.equal(i, j)
 
 
 def test_ordered_batches_are_in_order(jpegs):
@@ -363,7 +379,9 @@ def test_examples_are_pictures(arrays, jpegs):
         (load("pretrain", 0, name="folder", root=jpegs), "batched"),
     ):
         x = loader(data, augment_backend=backend).examples()
-        assert x.shape == (64, 3, 32, 32) and x.min() >= 0 and x.max() <= 1
+        assert x.shape == (64, 3, 32, 32)
+        assert x.min() >= 0
+        assert x.max() <= 1
 
 
 def test_examples_are_evenly_spaced(jpegs):
@@ -380,7 +398,8 @@ def test_examples_are_evenly_spaced(jpegs):
 def test_torchvision_has_every_set_that_is_named():
     for kind, train, test in TORCHVISION.values():
         keys = inspect.signature(getattr(torchvision.datasets, kind).__init__).parameters
-        assert set(train) | set(test) <= set(keys) and "download" in keys
+        assert set(train) | set(test) <= set(keys)
+        assert "download" in keys
     assert {"shapes", "folder", "imagenet", "imagenet100", "voc2007", *TORCHVISION} == set(NAMES)
 
 

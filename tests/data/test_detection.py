@@ -95,7 +95,8 @@ def test_training_leaves_out_what_cannot_be_learned_from():
     train = detection.Images(part, "mask", training=True)
     val = detection.Images(truth, "mask")
     targets = {a["id"] for annotations in train.annotations.values() for a in annotations}
-    assert crowds and not crowds & targets
+    assert crowds
+    assert not crowds & targets
     assert len(val) == len(truth["images"])
     assert len(detection.Images(part, "mask", training=True, limit=7)) == 7
 
@@ -107,8 +108,10 @@ def test_training_leaves_out_what_cannot_be_learned_from():
     # A mask lies in its box, mirrored like it.
     for mask, (x1, y1, x2, y2) in zip(target["masks"], target["boxes"].tolist()):
         y, x = mask.nonzero().unbind(1)
-        assert x.min() >= x1 - 1.5 and x.max() <= x2 + 1.5
-        assert y.min() >= y1 - 1.5 and y.max() <= y2 + 1.5
+        assert x.min() >= x1 - 1.5
+        assert x.max() <= x2 + 1.5
+        assert y.min() >= y1 - 1.5
+        assert y.max() <= y2 + 1.5
 
 
 def test_keypoints_are_trained_on_images_with_people_and_evaluated_on_all():
@@ -163,9 +166,9 @@ def test_vocs_files_become_cocos_form(voc_devkit):
     # It holds the red square.
     assert image[0, y1 + 2 : y2 - 2, x1 + 2 : x2 - 2].min() > 200
     assert image[0, : y1 - 3].max() < 160 > image[0, y2 + 3 :].max()
-    found = as_detections(val["annotations"])
-    assert average_precision(val, found, "box")["box AP"] == pytest.approx(100)
-    assert average_precision(val, found[:3], "box")["box AP"] == pytest.approx(100)
+    detections = as_detections(val["annotations"])
+    assert average_precision(val, detections, "box")["box AP"] == pytest.approx(100)
+    assert average_precision(val, detections[:3], "box")["box AP"] == pytest.approx(100)
 
 
 def test_vocs_boxes_without_area_neither_train_nor_are_evaluated(voc_devkit, capsys):
@@ -187,8 +190,8 @@ def test_vocs_boxes_without_area_neither_train_nor_are_evaluated(voc_devkit, cap
     assert len(detection.Images(val, "box")) == 4
     assert [a["image_id"] for a in val["annotations"]] == [3, 4]
     assert val["annotations"][0]["bbox"][2] == 1
-    found = as_detections(val["annotations"])
-    assert average_precision(val, found, "box")["box AP"] == pytest.approx(100)
+    detections = as_detections(val["annotations"])
+    assert average_precision(val, detections, "box")["box AP"] == pytest.approx(100)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +265,9 @@ def test_broken_files_are_named(voc_devkit, file, content, message):
             part, _ = load_voc(voc_devkit)
             use(detection.Images(part, "box", training=True))
         sentence = str(error.value)
-        assert message in sentence and path in sentence and "\n" not in sentence
+        assert message in sentence
+        assert path in sentence
+        assert "\n" not in sentence
 
 
 def read_all(images):

@@ -63,7 +63,8 @@ def nested(tmp_path):
 
 def test_order_and_labels_are_those_of_image_folder_and_of_before(nested):
     data, other = read(nested), ImageFolder(nested)
-    assert list(data.files) == [file for file, _ in other.samples] and len(data) == 11
+    assert list(data.files) == [file for file, _ in other.samples]
+    assert len(data) == 11
     assert data.classes == other.classes == ["B", "a", "b"]
     assert data.labels.tolist() == other.targets
     assert (list(data.files), data.labels.tolist()) == listed_as_before(str(nested))
@@ -84,8 +85,10 @@ def test_paths_are_written_as_the_root_is(nested, monkeypatch, root):
 def test_flat_folders_and_images_beside_the_classes_have_no_labels(nested):
     make_files(nested, "0.jpg")
     data = read(nested)
-    assert data.labels is None and data.classes is None
-    assert list(data.files) == listed_as_before(str(nested))[0] and data.files[0].endswith("/0.jpg")
+    assert data.labels is None
+    assert data.classes is None
+    assert list(data.files) == listed_as_before(str(nested))[0]
+    assert data.files[0].endswith("/0.jpg")
     assert read(nested / "a" / "other").labels is None
     assert read(nested / "B").labels is None
 
@@ -98,7 +101,8 @@ def test_names_that_are_no_text_or_hold_line_feeds(tmp_path):
         pytest.skip("this disk has text only")
     data = read(tmp_path)
     assert (list(data.files), data.labels.tolist()) == listed_as_before(str(tmp_path))
-    assert all(os.path.exists(file) for file in data.files) and len(data) == 4
+    assert all(os.path.exists(file) for file in data.files)
+    assert len(data) == 4
 
 
 def test_no_system_call_looks_at_a_regular_file(nested, monkeypatch):
@@ -117,7 +121,9 @@ def test_no_system_call_looks_at_a_regular_file(nested, monkeypatch):
     monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
     data = read(nested)
     monkeypatch.undo()
-    assert len(calls) > 0 and len(listed) == len(set(listed)) == 9 and len(data) == 11
+    assert len(calls) > 0
+    assert len(listed) == len(set(listed)) == 9
+    assert len(data) == 11
     files = [os.path.join(place, name) for place, _, names in os.walk(nested) for name in names]
     assert not {file for file in files if not os.path.islink(file)} & set(calls)
 
@@ -138,7 +144,8 @@ def test_a_selection_of_classes_looks_into_no_other(tmp_path):
     make_files(tmp_path, "a/1.png", "b/a/1.png", "c/1.png", "d/")
     os.symlink(tmp_path, tmp_path / "d" / "up")  # a loop, in a class that is not wanted
     listing = list_images(str(tmp_path), "some", ["b", "c"])
-    assert listing.classes == ["b", "c"] and listing.labels.tolist() == [0, 1]
+    assert listing.classes == ["b", "c"]
+    assert listing.labels.tolist() == [0, 1]
     assert list(listing.paths) == [f"{tmp_path}/b/a/1.png", f"{tmp_path}/c/1.png"]
     with pytest.raises(SystemExit, match="some: 1 of its 2 classes are not under .*is x"):
         list_images(str(tmp_path), "some", ["b", "x"])
@@ -167,11 +174,11 @@ def images_of(root, part="pretrain"):
 def test_parts_by_other_names(tmp_path, capsys, train, val):
     make_files(tmp_path, f"{train}/a/1.png", f"{train}/b/2.png", f"{val}/a/3.png", f"{val}/b/4.png")
     assert images_of(tmp_path) == [f"{train}/a/1.png", f"{train}/b/2.png"]
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert images_of(tmp_path, "test") == [f"{val}/a/3.png", f"{val}/b/4.png"]
     assert capsys.readouterr().out == ""  # it was said of the training part
     for name, right in ((train, ("train",)), (val, ("val", "test"))):
-        assert (f"{name} is taken as its part" in said) == (name not in right)
+        assert (f"{name} is taken as its part" in printed) == (name not in right)
 
 
 def test_two_folders_for_one_part_are_refused_and_links_are_not(tmp_path):
@@ -187,7 +194,8 @@ def test_two_folders_for_one_part_are_refused_and_links_are_not(tmp_path):
 
 def test_validation_images_are_not_trained_on_without_a_word(tmp_path, capsys):
     make_files(tmp_path, "pictures/1.png", "Valid/2.png")
-    assert len(images_of(tmp_path)) == 2 and images_of(tmp_path, "test") is None
+    assert len(images_of(tmp_path)) == 2
+    assert images_of(tmp_path, "test") is None
     assert "holds Valid and no train, so all of it is trained on" in capsys.readouterr().out
 
 
@@ -201,8 +209,9 @@ def test_a_cache_beside_train_is_no_class(tmp_path, capsys):
 def test_folders_beside_train_are_named_and_train_may_be_a_class(tmp_path, capsys):
     make_files(tmp_path, "train/1.png", "held out/2.png")
     assert images_of(tmp_path) == ["train/1.png"]
-    said = capsys.readouterr().out
-    assert "train alone is trained on; left out are 1 folders" in said and "is held out;" in said
+    printed = capsys.readouterr().out
+    assert "train alone is trained on; left out are 1 folders" in printed
+    assert "is held out;" in printed
     os.rename(tmp_path / "train", tmp_path / "Train")
     os.rename(tmp_path / "held out", tmp_path / "Car")
     assert load("pretrain", 0, name="folder", root=str(tmp_path)).classes == ["Car", "Train"]
@@ -228,7 +237,7 @@ HIDDEN = (
 
 def test_hidden_and_system_folders_and_files_are_left_out_and_counted_once(tmp_path, capsys):
     make_files(tmp_path, "train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png")
-    plain = read(tmp_path)
+    visible_only = read(tmp_path)
     assert capsys.readouterr().out == ""
     make_files(
         tmp_path,
@@ -239,11 +248,13 @@ def test_hidden_and_system_folders_and_files_are_left_out_and_counted_once(tmp_p
         "train/.empty/",
     )
     data = read(tmp_path)
-    said = capsys.readouterr().out
-    assert f"{len(HIDDEN) + 3} hidden or system folders and files under" in said
-    assert said.count("\n") == 1
-    assert list(data.files) == list(plain.files) and data.classes == plain.classes == ["a", "b"]
-    assert data.labels.tolist() == [0, 1] and data.fingerprint() == plain.fingerprint()
+    printed = capsys.readouterr().out
+    assert f"{len(HIDDEN) + 3} hidden or system folders and files under" in printed
+    assert printed.count("\n") == 1
+    assert list(data.files) == list(visible_only.files)
+    assert data.classes == visible_only.classes == ["a", "b"]
+    assert data.labels.tolist() == [0, 1]
+    assert data.fingerprint() == visible_only.fingerprint()
 
 
 def test_a_hidden_folder_may_hold_the_data_set_itself(tmp_path):

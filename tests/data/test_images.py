@@ -191,11 +191,14 @@ def test_every_kind_of_image_is_read_right_with_any_number_of_workers(tmp_path, 
         else:
             want = np.full(got.shape, want)
         # EXIF's rotation is not done.
-        assert image.mode == "RGB" and got.shape == want.shape, file
+        assert image.mode == "RGB", file
+        assert got.shape == want.shape, file
         assert np.abs(got - want).mean() < 5, file
     for backend in ("batched", "pil"):
         (a, i), (b, j) = (views(loader(data, w, 5, augment_backend=backend)) for w in (0, 2))
-        assert torch.equal(a, b) and torch.equal(i, j) and len(i) == 35
+        assert torch.equal(a, b)
+        assert torch.equal(i, j)
+        assert len(i) == 35
     cached = load("pretrain", 0, name="folder", root=str(tmp_path), cache=64)
     for i in range(35):
         if min(data.decode(i).size) <= 40:
@@ -211,7 +214,8 @@ def test_names_that_are_no_text(tmp_path, capsys):
     except OSError:
         pytest.skip("this disk has text only")
     data = load("pretrain", 0, name="folder", root=folder, cache=16)
-    assert len(data) == 8 and len(data.fingerprint()) == 16
+    assert len(data) == 8
+    assert len(data.fingerprint()) == 16
     assert views(loader(data, 2))[0].isfinite().all()
     put(data.files[0], b"broken")
     data = load("pretrain", 0, name="folder", root=folder, on_error="skip")
@@ -226,11 +230,12 @@ def test_names_that_are_no_text(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path, name):
-    folder, (make, said, at_once) = good(tmp_path / "all"), BAD[name]
+    folder = good(tmp_path / "all")
+    make, message, at_once = BAD[name]
     make(os.path.join(folder, name))
     sentence = (
         rf"^{os.path.join(folder, name)} cannot be read as an image "
-        rf"\([^\n]*({said})[^\n]*\); remove or replace it$"
+        rf"\([^\n]*({message})[^\n]*\); remove or replace it$"
     )
     data = load("pretrain", 0, name="folder", root=folder)
     assert len(data) == 8
@@ -244,7 +249,8 @@ def test_what_cannot_be_read_is_named_in_one_sentence(tmp_path, name):
     for cache in (None, 16):
         data = load("pretrain", 0, name="folder", root=folder, on_error="skip", cache=cache)
         ld = loader(data, 2 if cache is None and at_once else 0)
-        assert len(data) == 8 and views(ld)[0].isfinite().all()
+        assert len(data) == 8
+        assert views(ld)[0].isfinite().all()
         assert ld.replaced().startswith(
             f"1 of 8 images were replaced by those after them; the first: {folder}/{name}"
         )
@@ -261,12 +267,12 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=sentence):
         load("pretrain", 0, name="folder", root=folder, check_files=True)
     monkeypatch.undo()
-    data, plain = load("pretrain", 0, name="folder", root=folder), Image.open
+    data, original = load("pretrain", 0, name="folder", root=folder), Image.open
 
     def refuse(path, **how):
         if path.endswith("m3.png"):
             raise PermissionError(13, "Permission denied", path)
-        return plain(path, **how)
+        return original(path, **how)
 
     monkeypatch.setattr(Image, "open", refuse)
     with pytest.raises(SystemExit, match=sentence):
@@ -290,7 +296,8 @@ def test_a_file_that_vanishes_while_training(tmp_path, workers):
                     next(steps)
                 break
         if on_error == "skip":
-            assert step == len(ld) - 1 and ld.replaced().startswith("1 of 36")
+            assert step == len(ld) - 1
+            assert ld.replaced().startswith("1 of 36")
 
 
 # -------------------------------------------------- what cannot: skip
@@ -305,22 +312,30 @@ def test_a_broken_image_is_replaced_by_the_next_whatever_the_workers_and_batches
     for workers in (0, 1, 2):
         ld = loader(data, workers, 3)
         runs.append((*views(ld), ld.replaced()))
-    a, i, said = runs[0]
-    assert all(torch.equal(a, b) and torch.equal(i, j) and said == t for b, j, t in runs)
-    assert sorted(i.tolist()) == list(range(9))
-    assert said.startswith("3 of 9 images were replaced by those after them; the first: ")
-    assert "m2.png cannot" in said
+    first_views, first_index, replaced = runs[0]
+    for epoch_views, index, sentence in runs[1:]:
+        assert torch.equal(first_views, epoch_views)
+        assert torch.equal(first_index, index)
+        assert sentence == replaced
+    assert sorted(first_index.tolist()) == list(range(9))
+    assert replaced.startswith("3 of 9 images were replaced by those after them; the first: ")
+    assert "m2.png cannot" in replaced
     # IFND's look at them: the same pixels.
     steps = ordered_batches(data, torch.arange(9), "eval", 8, CPU, workers=0)
     seen = torch.cat([x[:, 0, 0, 0] for x, _ in steps])
-    assert seen[2] == seen[3] == seen[4] and seen[8] == seen[0] and len(seen.unique()) == 6
+    assert seen[2] == seen[3] == seen[4]
+    assert seen[8] == seen[0]
+    assert len(seen.unique()) == 6
     ld = loader(data, 0, 3)
     list(ld.epoch(0, first_step=2))
-    assert len(ld.broken) <= 3 and ld.examples(4).shape[0] == 16  # of a resumed epoch, its own
+    # of a resumed epoch, its own
+    assert len(ld.broken) <= 3
+    assert ld.examples(4).shape[0] == 16
     whole = loader(
         load("pretrain", 0, name="folder", root=good(tmp_path / "whole"), on_error="skip")
     )
-    assert views(whole)[0].shape[0] == 1 and whole.replaced() is None
+    assert views(whole)[0].shape[0] == 1
+    assert whole.replaced() is None
 
 
 def test_a_disk_that_is_gone_is_no_broken_image(tmp_path):
@@ -349,7 +364,9 @@ def test_evaluation_stops_though_training_skips(classes, cache):
     settings = dict(name="folder", root=classes, on_error="skip", cache=cache, limit=12)
     pretrain, train = (load(part, 0, **settings) for part in ("pretrain", "train"))
     ld = loader(pretrain, batch=12)
-    assert pretrain.skip and len(views(ld)[1]) == 12 and "m2.png" in ld.replaced()
+    assert pretrain.skip
+    assert len(views(ld)[1]) == 12
+    assert "m2.png" in ld.replaced()
     for workers in (0, 2):
         with pytest.raises(SystemExit, match="m2.png cannot be read"):
             list(ordered_batches(train, torch.arange(12), "eval", 8, CPU, workers=workers))
@@ -362,7 +379,8 @@ def test_folders_that_are_not_as_they_should_be(classes, monkeypatch, capsys):
     read = partial(load, "pretrain", 0, name="folder", root=classes)
     train = os.path.join(classes, "train")
     good(os.path.join(train, "a"), 6)
-    assert len(read()) == 12 and not capsys.readouterr().out
+    assert len(read()) == 12
+    assert not capsys.readouterr().out
     os.makedirs(os.path.join(train, "c", "deeper"))
     empty = f"{train}/c holds no images .*a folder here is a class; fill it or remove it"
     with pytest.raises(SystemExit, match=empty):
@@ -374,7 +392,8 @@ def test_folders_that_are_not_as_they_should_be(classes, monkeypatch, capsys):
     # As torchvision, we follow links.
     elsewhere = os.path.join(classes, "val", "a")
     os.symlink(elsewhere, os.path.join(train, "c", "deeper", "elsewhere"))
-    assert len(read()) == 18 and read().classes == ["a", "b", "c"]
+    assert len(read()) == 18
+    assert read().classes == ["a", "b", "c"]
     os.symlink("nowhere", os.path.join(train, "d"))
     with pytest.raises(SystemExit, match=f"{train}/d is a link to what is not there"):
         read()
@@ -382,14 +401,15 @@ def test_folders_that_are_not_as_they_should_be(classes, monkeypatch, capsys):
     RGB.save(os.path.join(train, "b", "x.gif"))
     put(os.path.join(train, "b", "notes.txt"), b"of no interest")
     assert len(read()) == 18
-    said = capsys.readouterr().out
-    assert "1 files under" in said and said.strip().endswith("b/x.gif")
-    plain = os.scandir
+    printed = capsys.readouterr().out
+    assert "1 files under" in printed
+    assert printed.strip().endswith("b/x.gif")
+    original = os.scandir
 
     def refuse(path):
         if path.endswith("/b"):
             raise PermissionError(13, "Permission denied", path)
-        return plain(path)
+        return original(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(SystemExit, match=f"{train}/b cannot be listed .Permission denied"):
@@ -431,7 +451,9 @@ def test_fingerprints_know_files_added_removed_renamed_and_not_where_they_lie(cl
     images, labels = map(torch.from_numpy, shapes(40))
     sets = (images, labels), (images, None), (images[:39], labels), (images.flip(0), labels)
     prints = [ArraySet(x, y, None, None, None).fingerprint() for x, y in sets]
-    assert prints[0] == prints[1] and len(set(prints)) == 3  # labels are no part of it
+    # labels are no part of it
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
 
 
 def test_a_run_goes_on_with_a_broken_image_replaced_as_its_sentence_advises(classes):
@@ -440,7 +462,8 @@ def test_a_run_goes_on_with_a_broken_image_replaced_as_its_sentence_advises(clas
         data.decode(2)
     RGB.save(data.files[2])
     again = load("pretrain", 0, name="folder", root=classes)
-    assert again.fingerprint() == data.fingerprint() and again.decode(2).size == RGB.size
+    assert again.fingerprint() == data.fingerprint()
+    assert again.decode(2).size == RGB.size
 
 
 def test_data_check_files_looks_once_at_each_file_and_opens_none(tmp_path, monkeypatch):
@@ -448,14 +471,14 @@ def test_data_check_files_looks_once_at_each_file_and_opens_none(tmp_path, monke
     files = [str(tmp_path / f"{i:04d}.jpg") for i in range(1200)]
     for file in files:
         put(file, b"x")
-    plain, stats, accesses, nodes = os.stat, [], [], []
+    original, stats, accesses, nodes = os.stat, [], [], []
 
     def run_on_first(function, per_node):
         nodes.append(per_node)
         return function()
 
     monkeypatch.setattr(image_files.distributed, "run_on_first", run_on_first)
-    monkeypatch.setattr(os, "stat", lambda path, **how: stats.append(path) or plain(path, **how))
+    monkeypatch.setattr(os, "stat", lambda path, **how: stats.append(path) or original(path, **how))
     monkeypatch.setattr(os, "access", lambda path, how: accesses.append(path) or True)
     load("pretrain", 0, name="folder", root=str(tmp_path), check_files=True)
     assert sorted(file for file in stats if file.endswith(".jpg")) == sorted(accesses) == files
@@ -482,13 +505,17 @@ def sixteen_bits(folder, bits, n=40):
 
 
 def test_few_bits_in_a_file_of_16_are_told_once(tmp_path, capsys, monkeypatch):
-    opened, plain = [], image_files.open_image
-    monkeypatch.setattr(image_files, "open_image", lambda file: opened.append(file) or plain(file))
+    opened, original = [], image_files.open_image
+    monkeypatch.setattr(
+        image_files, "open_image", lambda file: opened.append(file) or original(file)
+    )
     image_files.say_if_dark(sixteen_bits(tmp_path / "12", 12))
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and len(opened) == 14  # every third of 40
-    assert f"{tmp_path}/12/00.png has 16 bits" in said
-    assert "highest value is 4095 of 65535" in said and "multiplied by 16\n" in said
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    assert len(opened) == 14  # every third of 40
+    assert f"{tmp_path}/12/00.png has 16 bits" in printed
+    assert "highest value is 4095 of 65535" in printed
+    assert "multiplied by 16\n" in printed
     image_files.say_if_dark(sixteen_bits(tmp_path / "8", 8, 2))
     assert "multiplied by 256\n" in capsys.readouterr().out
 

@@ -44,9 +44,12 @@ def fingerprint_of(files):
 def test_paths_are_the_list_they_come_from(name):
     files = LISTS[name]
     paths = Paths.of(files)
-    assert list(paths) == files and len(paths) == len(files)
-    assert paths[-1] == files[-1] and paths[np.int64(0)] == paths[torch.tensor(0)] == files[0]
-    assert files[-1] in paths and paths.index(files[-1]) == files.index(files[-1])
+    assert list(paths) == files
+    assert len(paths) == len(files)
+    assert paths[-1] == files[-1]
+    assert paths[np.int64(0)] == paths[torch.tensor(0)] == files[0]
+    assert files[-1] in paths
+    assert paths.index(files[-1]) == files.index(files[-1])
     assert list(pickle.loads(pickle.dumps(paths))) == files
     with pytest.raises(IndexError):
         paths[len(files)]
@@ -68,7 +71,8 @@ def test_rows_are_taken_in_their_order(rows):
     expected = [files[row] for row in rows]
     for given in (rows, np.array(rows, int), torch.tensor(rows, dtype=torch.int64)):
         some = Paths.of(files).select(given)
-        assert list(some) == expected and len(some) == len(rows)
+        assert list(some) == expected
+        assert len(some) == len(rows)
         assert some.select(range(len(rows))).names_below() == some.names_below()
     assert FolderSet(some, None, None, None, None).fingerprint() == fingerprint_of(expected)
 
@@ -78,12 +82,14 @@ def test_no_python_object_is_kept_for_each_path():
     files = [f"/data/{i % 7}/{i}.jpg" for i in range(20000)]
     paths = Paths.of(files)
     objects = [value for value in vars(paths).values()]
-    assert len(objects) == 3 and sum(isinstance(value, np.ndarray) for value in objects) == 2
+    assert len(objects) == 3
+    assert sum(isinstance(value, np.ndarray) for value in objects) == 2
     assert all(value.dtype != object for value in objects if isinstance(value, np.ndarray))
     gc.collect()
     before = len(gc.get_objects())
     kept = [Paths.of(files[:n]) for n in (10, 20000)]
-    assert len(gc.get_objects()) - before < 20 and len(kept[1]) == 20000
+    assert len(gc.get_objects()) - before < 20
+    assert len(kept[1]) == 20000
     assert len(pickle.dumps(paths)) < 20 * 20000 + 8 * 20000 + 1000
 
 

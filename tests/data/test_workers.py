@@ -100,7 +100,8 @@ def test_jobs_are_taken_when_they_are_handed_out_and_no_more_than_in_flight():
     answers = in_workers(lambda i: i, jobs(), 2, in_flight=3)
     assert not taken
     for i in range(3):
-        assert next(answers) == i and len(taken) == 3 + i
+        assert next(answers) == i
+        assert len(taken) == 3 + i
     answers.close()
     assert not multiprocessing.active_children()
 
@@ -115,11 +116,11 @@ def test_epochs_leave_no_memory_files_or_processes_behind(folder):
             pass
         next(ld.epoch(epoch))
     del _
-    assert (shared_maps(), open_files()) == before and not multiprocessing.active_children()
+    assert (shared_maps(), open_files()) == before
+    assert not multiprocessing.active_children()
     kept = [views[0] for views, _ in ld.epoch(0)][0]
-    assert shared_maps() == before[0] + 1 and torch.equal(
-        kept, next(loader(folder, 0).epoch(0))[0][0]
-    )
+    assert shared_maps() == before[0] + 1
+    assert torch.equal(kept, next(loader(folder, 0).epoch(0))[0][0])
 
 
 @pytest.mark.parametrize("backend", ["batched", "pil"])
@@ -130,7 +131,8 @@ def test_whoever_keeps_all_batches_has_them_whole(folder, backend):
     )
     assert len(kept) == 6
     for (a, i), (b, j) in zip(whole, kept):
-        assert torch.equal(torch.stack(a), torch.stack(b)) and torch.equal(i, j)
+        assert torch.equal(torch.stack(a), torch.stack(b))
+        assert torch.equal(i, j)
 
 
 def test_batches_do_not_travel_through_the_pipe_when_each_is_dropped_in_turn(folder, monkeypatch):
@@ -149,7 +151,8 @@ def test_evaluation_sends_bytes_and_no_more_rows_than_there_are(folder, monkeypa
         next(ordered_batches(data, torch.arange(24), "eval", 16, CPU, workers=count))
         for count in (0, 2)
     )
-    assert torch.equal(a, b) and made[1] == (2, (24, 3, 16, 16), torch.uint8)
+    assert torch.equal(a, b)
+    assert made[1] == (2, (24, 3, 16, 16), torch.uint8)
 
 
 @pytest.mark.slow
@@ -159,7 +162,8 @@ def test_without_fork_the_views_are_the_same(folder, monkeypatch):
     monkeypatch.setattr(workers, "process_context", lambda: multiprocessing.get_context("spawn"))
     spawned = list(loader(folder, 2).epoch(1))
     for (a, i), (b, j) in zip(loader(folder, 0).epoch(1), spawned, strict=True):
-        assert torch.equal(torch.stack(a), torch.stack(b)) and torch.equal(i, j)
+        assert torch.equal(torch.stack(a), torch.stack(b))
+        assert torch.equal(i, j)
 
 
 # -------------------------------------------------- how a worker is lost
@@ -173,7 +177,7 @@ def kill_oneself(number, i):
 
 
 @pytest.mark.parametrize(
-    "number,said",
+    "number,message",
     [
         (
             signal.SIGKILL,
@@ -186,8 +190,8 @@ def kill_oneself(number, i):
         ),
     ],
 )
-def test_a_worker_that_is_killed_is_named_with_its_signal(number, said):
-    with pytest.raises(InputLost, match=said):
+def test_a_worker_that_is_killed_is_named_with_its_signal(number, message):
+    with pytest.raises(InputLost, match=message):
         list(in_workers(functools.partial(kill_oneself, number), range(10), 2))
     assert not multiprocessing.active_children()
 
@@ -222,7 +226,7 @@ def raise_error(error, i):
 
 @pytest.mark.parametrize("count", [0, 2])
 @pytest.mark.parametrize(
-    "function,said",
+    "function,message",
     [
         (functools.partial(raise_error, MemoryError()), "memory ran out; allow more"),
         (functools.partial(raise_error, OSError(errno.ENOMEM, "")), "memory ran out; allow more"),
@@ -232,20 +236,20 @@ def raise_error(error, i):
         ),
     ],
 )
-def test_what_was_short_is_said(count, function, said):
-    with pytest.raises(InputLost, match=f"^images could not be read: .*{said}"):
+def test_what_was_short_is_said(count, function, message):
+    with pytest.raises(InputLost, match=f"^images could not be read: .*{message}"):
         list(in_workers(function, range(4), count))
 
 
 @pytest.mark.parametrize(
-    "function,said",
+    "function,message",
     [
         (out_of_files, r"Too many open files.*\(\d+\); raise ulimit -n"),
         (out_of_memory, "memory ran out"),
     ],
 )
-def test_real_limits_in_a_worker(function, said):
-    with pytest.raises(InputLost, match=said):
+def test_real_limits_in_a_worker(function, message):
+    with pytest.raises(InputLost, match=message):
         list(in_workers(function, range(4), 2))
 
 
@@ -269,21 +273,21 @@ def test_a_fault_of_the_program_keeps_its_traceback(make):
 
 
 @pytest.mark.parametrize(
-    "error,said",
+    "error,message",
     [
         (MemoryError(), "memory ran out"),
         (OSError(errno.EMFILE, "Too many open files"), "raise ulimit -n"),
     ],
 )
 def test_an_image_is_not_called_broken_when_something_else_is_short(
-    folder, monkeypatch, error, said
+    folder, monkeypatch, error, message
 ):
     """PIL's errors end up in "cannot be read as an image": the image is whole."""
     monkeypatch.setattr(
         Image, "open", functools.partial(lambda error, *_, **__: raise_error(error, 0), error)
     )
     for count in (0, 2):
-        with pytest.raises(InputLost, match=said) as raised:
+        with pytest.raises(InputLost, match=message) as raised:
             list(loader(folder, count).epoch(0))
         assert "cannot be read as an image" not in str(raised.value)
 
@@ -292,10 +296,8 @@ def test_too_few_files_for_the_workers():
     with limit(resource.RLIMIT_NOFILE, open_files() + 8), pytest.raises(InputLost) as raised:
         list(in_workers(lambda i: i, range(100), 50))
     assert "of 50 image workers could be started: Too many open files" in str(raised.value)
-    assert (
-        "raise ulimit -n; or lower data.workers" in str(raised.value)
-        and not multiprocessing.active_children()
-    )
+    assert "raise ulimit -n; or lower data.workers" in str(raised.value)
+    assert not multiprocessing.active_children()
 
 
 def test_too_little_memory_for_the_batches():
@@ -314,7 +316,8 @@ def test_workers_end_with_the_process_that_started_them():
             os.kill(os.getpid(), signal.SIGKILL)
     os.close(write)
     os.waitpid(pid, 0)
-    assert select.select([read], [], [], 30)[0] and os.read(read, 1) == b""
+    assert select.select([read], [], [], 30)[0]
+    assert os.read(read, 1) == b""
     os.close(read)
 
 
@@ -376,10 +379,8 @@ def test_what_control_groups_leave(tmp_path):
     member.write_text("4:memory:/job\n3:cpu:/job\n0::/\n")
     assert memory.group_bytes(str(member), str(tmp_path / "v1")) == [47]
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    8 kB\n")
-    assert (
-        memory.machine_bytes(str(tmp_path / "meminfo")) == 8192
-        and memory.machine_bytes(str(tmp_path / "none")) is None
-    )
+    assert memory.machine_bytes(str(tmp_path / "meminfo")) == 8192
+    assert memory.machine_bytes(str(tmp_path / "none")) is None
 
 
 def test_the_smallest_limit_counts_and_the_processes_of_a_node_share_it(monkeypatch):
@@ -430,7 +431,8 @@ def test_a_loader_starts_as_many_workers_as_fit_and_makes_the_same_views(
         "memory has room for 2 image workers, not 4; lower data.workers" in capsys.readouterr().out
     )
     for (a, i), (b, j) in zip(whole, ld.epoch(1), strict=True):
-        assert torch.equal(torch.stack(a), torch.stack(b)) and torch.equal(i, j)
+        assert torch.equal(torch.stack(a), torch.stack(b))
+        assert torch.equal(i, j)
     monkeypatch.setattr(memory, "available_bytes", lambda: (batch, "here"))
     with pytest.raises(
         SystemExit, match="GB are free here; take a smaller batch_size or image_size"
@@ -454,7 +456,8 @@ def test_a_worker_that_never_begins_is_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "serve", stuck_at_first)
     monkeypatch.setattr(workers, "BEGIN_SECONDS", (0.5, 60))
     assert list(in_workers(abs, [-1, -2, -3], 2)) == [1, 2, 3]
-    assert (tmp_path / "first").exists() and not multiprocessing.active_children()
+    assert (tmp_path / "first").exists()
+    assert not multiprocessing.active_children()
 
 
 def test_workers_that_never_begin_are_a_sentence(monkeypatch):

@@ -26,17 +26,14 @@ def file(tmp_path):
 
 def test_defaults_are_the_signatures_and_1e_2_is_a_number(file):
     cfg = config.load(file)
-    assert (
-        cfg["name"] == "a"
-        and cfg["seed"] == 0
-        and cfg["optim"]["lr"] == 0.03
-        and cfg["model"]["dim"] == 128
-    )
+    assert cfg["name"] == "a"
+    assert cfg["seed"] == 0
+    assert cfg["optim"]["lr"] == 0.03
+    assert cfg["model"]["dim"] == 128
     expected = {"name": "nce", "temperature": 0.2, "n_negatives": None, "base_temperature": None}
     assert cfg["loss"] == expected
-    assert (
-        yaml.safe_load(config.to_yaml(cfg)) == cfg
-    )  # what is printed is what is saved, and it loads
+    # what is printed is what is saved, and it loads
+    assert yaml.safe_load(config.to_yaml(cfg)) == cfg
 
 
 def test_overrides(file):
@@ -64,17 +61,20 @@ def test_overrides(file):
 
 def test_another_host_or_method_takes_only_what_it_shares(file):
     cfg = config.load(file, ["model.host=ir", "loss.name=ring"])
-    assert (
-        cfg["model"]["momentum"] == 0.5 and "queue_size" not in cfg["model"]
-    )  # IR's own momentum is another thing
-    assert cfg["loss"]["temperature"] == 0.2 and cfg["loss"]["outer"] == 0.1
+    # IR's own momentum is another thing
+    assert cfg["model"]["momentum"] == 0.5
+    assert "queue_size" not in cfg["model"]
+    assert cfg["loss"]["temperature"] == 0.2
+    assert cfg["loss"]["outer"] == 0.1
 
 
 def test_base(file, tmp_path):
     (tmp_path / "b.yaml").write_text("base: a.yaml\nloss: {name: ring, inner: 0}\noptim: {lr: 1}\n")
     cfg = config.load(str(tmp_path / "b.yaml"))
-    assert cfg["name"] == "b" and cfg["optim"] == {**config.load(file)["optim"], "lr": 1.0}
-    assert cfg["loss"]["name"] == "ring" and cfg["loss"]["inner"] == 0.0
+    assert cfg["name"] == "b"
+    assert cfg["optim"] == {**config.load(file)["optim"], "lr": 1.0}
+    assert cfg["loss"]["name"] == "ring"
+    assert cfg["loss"]["inner"] == 0.0
     (tmp_path / "c.yaml").write_text("base: b.yaml\n")
     with pytest.raises(SystemExit, match="one level deep"):
         config.load(str(tmp_path / "c.yaml"))
@@ -83,12 +83,11 @@ def test_base(file, tmp_path):
 def test_a_list_of_losses(file):
     several = "loss=[{name: ifnd, clusters: [3]}, {name: ring}]"
     cfg = config.load(file, [several, "loss.ring.inner=0.05", "loss.ifnd.temperature=1"])
-    assert (
-        [one["name"] for one in cfg["loss"]] == ["ifnd", "ring"]
-        and cfg["loss"][0]["clusters"] == [3]
-        and cfg["loss"][0]["temperature"] == 1.0
-    )
-    assert cfg["loss"][1]["inner"] == 0.05 and cfg["loss"][1]["outer"] == 0.1
+    assert [one["name"] for one in cfg["loss"]] == ["ifnd", "ring"]
+    assert cfg["loss"][0]["clusters"] == [3]
+    assert cfg["loss"][0]["temperature"] == 1.0
+    assert cfg["loss"][1]["inner"] == 0.05
+    assert cfg["loss"][1]["outer"] == 0.1
     assert yaml.safe_load(config.to_yaml(cfg)) == cfg
     assert config.difference(cfg, config.load(file, [several])).startswith("loss was [")
     for overrides, message in [
@@ -229,9 +228,8 @@ def test_bytes_that_are_no_text_and_those_that_say_what_text_it_is(tmp_path):
         path.write_bytes(content)
         with pytest.raises(SystemExit, match=message):
             config.load(str(path))
-    path.write_bytes(
-        b"\xef\xbb\xbf" + FILE.encode() + "name: \u00e9\r\n".encode()
-    )  # as Windows writes it
+    # as Windows writes it
+    path.write_bytes(b"\xef\xbb\xbf" + FILE.encode() + "name: \u00e9\r\n".encode())
     assert config.load(str(path))["name"] == "\u00e9"
 
 
@@ -249,18 +247,15 @@ def test_what_chooses_other_keys_comes_first_on_the_command_line(file):
         ]
         == 0.05
     )
-    assert (
-        config.load(file, ["optim.lr=1", "optim.lr=2"])["optim"]["lr"] == 2.0
-    )  # else the last counts
+    # else the last counts
+    assert config.load(file, ["optim.lr=1", "optim.lr=2"])["optim"]["lr"] == 2.0
 
 
 def test_a_host_may_bring_keys_of_its_own_encoder(file):
     """CMC's: they come with the host, reach its encoder, and go with it."""
     cfg = config.load(file, ["model.host=cmc", "model.colour_space=ycbcr"])
-    assert (
-        cfg["model"]["colour_space"] == "ycbcr"
-        and config.load(file, ["model.host=cmc"])["model"]["colour_space"] == "lab"
-    )
+    assert cfg["model"]["colour_space"] == "ycbcr"
+    assert config.load(file, ["model.host=cmc"])["model"]["colour_space"] == "lab"
     encoder = config.build(
         config.method_class(cfg["model"], "model").Encoder,
         cfg["model"] | {"width": 4},
@@ -289,9 +284,8 @@ def test_a_host_may_bring_keys_of_its_own_encoder(file):
 def test_defaults_are_not_shared(file):
     """Two equal lists in YAML would be one, by an alias, which is not read again."""
     cfg = config.load(file, ["loss=[{name: ifnd}, {name: ifnd}]"])
-    assert cfg["loss"][0]["clusters"] is not cfg["loss"][1][
-        "clusters"
-    ] and "*" not in config.to_yaml(cfg)
+    assert cfg["loss"][0]["clusters"] is not cfg["loss"][1]["clusters"]
+    assert "*" not in config.to_yaml(cfg)
 
 
 def test_more_memory_than_there_is_is_a_sentence_and_other_errors_stay_as_they_are():

@@ -79,7 +79,8 @@ def test_any_character_is_printed_on_any_console(encoding, monkeypatch):
     print("\u00e4\u2026\udce4")
     written.flush()
     text = written.buffer.getvalue().decode(encoding)
-    assert text.endswith("\\udce4\n") and ("\\u2026" in text) == (encoding != "utf-8")
+    assert text.endswith("\\udce4\n")
+    assert ("\\u2026" in text) == (encoding != "utf-8")
 
 
 @pytest.mark.parametrize("variable", ["PYTHONIOENCODING=ascii", "LC_ALL=C"])
@@ -92,14 +93,16 @@ def test_a_script_prints_a_name_with_umlauts(variable):
         env={**os.environ, name: value},
         capture_output=True,
     )
-    assert b"did you mean temperature" in done.stderr and b"Traceback" not in done.stderr
+    assert b"did you mean temperature" in done.stderr
+    assert b"Traceback" not in done.stderr
     done = subprocess.run(
         [sys.executable, *command, "--print-config"],
         cwd=ROOT,
         env={**os.environ, name: value},
         capture_output=True,
     )
-    assert done.returncode == 0 and done.stdout.startswith(b"name:")
+    assert done.returncode == 0
+    assert done.stdout.startswith(b"name:")
 
 
 @pytest.mark.parametrize("local_rank, code", [(None, True), ("0", True), ("1", False)])

@@ -102,7 +102,7 @@ def test_torch_gets_no_more_threads_than_cores(given, cores_there, expected, mon
 
 
 @pytest.mark.parametrize(
-    "load, given, usable, said",
+    "load, given, usable, is_said",
     [
         ("4.20 3.10 2.90 6/180 4711", None, 4, True),
         ("4.20 3.10 2.90 1/180 4711", None, 4, False),  # the programs have ended
@@ -112,7 +112,7 @@ def test_torch_gets_no_more_threads_than_cores(given, cores_there, expected, mon
         ("", None, 4, False),
     ],
 )
-def test_busy_cores_are_said(load, given, usable, said, tmp_path, monkeypatch):
+def test_busy_cores_are_said(load, given, usable, is_said, tmp_path, monkeypatch):
     (tmp_path / "loadavg").write_text(load)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr(cores, "usable_cores", lambda: usable)
@@ -120,5 +120,5 @@ def test_busy_cores_are_said(load, given, usable, said, tmp_path, monkeypatch):
     if given:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
     sentence = cores.busy_cores(str(tmp_path / "loadavg"))
-    assert (sentence is not None) == said
-    assert not said or "put OMP_NUM_THREADS=2 before the command" in sentence
+    assert (sentence is not None) == is_said
+    assert not is_said or "put OMP_NUM_THREADS=2 before the command" in sentence

@@ -159,7 +159,8 @@ def test_processes_without_a_device_or_of_two_kinds_end_with_one_sentence(
         with pytest.raises(SystemExit) as end:
             distributed.refuse_unlike(reports, own)
         codes.append(end.value.code)
-    assert sentence in codes[0] and set(codes[1:]) == {1}
+    assert sentence in codes[0]
+    assert set(codes[1:]) == {1}
     distributed.refuse_unlike([(None, "cpu", None, "a"), (None, "cpu", None, "b")], 0)
 
 
@@ -193,7 +194,7 @@ def test_which_gpus_a_build_serves(kernels, capability, served):
 
 def test_a_v100_beside_a_build_for_cuda_13_is_refused_with_the_way_out(machine):
     machine("cuda", 1, (7, 0))
-    said = refusal()
+    sentence = refusal()
     for part in (
         "Tesla V100-SXM2-16GB",
         "7.0",
@@ -203,13 +204,14 @@ def test_a_v100_beside_a_build_for_cuda_13_is_refused_with_the_way_out(machine):
         "https://download.pytorch.org/whl/cu126",
         "--device cpu",
     ):
-        assert part in said
+        assert part in sentence
     assert devices.choose("cpu") == torch.device("cpu")
 
 
 def test_other_gpus_are_not_sent_to_old_builds(machine):
     machine("cuda", 1, (13, 0))
-    assert "a newer build" in refusal() and "cu126" not in refusal()
+    assert "a newer build" in refusal()
+    assert "cu126" not in refusal()
     machine("cuda", 1, (3, 5))
     assert "no official build" in refusal()
     for capability in ((7, 5), (8, 0), (9, 0), (12, 0)):
@@ -225,9 +227,9 @@ def test_other_gpus_are_not_sent_to_old_builds(machine):
 @pytest.mark.parametrize("warned", [True, False])  # torch warns once in a process
 def test_a_driver_that_is_too_old_is_said_and_refused_where_cuda_is_asked_for(driver, warned):
     driver(TOO_OLD.format(12080), warned)
-    said = refusal("cuda")
+    sentence = refusal("cuda")
     for part in ("driver", "serves CUDA 12.8", torch.__version__, "CUDA 13.0", "/whl/cu126"):
-        assert part in said
+        assert part in sentence
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch's own words do not come on top
         assert devices.choose() == torch.device("cpu")
@@ -321,7 +323,8 @@ def test_random_states_are_kept_of_the_device_that_is_used(machine, monkeypatch)
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     monkeypatch.setattr(devices, "current", torch.device("xpu", 0))
     state = devices.rng_state()
-    assert list(state) == ["cpu", "xpu"] and state["xpu"] == "state"
+    assert list(state) == ["cpu", "xpu"]
+    assert state["xpu"] == "state"
     devices.set_rng_state(state)
     devices.set_rng_state({"cpu": state["cpu"]})
     assert put == ["state"]
@@ -339,4 +342,5 @@ def test_the_thread_that_prefetches_uses_the_device_of_its_process(machine, monk
     assert list(prefetch(iter(range(5)))) == [0, 1, 2, 3, 4]
     assert used == [("prefetch", 3)]
     monkeypatch.setattr(devices, "current", torch.device("mps"))  # it has no number
-    assert list(prefetch(iter(range(5)))) == [0, 1, 2, 3, 4] and len(used) == 1
+    assert list(prefetch(iter(range(5)))) == [0, 1, 2, 3, 4]
+    assert len(used) == 1

@@ -93,7 +93,8 @@ def test_the_other_processes_print_nothing(clock, capsys, monkeypatch):
 def test_a_terminal_gets_a_bar(clock, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     bar = progress(range(3), "work", unit="images")
-    assert isinstance(bar, tqdm) and list(bar) == [0, 1, 2]
+    assert isinstance(bar, tqdm)
+    assert list(bar) == [0, 1, 2]
     assert "work" in capsys.readouterr().err
 
 

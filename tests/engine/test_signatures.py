@@ -22,7 +22,8 @@ def test_what_is_read_is_what_is_imported(home):
         signatures.keyword_only(home),
         config.keys_of_choice(config.import_object(home)),
     )
-    assert list(read) == list(imported) and read
+    assert list(read) == list(imported)
+    assert read
     for key, parameter in imported.items():
         assert read[key].annotation == parameter.annotation, key
         assert read[key].default == parameter.default, key
@@ -57,13 +58,14 @@ def test_a_signature_that_cannot_be_read_is_imported(tmp_path, monkeypatch):
     monkeypatch.setattr(signatures, "ROOT", str(tmp_path))
     monkeypatch.syspath_prepend(tmp_path)
     keys = config.keys_at("computed_default:a")
-    assert keys["k"].default == 8 and keys["k"].annotation is int
+    assert keys["k"].default == 8
+    assert keys["k"].annotation is int
     assert keys["k"].kind is inspect.Parameter.KEYWORD_ONLY
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
-    "arguments, code, said",
+    "arguments, code, message",
     [
         (["--help"], 0, "--device NAME"),
         (["--cfg", "yaml/quickstart.yaml", "loss.temprature=1"], 1, "did you mean temperature?"),
@@ -74,14 +76,15 @@ def test_a_signature_that_cannot_be_read_is_imported(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_what_needs_no_torch_does_not_import_it(script, arguments, code, said):
+def test_what_needs_no_torch_does_not_import_it(script, arguments, code, message):
     done = subprocess.run(
         [sys.executable, "-X", "importtime", script, *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == code and said in done.stdout + done.stderr
+    assert done.returncode == code
+    assert message in done.stdout + done.stderr
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
     assert "yaml" in imported
     assert not imported & {"torch", "torchvision", "numpy", "tqdm", "PIL"}

@@ -51,7 +51,8 @@ def test_bytes_of_any_number_go_in_pieces(monkeypatch):
                 lambda one, value: one.gather_bytes(value),
             )
         )
-        assert spread == [{1: value}] * 2 and gathered == [[value, value]] * 2
+        assert spread == [{1: value}] * 2
+        assert gathered == [[value, value]] * 2
 
 
 def test_only_the_senders_are_waited_for():
@@ -89,7 +90,8 @@ def test_who_leaves_no_sign_of_life_is_not_waited_for(monkeypatch):
             time.sleep(0.001)
 
     waited, _ = together(2, work)
-    assert isinstance(waited, SystemExit) and "waits for process 1" in waited.code
+    assert isinstance(waited, SystemExit)
+    assert "waits for process 1" in waited.code
 
     def slow(one):  # for as long as it lives, though it is late
         if one.rank == 0:
@@ -110,7 +112,8 @@ def test_a_first_process_that_has_the_store_leaves_last(monkeypatch):
     first = threading.Thread(target=end, args=(0,))
     first.start()
     end(1)
-    assert order == [1] and first.is_alive()
+    assert order == [1]
+    assert first.is_alive()
     end(2)
     first.join(60)
     assert sorted(order) == [0, 1, 2]  # at once, when the last one said so
@@ -151,4 +154,6 @@ def test_a_store_that_is_gone_ends_who_waits_with_a_sentence():
     thread.join(30)
     one.close()
     when, sentence = ended[0]
-    assert when - gone < 5 and "lost the store" in sentence and "\n" not in sentence
+    assert when - gone < 5
+    assert "lost the store" in sentence
+    assert "\n" not in sentence

@@ -127,11 +127,11 @@ def test_the_features_are_those_of_the_source(layout, legacy, tmp_path, capsys):
     features = nn.Sequential(*list(SOURCE.children())[:-1])
     with torch.no_grad():
         assert (net(x) - features(x).flatten(1)).abs().max() < 1e-6
-    said = capsys.readouterr().out
-    assert f"{path}: " in said
-    assert "120 tensors of the ResNet taken" in said
-    assert (", 2 others left out" in said) == (layout in ("torchvision", "CMC, one stream"))
-    assert layout.startswith("ours") or layout.split(",")[0] in said
+    printed = capsys.readouterr().out
+    assert f"{path}: " in printed
+    assert "120 tensors of the ResNet taken" in printed
+    assert (", 2 others left out" in printed) == (layout in ("torchvision", "CMC, one stream"))
+    assert layout.startswith("ours") or layout.split(",")[0] in printed
 
 
 def cmcs_network(channels, base):
@@ -208,8 +208,8 @@ def test_settings_of_packages_that_are_not_here_come_out_inert(tmp_path, monkeyp
         tmp_path / "w.ckpt",
     )
     monkeypatch.undo()
-    found, *_ = read_backbone(str(tmp_path / "w.ckpt"))
-    assert torch.equal(found["conv1.weight"], PLAIN["conv1.weight"])
+    weights, *_ = read_backbone(str(tmp_path / "w.ckpt"))
+    assert torch.equal(weights["conv1.weight"], PLAIN["conv1.weight"])
 
 
 class Malicious:
@@ -408,8 +408,8 @@ def student():
 def test_a_state_dict_is_found_under_any_key(saved, key, left, tmp_path):
     path = str(tmp_path / "w.pth")
     torch.save(saved, path)
-    found, sentence, _ = read_backbone(path)
-    assert all(torch.equal(found[name], tensor) for name, tensor in BARE.items())
+    weights, sentence, _ = read_backbone(path)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in BARE.items())
     assert f"under the key {key!r}; 120 tensors of the ResNet taken" in sentence
     assert (f"; {left!r} holds a ResNet too, left out" in sentence) == (left is not None)
     assert sentence.count("too, left out") == (left is not None)
@@ -443,9 +443,8 @@ def test_weights_of_other_settings_than_the_runs_are_refused(tmp_path):
     save_backbone(path, net, old)
     load_backbone(path, ResNet("resnet18"))
     load_backbone(path, net)
-    save_backbone(
-        path, net, {**old, "name": "moved", "knn": {"every": 3}}
-    )  # what a resumed run may change
+    # what a resumed run may change
+    save_backbone(path, net, {**old, "name": "moved", "knn": {"every": 3}})
     load_backbone(path, net)
     last = str(tmp_path / "last.pt")
     checkpoint.write(last, {"settings": old, "epoch": 1, "host": {}, "encoder": under("backbone.")})
@@ -473,13 +472,13 @@ def test_the_settings_are_in_nobodys_way(tmp_path):
     path, source = str(tmp_path / "backbone.pt"), ResNet("resnet18")
     save_backbone(path, source, {"loss": {"name": "nce"}, "list": [1, 2.5, None, True]})
     saved = torch.load(path, weights_only=True)
-    assert list(saved) == list(source.state_dict()) and all(
-        torch.is_tensor(v) for v in saved.values()
-    )
+    assert list(saved) == list(source.state_dict())
+    assert all(torch.is_tensor(v) for v in saved.values())
     assert saved.settings == {"loss": {"name": "nce"}, "list": [1, 2.5, None, True]}
     net = torchvision.models.resnet18()
     problems = net.load_state_dict(saved, strict=False)
-    assert problems.missing_keys == ["fc.weight", "fc.bias"] and not problems.unexpected_keys
+    assert problems.missing_keys == ["fc.weight", "fc.bias"]
+    assert not problems.unexpected_keys
     assert torch.equal(net.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
 
 
@@ -512,9 +511,9 @@ def test_export(tmp_path):
     assert len(saved["model"]) == len(net.state_dict())
     norm = net.layer1[0].bn2.weight.detach().numpy()
     assert (saved["model"]["res2.0.conv2.norm.weight"] == norm).all()
-    said = export("torchvision", str(tmp_path / "t.pt"), net, "source")
-    assert "torchvision.models.resnet18() takes it by load_state_dict" in said
-    assert "source does not say how its images were resized and normalised" in said
+    printed = export("torchvision", str(tmp_path / "t.pt"), net, "source")
+    assert "torchvision.models.resnet18() takes it by load_state_dict" in printed
+    assert "source does not say how its images were resized and normalised" in printed
     weights = torch.load(tmp_path / "t.pt", weights_only=True)
     network = torchvision.models.resnet18()
     assert not network.load_state_dict(weights, strict=False).unexpected_keys
@@ -525,22 +524,24 @@ def test_export(tmp_path):
 def test_what_goes_into_no_torchvision_network_says_so(tmp_path):
     """It was called "for torchvision", where none loads it."""
     path = str(tmp_path / "t.pt")
-    said = export("torchvision", path, ResNet("resnet18", "cifar"), "source")
-    assert "no network there has its shapes (a 3x3 stem): build models.resnet.ResNet(" in said
-    assert "conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False) and maxpool" in said
+    printed = export("torchvision", path, ResNet("resnet18", "cifar"), "source")
+    assert "no network there has its shapes (a 3x3 stem): build models.resnet.ResNet(" in printed
+    assert "conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False) and maxpool" in printed
     network = torchvision.models.resnet18()  # as it says
     network.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
     network.maxpool = torch.nn.Identity()
     network.load_state_dict(torch.load(path, weights_only=True), strict=False)
 
     narrow = ResNet("resnet18", "imagenet", 16)
-    said = export("torchvision", path, narrow, "source")
-    assert "(16 channels and not 64): build models.resnet.ResNet(BACKBONE, 'imagenet', 16)" in said
-    assert "maxpool" not in said
+    printed = export("torchvision", path, narrow, "source")
+    assert (
+        "(16 channels and not 64): build models.resnet.ResNet(BACKBONE, 'imagenet', 16)" in printed
+    )
+    assert "maxpool" not in printed
     saved = torch.load(path, weights_only=True)
     ResNet("resnet18", "imagenet", 16).load_state_dict(saved)
-    said = export("torchvision", path, ResNet("resnet10"), "source")
-    assert "(its number of layers): build" in said
+    printed = export("torchvision", path, ResNet("resnet10"), "source")
+    assert "(its number of layers): build" in printed
 
 
 class Dataset:

@@ -81,7 +81,8 @@ def test_a_bank_of_one_block_gives_the_same_bits_as_at_once():
     parts = features.nearest(bank, queries, 50, CPU)
     similarity, rows = (torch.cat(many) for many in zip(*parts))
     at_once = (F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T).topk(50)
-    assert torch.equal(similarity, at_once.values) and torch.equal(rows, at_once.indices)
+    assert torch.equal(similarity, at_once.values)
+    assert torch.equal(rows, at_once.indices)
 
 
 @pytest.mark.parametrize("n, width", [(200_000, 16), (60_000, 512), (20_000, 2048)])

@@ -56,9 +56,8 @@ def test_it_equals_scikit_learns_where_precision_only_falls():
 
 
 def test_equal_scores_are_one_point_of_the_curve():
-    assert (
-        average_precision(np.zeros(4), np.array([True, False, False, False])) == 0.25
-    )  # in any order of the images
+    # in any order of the images
+    assert average_precision(np.zeros(4), np.array([True, False, False, False])) == 0.25
     assert average_precision(np.zeros(4), np.array([False, False, False, True])) == 0.25
 
 

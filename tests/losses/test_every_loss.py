@@ -78,8 +78,11 @@ def test_diagnostics_draw_nothing_and_do_not_touch_the_loss(name, masked):
     after = torch.get_rng_state(), *(x for x in c if x is not None)
     assert all(torch.equal(a, b) for a, b in zip(before, after))
     for figure, value in figures.items():
-        assert value.shape == () and value.isfinite() and not value.requires_grad, figure
-    assert figures["contrasts"] == 2 and figures["K"] > 0
+        assert value.shape == (), figure
+        assert value.isfinite(), figure
+        assert not value.requires_grad, figure
+    assert figures["contrasts"] == 2
+    assert figures["K"] > 0
     without = step_diagnostics(loss_fn, [c], [output], None, EPOCH)
     assert {"K", "positive", "used %", "spread"} <= without.keys() < figures.keys()
     output.loss.backward()
@@ -103,8 +106,10 @@ def test_a_loss_may_have_figures_and_a_chance_of_its_own():
     c, loss_fn = contrast(N=QUERIES + 8), Halved()
     output = loss_fn(c, EPOCH)
     figures = step_diagnostics(loss_fn, [c], [output], None, EPOCH)
-    assert figures["queries"] == QUERIES and figures["K"] == 7
-    assert figures["half"] == output.loss and figures["used %"] == 100
+    assert figures["queries"] == QUERIES
+    assert figures["K"] == 7
+    assert figures["half"] == output.loss
+    assert figures["used %"] == 100
     assert chance(loss_fn, 10.0) == 5
     scaled, _ = literal_form("nce", c)
     scaled.scale = 2.0
@@ -146,4 +151,5 @@ def test_losses_alone_train_two_networks(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     losses = [float(line.split()[-1]) for line in done.stdout.splitlines()]
-    assert len(losses) >= 2 and losses[-1] < losses[0]
+    assert len(losses) >= 2
+    assert losses[-1] < losses[0]

@@ -64,10 +64,15 @@ def test_the_start_finds_groups_that_random_rows_miss():
 def test_memory_beyond_the_data_is_under_200_MB():
     """Peak resident memory of a process of its own, before and after."""
     job = textwrap.dedent("""
-        import resource, torch
+        import resource
+
+        import torch
+
         from losses.kmeans import kmeans
+
         def peak():
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
         x = torch.randn(50000, 128)
         x @ x[:8].T
         kmeans(x[:100].clone(), 2)
@@ -99,7 +104,9 @@ def test_the_same_seed_gives_the_same_and_leaves_the_global_generator_alone(star
     torch.manual_seed(5)
     before = torch.get_rng_state()
     a, b, c = (kmeans(x, 20, seed=(3, last), start=start) for last in (1, 1, 2))
-    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and not torch.equal(a[0], c[0])
+    assert torch.equal(a[0], b[0])
+    assert torch.equal(a[1], b[1])
+    assert not torch.equal(a[0], c[0])
     assert torch.equal(before, torch.get_rng_state())
     monkeypatch.setitem(kmeans_rows.CHUNK_ROWS, "cpu", 35)
     assert torch.equal(kmeans(x, 20, seed=(3, 1), start=start)[1], a[1])
@@ -109,7 +116,8 @@ def test_a_random_start_is_different_rows_by_lot():
     points = kmeans_rows.Points(embeddings(500), 40)
     first = random_rows(points, 40, torch.Generator().manual_seed(0))
     second = random_rows(points, 40, torch.Generator().manual_seed(1))
-    assert len(first.unique()) == 40 and not torch.equal(first, second)
+    assert len(first.unique()) == 40
+    assert not torch.equal(first, second)
 
 
 def test_the_two_starts_differ_and_no_other_is_known():
@@ -137,11 +145,11 @@ def test_lloyds_iterations_are_the_literal_ones():
     for _ in range(4):
         labels = torch.cdist(x, centroids).argmin(1)
         centroids = torch.stack([x[labels == c].mean(0) for c in range(12)])
-    found, moved, mine = run_lloyd(x, x[:12], 4)
+    scaled_objective, moved, labels = run_lloyd(x, x[:12], 4)
     assert torch.allclose(moved, centroids, atol=1e-6)
-    assert torch.equal(mine, torch.cdist(x, centroids).argmin(1))
-    points = kmeans_rows.Points(x, 12)
-    assert found / points.distance_scale == pytest.approx(objective(x, centroids, mine), rel=1e-5)
+    assert torch.equal(labels, torch.cdist(x, centroids).argmin(1))
+    ours = scaled_objective / kmeans_rows.Points(x, 12).distance_scale
+    assert ours == pytest.approx(objective(x, centroids, labels), rel=1e-5)
 
 
 def test_lloyd_stops_where_centroids_stand_still():
@@ -157,7 +165,8 @@ def test_empty_clusters_take_the_farthest_rows_and_of_equal_ones_the_first():
     points = kmeans_rows.Points(x, 4)
     centroids = torch.tensor([[0.0, 0], [1, 1], [-50, -50], [-60, -60]]) - points.mean
     labels, distance, sums, counts, _ = lloyd.assign(points, centroids)
-    assert labels.tolist() == [0] * 5 + [1] * 8 and counts.tolist() == [5, 8, 0, 0]
+    assert labels.tolist() == [0] * 5 + [1] * 8
+    assert counts.tolist() == [5, 8, 0, 0]
     assert distance[-3:].tolist() == pytest.approx([128, 72, 128])
     assert lloyd.farthest(points, distance, 3).tolist() == [10, 12, 11]
     moved = lloyd.centre(points, distance, sums, counts) + points.mean
@@ -170,7 +179,8 @@ def test_as_many_clusters_as_rows_and_fewer_kinds_than_clusters(start):
     assert sorted(kmeans(x, 7, start=start)[1].tolist()) == list(range(7))
     same = torch.ones(9, 3)
     centroids, labels = kmeans(same, 4, start=start)
-    assert centroids.isfinite().all() and objective(same, centroids, labels) == 0
+    assert centroids.isfinite().all()
+    assert objective(same, centroids, labels) == 0
     twice = torch.randn(12, 3).repeat_interleave(2, 0)
     centroids, labels = kmeans(twice, 12, restarts=20, start=start)
     assert objective(twice, centroids, labels) < 1e-9
@@ -259,7 +269,8 @@ def same_bits(a, b):
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_find_the_clusters_of_one_bit_for_bit(world, found_by_one, tmp_path):
     """gloo, with both starts, with empty clusters, and however many chunks each process has."""
-    assert len(found_by_one) == 13 and len(found_by_one[7, "random"][1].unique()) == 20
+    assert len(found_by_one) == 13
+    assert len(found_by_one[7, "random"][1].unique()) == 20
     every = run_job(tmp_path, world)
     assert len(every) == world
     for found in every:

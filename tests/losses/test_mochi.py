@@ -112,8 +112,10 @@ def test_what_is_drawn():
             assert len(counts) == n
             assert ((counts - 20000 / n).abs() < 5 * (20000 / n) ** 0.5).all()
     assert (i != j)[[0, 2]].all()
-    assert a.min() >= 0 and 0.99 < a.max() < 1
-    assert 0.49 < b.max() < 0.5 and abs(b.mean() - 0.25) < 0.01
+    assert a.min() >= 0
+    assert 0.99 < a.max() < 1
+    assert 0.49 < b.max() < 0.5
+    assert abs(b.mean() - 0.25) < 0.01
 
 
 def test_oracle_leaves_out_the_own_class_and_says_so():
@@ -124,7 +126,8 @@ def test_oracle_leaves_out_the_own_class_and_says_so():
     expected = NCE(temperature=0.2)(c._replace(mask=is_other), 0).loss
     assert torch.equal(loss_fn(c, 0.0).loss, expected)
     figures = figures_of(loss_fn, c, labels=labels)
-    assert figures["oracle"] == 1 and figures["false negatives used %"] == 0
+    assert figures["oracle"] == 1
+    assert figures["false negatives used %"] == 0
     with pytest.raises(ValueError, match="has none"):
         MoCHi(oracle=True)
 
@@ -146,7 +149,8 @@ def test_figures_of_hardness_and_false_points():
     labels = torch.tensor([0, 1] * 4)
     loss_fn = MoCHi(temperature=0.2, hardest=4, mixed=6, query_mixed=3, warmup_epochs=0)
     figures = figures_of(loss_fn, c, labels=labels)
-    assert figures["false mixed %"] == 100 and figures["false query mixed %"] == 100
+    assert figures["false mixed %"] == 100
+    assert figures["false query mixed %"] == 100
     assert figures["nearest N"] - 1e-3 < figures["mixed"] <= figures["query mixed"] <= 1.0001
     assert 0 < figures["mixed share of partition %"] < 100
     nobodys = c._replace(negative_index=torch.full((8,), -1))
@@ -161,11 +165,13 @@ def test_a_query_left_with_no_negatives_and_one_left_with_one():
     c = c._replace(mask=mask)
     loss_fn = MoCHi(temperature=0.2, hardest=8, mixed=6, query_mixed=3, warmup_epochs=0)
     mixed = loss_fn.mix(c, similarity(c))
-    assert (mixed.h[1] <= NEG_INF).all() and (mixed.h_query[1] <= NEG_INF).all()
+    assert (mixed.h[1] <= NEG_INF).all()
+    assert (mixed.h_query[1] <= NEG_INF).all()
     assert torch.allclose(mixed.h[2], c.query[2] @ c.negative[4], atol=1e-5)
     loss = loss_fn(c, 0.0).loss
     gradient = torch.autograd.grad(loss, c.query)[0]
-    assert loss.isfinite() and (gradient[1] == 0).all()
+    assert loss.isfinite()
+    assert (gradient[1] == 0).all()
     assert all(value.isfinite() for value in figures_of(loss_fn, c).values())
 
 

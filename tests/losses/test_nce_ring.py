@@ -114,7 +114,9 @@ def test_gradient_reaches_the_query_alone():
     held = c._replace(positive=c.positive.detach(), negative=c.negative.detach())
     for loss_fn in (NCE(), Ring(epochs=3)):
         loss_fn(held, 1.0).loss.backward()
-        assert c.query.grad.abs().sum() > 0 and c.positive.grad is None and c.negative.grad is None
+        assert c.query.grad.abs().sum() > 0
+        assert c.positive.grad is None
+        assert c.negative.grad is None
         c.query.grad = None
 
 
@@ -125,7 +127,8 @@ def test_no_overflow_at_the_smallest_temperature():
     )
     for loss_fn in (NCE(temperature=0.01), Ring(epochs=1, temperature=0.01)):
         loss = loss_fn(c, 0).loss
-        assert loss.isfinite() and torch.autograd.grad(loss, c.query)[0].isfinite().all()
+        assert loss.isfinite()
+        assert torch.autograd.grad(loss, c.query)[0].isfinite().all()
 
 
 def test_share_of_false_negatives():
@@ -160,7 +163,8 @@ def test_a_query_left_with_no_negatives_has_loss_0_and_gradient_0(loss_fn):
     loss = loss_fn(c, 0.0).loss
     gradient = torch.autograd.grad(loss, c.query)[0]
     assert loss.isfinite()
-    assert (gradient[1] == 0).all() and (gradient[[0, 2]] != 0).any(1).all()
+    assert (gradient[1] == 0).all()
+    assert (gradient[[0, 2]] != 0).any(1).all()
     assert all(value.isfinite() for value in figures_of(loss_fn, c).values())
 
 

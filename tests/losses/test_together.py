@@ -225,11 +225,13 @@ def test_shares_of_a_method_are_of_what_those_before_it_left():
     )
     for name in ("used %", "false negatives used %", "inner threshold", "outer %"):
         assert together[f"ring: {name}"] == alone[name]
-    assert together["used %"] == alone["used %"] and together["ifnd: removed %"] == 0
+    assert together["used %"] == alone["used %"]
+    assert together["ifnd: removed %"] == 0
     left = figures_of(Together([clustered(temperature=T), make_ring()]), c, 3.0, labels)
     removed = left["ifnd: removed %"].item()
     share = left["used %"].item() / left["ring: used %"].item()
-    assert removed > 5 and share == pytest.approx(1 - removed / 100)
+    assert removed > 5
+    assert share == pytest.approx(1 - removed / 100)
 
 
 @pytest.mark.parametrize(

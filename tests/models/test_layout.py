@@ -86,12 +86,15 @@ def test_a_narrow_shortcut_is_the_same_function_under_the_same_keys(pixels):
     keys = list(plain.state_dict())
     narrow = subsample_first(plain)
     z = narrow(x)
-    assert narrow is not plain and list(narrow.state_dict()) == keys
+    assert narrow is not plain
+    assert list(narrow.state_dict()) == keys
     # The second pass has the same batch statistics, for these are of the batch alone.
     assert torch.allclose(z, y, rtol=1e-12, atol=1e-12)
-    found = torch.autograd.grad(z.square().sum(), [x, *narrow.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(gradients, found, strict=True))
-    assert torch.equal(gradients[0] != 0, found[0] != 0)
+    gradients_of_narrow = torch.autograd.grad(z.square().sum(), [x, *narrow.parameters()])
+    assert all(
+        torch.allclose(a, b, atol=1e-9) for a, b in zip(gradients, gradients_of_narrow, strict=True)
+    )
+    assert torch.equal(gradients[0] != 0, gradients_of_narrow[0] != 0)
 
 
 def test_narrow_networks_begin_with_the_random_numbers_of_before(monkeypatch):
@@ -106,4 +109,5 @@ def test_narrow_networks_begin_with_the_random_numbers_of_before(monkeypatch):
         )
     (keys, weights, after), (keys_before, weights_before, after_before) = drawn
     assert keys == keys_before
-    assert torch.equal(weights, weights_before) and torch.equal(after, after_before)
+    assert torch.equal(weights, weights_before)
+    assert torch.equal(after, after_before)

@@ -26,7 +26,8 @@ def stopped(of_each_process):
 def test_an_epoch_begins_with_nothing():
     progress = EpochProgress(10, "a", nn.BatchNorm1d(2))
     assert progress.begin() == 0
-    assert progress.sums == {} and progress.data_seconds == 0
+    assert progress.sums == {}
+    assert progress.data_seconds == 0
 
 
 def test_figures_are_means_over_the_steps_in_which_they_were_taken():
@@ -43,8 +44,10 @@ def test_the_mean_of_two_processes_goes_on_in_one():
     progress = EpochProgress(10, "a", net)
     progress.load_state_dict(stopped([recorded(0), recorded(1)]))
     assert progress.begin() == 3
-    assert 2.0 <= progress.seconds < 60 and progress.data_seconds == 1.0
-    assert progress.sums == {"loss": 3.5, "K": 5.0} and progress.counts == {"loss": 3, "K": 1}
+    assert 2.0 <= progress.seconds < 60
+    assert progress.data_seconds == 1.0
+    assert progress.sums == {"loss": 3.5, "K": 5.0}
+    assert progress.counts == {"loss": 3, "K": 1}
     assert net.running_mean.tolist() == [0.5, 0.5]
     progress.end({"loss": 1.0})
     assert progress.begin() == 0  # the next epoch
@@ -65,7 +68,8 @@ def test_the_state_within_an_epoch_comes_back():
     again = EpochProgress(10, "a", net)
     again.load_state_dict(state)
     assert again.begin() == 1
-    assert again.sums == {"loss": 2.0} and net.running_mean.tolist() == [3, 3]
+    assert again.sums == {"loss": 2.0}
+    assert net.running_mean.tolist() == [3, 3]
 
 
 def test_sums_of_an_earlier_version_are_left_out():
@@ -73,7 +77,8 @@ def test_sums_of_an_earlier_version_are_left_out():
     state = {key: value for key, value in recorded(0).items() if key != "count"}
     progress = EpochProgress(10, "a", nn.BatchNorm1d(2))
     progress.load_state_dict(stopped([state]))
-    assert progress.begin() == 3 and progress.sums == {}
+    assert progress.begin() == 3
+    assert progress.sums == {}
 
 
 def test_other_images_are_refused():
