@@ -29,6 +29,7 @@ from losses.jcl import JCL
 from losses.mochi import MoCHi
 from losses.nce import NCE
 from losses.ring import Ring
+from models.memory_bank import MemoryBank
 
 T = 0.2
 EPOCH = 5.0
