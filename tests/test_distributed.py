@@ -316,15 +316,18 @@ def test_the_first_process_works_for_all(four):
 def test_what_it_raises_ends_all_and_is_said_once(four):
     saw = four[0]
     ended = ("SystemExit", 1)  # a code of 1 prints nothing
-    assert [one["refusal"] for one in saw] == [("SystemExit", "process 0 refuses"), *[ended] * 3]
-    assert [one["error"] for one in saw] == [("ValueError", "process 0 fails"), *[ended] * 3]
-    assert [one["one node"] for one in saw] == [
+    assert [seen["refusal"] for seen in saw] == [("SystemExit", "process 0 refuses"), *[ended] * 3]
+    assert [seen["error"] for seen in saw] == [("ValueError", "process 0 fails"), *[ended] * 3]
+    assert [seen["one node"] for seen in saw] == [
         ended,
         ended,
         ("SystemExit", "process 2 refuses"),
         ended,
     ]
-    assert [one["both nodes"] for one in saw] == [("SystemExit", "process 0 refuses"), *[ended] * 3]
+    assert [seen["both nodes"] for seen in saw] == [
+        ("SystemExit", "process 0 refuses"),
+        *[ended] * 3,
+    ]
     assert saw[0]["no pickle"] != "no end"
     assert saw[1]["no pickle"] == "SystemExit"
 
@@ -332,8 +335,8 @@ def test_what_it_raises_ends_all_and_is_said_once(four):
 def test_a_run_that_is_told_to_stop_while_it_waits_ends(four):
     saw, _ = four
     stopped = "StopRequested", signals.EXIT_CODE
-    assert [one["told"] for one in saw] == [("no end", "done"), *[stopped] * 3]
-    assert [one["first told"] for one in saw] == [stopped, *[("SystemExit", 75)] * 3]
+    assert [seen["told"] for seen in saw] == [("no end", "done"), *[stopped] * 3]
+    assert [seen["first told"] for seen in saw] == [stopped, *[("SystemExit", 75)] * 3]
 
 
 def test_objects_of_any_size_are_gathered_and_a_problem_ends_all(four):
@@ -346,8 +349,8 @@ def test_objects_of_any_size_are_gathered_and_a_problem_ends_all(four):
 def test_the_wait_for_the_first_outlasts_the_limit_of_collectives(four):
     """The barrier, which did this before, does not."""
     saw = four[0]
-    assert [one["outlasts"] for one in saw] == ["done"] * 4
-    ends = [one["barrier"] for one in saw]
+    assert [seen["outlasts"] for seen in saw] == ["done"] * 4
+    ends = [seen["barrier"] for seen in saw]
     assert ends[0] == "no end"
     assert "no end" not in ends[1:]
     assert any("imed out" in end for end in ends[1:])  # and the others lose a peer
@@ -393,10 +396,8 @@ def test_two_processes_train_as_one(name, tmp_path):
     settings = [*TINY, *ALONE[name], "optim.epochs=1"]
     run(tmp_path, "train_pretrain.py", *settings, "name=two", processes=2)
     run(tmp_path, "train_pretrain.py", *settings, "name=one", "model.bn_splits=2")
-    one, two = (
-        torch.load(tmp_path / "runs" / name / "last.pt", weights_only=True)
-        for name in ("one", "two")
-    )
+    one = torch.load(tmp_path / "runs" / "one" / "last.pt", weights_only=True)
+    two = torch.load(tmp_path / "runs" / "two" / "last.pt", weights_only=True)
     compared = 0
     for part in ("encoder", "host"):
         assert one[part].keys() == two[part].keys()
@@ -415,12 +416,11 @@ def test_a_batch_in_parts_is_a_step(tmp_path):
     """
     settings = [*TINY, *ALONE["ir"]]
     run(tmp_path, "train_pretrain.py", *settings, "name=four", "optim.accumulate=2", processes=2)
-    for more in (["name=split", "model.bn_splits=4"], ["name=parts", "optim.accumulate=4"]):
-        run(tmp_path, "train_pretrain.py", *settings, *more)
-    split, parts, four = (
-        torch.load(tmp_path / "runs" / name / "last.pt", weights_only=True)
-        for name in ("split", "parts", "four")
-    )
+    run(tmp_path, "train_pretrain.py", *settings, "name=split", "model.bn_splits=4")
+    run(tmp_path, "train_pretrain.py", *settings, "name=parts", "optim.accumulate=4")
+    split = torch.load(tmp_path / "runs" / "split" / "last.pt", weights_only=True)
+    parts = torch.load(tmp_path / "runs" / "parts" / "last.pt", weights_only=True)
+    four = torch.load(tmp_path / "runs" / "four" / "last.pt", weights_only=True)
     assert torch.allclose(split["host"]["bank.rows"], parts["host"]["bank.rows"], atol=1e-5)
     for key, value in split["encoder"].items():
         if "running" not in key and "tracked" not in key:

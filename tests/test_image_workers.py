@@ -115,11 +115,11 @@ def sources(images, tmp_path_factory):  # noqa: F811
     }
 
 
-def start(script, folder, name, arguments, fault=None, which="", **environment):
+def start(script, folder, name, arguments, fault=None, suffix="", **environment):
     if script == "train_linear.py" and not os.path.exists(folder / "resnet.pt"):
         checkpoint.write(str(folder / "resnet.pt"), ResNet("resnet10", "imagenet", 8).state_dict())
     process = SERVER.Process(
-        target=child, args=(str(folder), name, arguments, fault, environment, which, script)
+        target=child, args=(str(folder), name, arguments, fault, environment, suffix, script)
     )
     process.start()
     return process
@@ -135,9 +135,9 @@ def end_of(process):
     return code
 
 
-def words(folder, name, which=""):
+def words(folder, name, suffix=""):
     """-> what a run printed, and its errors."""
-    return [(folder / f"{name}{which}.{kind}").read_text() for kind in ("out", "err")]
+    return [(folder / f"{name}{suffix}.{kind}").read_text() for kind in ("out", "err")]
 
 
 def run(script, folder, name, *arguments, fault=None):
@@ -229,8 +229,8 @@ class KillsAWorker:
 class WorkerDies:
     """A worker is lost with its n-th image or, where it has fewer, the next worker with its own."""
 
-    def __init__(self, what, number=1):
-        self.what, self.number = what, number
+    def __init__(self, fate, number=1):
+        self.fate, self.number = fate, number
 
     def __call__(self):
         main, seen = os.getpid(), []
@@ -239,12 +239,12 @@ class WorkerDies:
             def read(*arguments):
                 seen.append(1)
                 if os.getpid() != main and len(seen) >= self.number:
-                    if self.what == "killed":
+                    if self.fate == "killed":
                         os.kill(os.getpid(), signal.SIGKILL)
                     raise {
                         "memory": MemoryError(),
                         "files": OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
-                    }[self.what]
+                    }[self.fate]
                 return plain(*arguments)
 
             return read
@@ -253,7 +253,7 @@ class WorkerDies:
         detection.Images.__getitem__ = faulty(detection.Images.__getitem__)
 
 
-SAID = {
+SENTENCES = {
     "killed": r"image worker \d+ was killed by SIGKILL; most likely memory ran out, .*: lower ",
     "memory": "images could not be read: in a worker memory ran out; allow more, or take fewer",
     "files": r"images could not be read: in a worker Too many open files: .*raise ulimit -n",
@@ -273,23 +273,23 @@ def assert_one_sentence(code, out, err, *parts):
         assert re.search(part, err), err
 
 
-@pytest.mark.parametrize("what", SAID)
+@pytest.mark.parametrize("fate", SENTENCES)
 @pytest.mark.parametrize("script", ["train_pretrain.py", "train_detect.py"])
-def test_a_lost_worker_ends_the_run_with_one_sentence(script, what, sources, tmp_path):
-    ended = run(script, tmp_path, "a", sources[script], *SCRIPTS[script], fault=WorkerDies(what))
+def test_a_lost_worker_ends_the_run_with_one_sentence(script, fate, sources, tmp_path):
+    ended = run(script, tmp_path, "a", sources[script], *SCRIPTS[script], fault=WorkerDies(fate))
     setting = {"train_pretrain.py": "data.workers", "train_detect.py": "detect.workers"}[script]
     assert_one_sentence(
         *ended,
-        f"^{SAID[what]}",
+        f"^{SENTENCES[fate]}",
         f"; {KEPT[script]}$",
-        *[f"lower {setting}, now 2"] * (what == "killed"),
+        *[f"lower {setting}, now 2"] * (fate == "killed"),
     )
 
 
 def test_a_worker_lost_in_the_augmented_probe(sources, tmp_path):
     script = "train_linear.py"
     ended = run(script, tmp_path, "a", sources[script], *SCRIPTS[script], fault=KillsAWorker(0, 2))
-    assert_one_sentence(*ended, SAID["killed"], f"; {KEPT[script]}$")
+    assert_one_sentence(*ended, SENTENCES["killed"], f"; {KEPT[script]}$")
 
 
 def test_the_sentence_names_the_checkpoint_and_the_same_line_goes_on_from_it(
@@ -301,7 +301,7 @@ def test_the_sentence_names_the_checkpoint_and_the_same_line_goes_on_from_it(
     ended = run(script, tmp_path, "cut", *arguments, fault=KillsAWorker(1, 2))
     assert_one_sentence(
         *ended,
-        SAID["killed"],
+        SENTENCES["killed"],
         "; runs/cut/last.pt holds the state after epoch 1 of 3, and the same line goes on from",
     )
     code, out, err = run(script, tmp_path, "cut", *arguments)
@@ -315,7 +315,7 @@ def test_detection_names_its_checkpoint(sources, tmp_path):
     arguments = [sources["train_detect.py"], *DETECT, "detect.workers=1", "detect.iterations=8"]
     ended = run("train_detect.py", tmp_path, "a", *arguments, fault=WorkerDies("killed", 13))
     saved = r"; runs/a/detect/last.pt holds the state after iteration [246] of 8, and the same "
-    assert_one_sentence(*ended, SAID["killed"], saved)
+    assert_one_sentence(*ended, SENTENCES["killed"], saved)
 
 
 def test_a_broken_image_is_said_with_the_checkpoint(images, tmp_path):  # noqa: F811
@@ -373,7 +373,7 @@ def test_two_processes_end_when_one_loses_a_worker(images, tmp_path):  # noqa: F
         codes[1],
         "",
         err,
-        SAID["killed"],
+        SENTENCES["killed"],
         "; runs/two/last.pt holds the state after epoch 1 of 2, and the same line goes on from",
     )
 

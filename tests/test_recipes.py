@@ -463,34 +463,34 @@ def drawn_views(recipe):
     _, _, height, width = augment.box(drawn, side, side).T
     area = height * width / side**2
     assert area.max() > 0.95, "the largest crop is nearly the whole image"
-    found = {"crop": area.min().item()}
+    statistics = {"crop": area.min().item()}
     for name in ("flip", "grey"):
         if name in drawn:
-            found[name] = drawn[name]["apply"].float().mean().item()
+            statistics[name] = drawn[name]["apply"].float().mean().item()
     if "jitter" in drawn:
         factors = drawn["jitter"]["factors"]  # (n, 4)
         reach = torch.cat([(factors[:, :3] - 1).abs().amax(0), factors[:, 3:].abs().amax(0)])
-        found["jitter"] = (*reach.tolist(), drawn["jitter"]["apply"].float().mean().item())
+        statistics["jitter"] = (*reach.tolist(), drawn["jitter"]["apply"].float().mean().item())
     if "blur" in drawn:
         sigma = drawn["blur"]["sigma"]
         share = drawn["blur"]["apply"].float().mean().item()
-        found["blur"] = (sigma.min().item(), sigma.max().item(), share)
-    return found
+        statistics["blur"] = (sigma.min().item(), sigma.max().item(), share)
+    return statistics
 
 
 def assert_views(recipe, views):
-    found = drawn_views(recipe)
-    assert found.keys() == views.keys(), recipe
-    assert views["crop"] - 1e-3 <= found["crop"] <= views["crop"] + 0.01, (recipe, found["crop"])
-    for name in found.keys() - {"crop"}:
-        assert found[name] == pytest.approx(views[name], abs=0.02), (recipe, name)
+    drawn = drawn_views(recipe)
+    assert drawn.keys() == views.keys(), recipe
+    assert views["crop"] - 1e-3 <= drawn["crop"] <= views["crop"] + 0.01, (recipe, drawn["crop"])
+    for name in drawn.keys() - {"crop"}:
+        assert drawn[name] == pytest.approx(views[name], abs=0.02), (recipe, name)
 
 
 def normalisation_of(cfg):
     """What a row's images are normalised by."""
-    own = STATISTICS.get(cfg["data"]["name"], IMAGENET)
-    given = cfg["data"]["mean"], cfg["data"]["std"]
-    return tuple(tuple(ours if key is None else key) for ours, key in zip(own, given))
+    of_set = STATISTICS.get(cfg["data"]["name"], IMAGENET)
+    settings = cfg["data"]["mean"], cfg["data"]["std"]
+    return tuple(tuple(ours if key is None else key) for ours, key in zip(of_set, settings))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -501,8 +501,8 @@ def test_rows_follow_the_released_code(recipe):
     for name in names:
         cfg = settings_of(name)
         assert_views(cfg["data"]["augment"], facts["views"])
-        own = STATISTICS.get(cfg["data"]["name"], IMAGENET)
-        assert normalisation_of(cfg) == (facts["normalisation"] or own), name
+        of_set = STATISTICS.get(cfg["data"]["name"], IMAGENET)
+        assert normalisation_of(cfg) == (facts["normalisation"] or of_set), name
         assert cfg["model"].items() >= facts["model"].items(), name
         assert cfg["optim"].items() >= facts["optim"].items(), name
         assert cfg["knn"].items() >= facts.get("knn", {}).items(), name
@@ -518,13 +518,13 @@ def test_rows_follow_the_released_code(recipe):
 
 
 def test_a_reported_figure_stands_beside_its_own_recipe_alone():
-    found = {}
+    figures = {}
     for path in glob.glob(os.path.join(ROOT, "yaml", "**", "*.yaml"), recursive=True):
         if "detectron2" not in path:
             reported = settings_of(row_name(path)).get("paper", {}).get("reported")
             if reported is not None:
-                found[row_name(path)] = reported
-    assert found == {name: figure for name, (figure, _) in REPORTED.items()}
+                figures[row_name(path)] = reported
+    assert figures == {name: figure for name, (figure, _) in REPORTED.items()}
     for name, (_, recipe) in REPORTED.items():
         assert name in rows_of(RECIPES[recipe]), f"{name} follows {recipe}"
 
@@ -596,8 +596,9 @@ def test_the_scaled_loss_is_supcontrasts(make, temperature, base_temperature):
     loss = loss_fn(contrast, 0.0).loss
     expected = supcon_loss(z, temperature, base_temperature)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
-    ours, theirs = torch.autograd.grad(loss, z)[0], torch.autograd.grad(expected, z)[0]
-    assert (ours - theirs).abs().max() < 1e-12
+    (gradient,) = torch.autograd.grad(loss, z)
+    (expected_gradient,) = torch.autograd.grad(expected, z)
+    assert (gradient - expected_gradient).abs().max() < 1e-12
 
 
 def test_the_scale_is_a_learning_rate_and_a_weight_decay():
@@ -778,8 +779,8 @@ def test_ycbcr_of_white_black_and_red():
         (1, 0, 0): (81.481, 90.203, 240),
     }
     for rgb, expected in known.items():
-        found = rgb_to_ycbcr(torch.tensor(rgb).float().view(1, 3, 1, 1)).flatten().tolist()
-        assert found == pytest.approx(expected, abs=1e-3)
+        ycbcr = rgb_to_ycbcr(torch.tensor(rgb).float().view(1, 3, 1, 1)).flatten().tolist()
+        assert ycbcr == pytest.approx(expected, abs=1e-3)
 
 
 # ------------------------------------------------------------------ the last, smaller batch

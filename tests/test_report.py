@@ -89,10 +89,10 @@ def train(file, name, *overrides, done=None, linear=None, knn=None, losses=1.0, 
         )
 
 
-def write(name, stem, *found):
+def write(name, stem, *records):
     os.makedirs(f"runs/{name}", exist_ok=True)
     with open(f"runs/{name}/{stem}.jsonl", "a") as f:
-        f.writelines(json.dumps(line) + "\n" for line in found)
+        f.writelines(json.dumps(line) + "\n" for line in records)
 
 
 def run(capsys, monkeypatch, *arguments):
@@ -108,9 +108,9 @@ def out(here, capsys, monkeypatch):
 
 def line_of(text, start):
     """The words of the line that begins so, between runs of spaces."""
-    found = [line for line in text.splitlines() if line.startswith(start + "  ") or line == start]
-    assert len(found) == 1, (start, text)
-    return [word.strip() for word in found[0].split("  ") if word.strip()]
+    rows = [line for line in text.splitlines() if line.startswith(start + "  ") or line == start]
+    assert len(rows) == 1, (start, text)
+    return [word.strip() for word in rows[0].split("  ") if word.strip()]
 
 
 def test_a_table_is_whole_though_nothing_was_run(out):

@@ -34,10 +34,9 @@ def trained(tmp_path_factory):
     return folder
 
 
-def probe(folder, *settings, **how):
-    return run(
-        folder, "train_linear.py", "--cfg", QUICK, *TINY, "model.stem=imagenet", *settings, **how
-    )
+def probe(folder, *settings, **options):
+    settings = ["--cfg", QUICK, *TINY, "model.stem=imagenet", *settings]
+    return run(folder, "train_linear.py", *settings, **options)
 
 
 def idx(path, array):

@@ -25,8 +25,8 @@ GREY = np.add.outer(np.arange(40), np.arange(48)).astype(np.uint8) * 2  # 0 to 1
 RGB = Image.fromarray(np.stack([GREY, 255 - GREY, GREY // 2], 2))
 
 
-def animated(path, **how):
-    RGB.save(path, save_all=True, append_images=[Image.new("RGB", (48, 40))], **how)
+def animated(path, **options):
+    RGB.save(path, save_all=True, append_images=[Image.new("RGB", (48, 40))], **options)
 
 
 def rotated(path):
@@ -269,10 +269,10 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     monkeypatch.undo()
     data, original = load("pretrain", 0, name="folder", root=folder), Image.open
 
-    def refuse(path, **how):
+    def refuse(path, **options):
         if path.endswith("m3.png"):
             raise PermissionError(13, "Permission denied", path)
-        return original(path, **how)
+        return original(path, **options)
 
     monkeypatch.setattr(Image, "open", refuse)
     with pytest.raises(SystemExit, match=sentence):
@@ -478,8 +478,10 @@ def test_data_check_files_looks_once_at_each_file_and_opens_none(tmp_path, monke
         return function()
 
     monkeypatch.setattr(image_files.distributed, "run_on_first", run_on_first)
-    monkeypatch.setattr(os, "stat", lambda path, **how: stats.append(path) or original(path, **how))
-    monkeypatch.setattr(os, "access", lambda path, how: accesses.append(path) or True)
+    monkeypatch.setattr(
+        os, "stat", lambda path, **options: stats.append(path) or original(path, **options)
+    )
+    monkeypatch.setattr(os, "access", lambda path, mode: accesses.append(path) or True)
     load("pretrain", 0, name="folder", root=str(tmp_path), check_files=True)
     assert sorted(file for file in stats if file.endswith(".jpg")) == sorted(accesses) == files
     assert nodes == [True]

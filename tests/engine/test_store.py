@@ -10,21 +10,21 @@ from engine import store
 from engine.store import ObjectStore
 
 
-def together(world, what, kept=None):
-    """what(ObjectStore) of each rank, all at once -> what each returned or raised."""
+def together(world, work, kept=None):
+    """Call work(store) for each rank, all at once. -> what each returned or raised."""
     kept = kept or dist.HashStore()
     results = [None] * world
 
-    def work(rank):
-        one = ObjectStore(kept, rank, world)
+    def call_with_store(rank):
+        store = ObjectStore(kept, rank, world)
         try:
-            results[rank] = what(one)
+            results[rank] = work(store)
         except BaseException as error:
             results[rank] = error
         finally:
-            one.close()
+            store.close()
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
+    threads = [threading.Thread(target=call_with_store, args=(rank,)) for rank in range(world)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -33,8 +33,8 @@ def together(world, what, kept=None):
 
 
 def test_an_object_of_each_is_given_to_all():
-    def gather(one):
-        return [one.gather((one.rank, call)) for call in range(3)]
+    def gather(store):
+        return [store.gather((store.rank, call)) for call in range(3)]
 
     expected = [[(rank, call) for rank in range(4)] for call in range(3)]
     assert together(4, gather) == [expected] * 4
@@ -45,10 +45,10 @@ def test_bytes_of_any_number_go_in_pieces(monkeypatch):
     for size in (0, 1, 6, 7, 8, 50):
         value = bytes(range(size))
         spread, gathered = (
-            together(2, lambda one, value=value, call=call: call(one, value))
+            together(2, lambda store, value=value, call=call: call(store, value))
             for call in (
-                lambda one, value: one.spread([1], value),
-                lambda one, value: one.gather_bytes(value),
+                lambda store, value: store.spread([1], value),
+                lambda store, value: store.gather_bytes(value),
             )
         )
         assert spread == [{1: value}] * 2
@@ -56,9 +56,9 @@ def test_bytes_of_any_number_go_in_pieces(monkeypatch):
 
 
 def test_only_the_senders_are_waited_for():
-    def spread(one):
-        assert one.rank != 2  # it never comes
-        return one.spread([0, 1], b"%d" % one.rank)
+    def spread(store):
+        assert store.rank != 2  # it never comes
+        return store.spread([0, 1], b"%d" % store.rank)
 
     assert together(4, spread)[:2] == [{0: b"0", 1: b"1"}] * 2
 
@@ -67,10 +67,10 @@ def test_what_all_have_read_is_deleted():
     """After thirty calls the store holds as many keys as after three."""
 
     def many(count):
-        def call(one):
+        def call(store):
             for i in range(count):
-                one.spread([i % 2], b"x" * 100)
-                one.gather(i)
+                store.spread([i % 2], b"x" * 100)
+                store.gather(i)
 
         kept = dist.HashStore()
         together(2, call, kept)
@@ -83,21 +83,21 @@ def test_who_leaves_no_sign_of_life_is_not_waited_for(monkeypatch):
     for name, seconds in (("BEAT", 0.01), ("SILENCE", 0.2), ("LONGEST_PAUSE", 0.01)):
         monkeypatch.setattr(store, name, seconds)
 
-    def work(one):
-        if one.rank == 0:
-            return one.spread([1])
-        while one.last_sign(1) is None:  # it lived, and then it did not
+    def work(store):
+        if store.rank == 0:
+            return store.spread([1])
+        while store.last_sign(1) is None:  # it lived, and then it did not
             time.sleep(0.001)
 
     waited, _ = together(2, work)
     assert isinstance(waited, SystemExit)
     assert "waits for process 1" in waited.code
 
-    def slow(one):  # for as long as it lives, though it is late
-        if one.rank == 0:
-            return one.spread([1])
+    def slow(store):  # for as long as it lives, though it is late
+        if store.rank == 0:
+            return store.spread([1])
         time.sleep(0.6)
-        return one.spread([1], b"late")
+        return store.spread([1], b"late")
 
     assert together(2, slow) == [{1: b"late"}] * 2
 
@@ -138,11 +138,11 @@ def test_a_store_that_is_gone_ends_who_waits_with_a_sentence():
         def __getattr__(self, name):
             return getattr(client, name)
 
-    one = ObjectStore(Watched(), 1, 2)
+    store = ObjectStore(Watched(), 1, 2)
 
     def work():
         try:
-            one.spread([0])
+            store.spread([0])
         except SystemExit as end:
             ended.append((time.monotonic(), end.code))
 
@@ -152,7 +152,7 @@ def test_a_store_that_is_gone_ends_who_waits_with_a_sentence():
     gone = time.monotonic()
     del host
     thread.join(30)
-    one.close()
+    store.close()
     when, sentence = ended[0]
     assert when - gone < 5
     assert "lost the store" in sentence

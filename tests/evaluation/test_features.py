@@ -165,9 +165,9 @@ def test_the_monitor_asks_of_so_many_test_images_and_says_so(monkeypatch):
     asked = []
     real = features.embeddings
 
-    def embeddings(encoder, dataset, *how):
+    def embeddings(encoder, dataset, *args):
         asked.append(len(dataset))
-        return real(encoder, dataset, *how)
+        return real(encoder, dataset, *args)
 
     monkeypatch.setattr(features, "embeddings", embeddings)
     few = KNN(train, test, 32, CPU, 0, limit=60)
