@@ -42,8 +42,8 @@ from engine.schedule import Schedule, sgd
 from losses import Contrast
 from losses.diagnostics import step_diagnostics
 from losses.nce import NCE
+from models.memory_queue import Queue
 from models.moco import MoCo
-from models.queue import Queue
 from models.resnet import LAYERS, Encoder, choose_precision
 from training.build import loss_scaler
 from training.epoch import EpochProgress

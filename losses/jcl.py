@@ -33,7 +33,7 @@ class JCL(nn.Module):
         temperature: t.
         lam: lambda.
         ramp: whether lambda grows linearly, from lam / epochs in the first epoch to lam.
-        average: the paper's control: the mean of M InfoNCE losses, at equally many forward passes.
+        average: a control of ours: the mean of M InfoNCE losses, at equally many forward passes.
     """
 
     def __init__(

@@ -7,8 +7,8 @@ from engine import distributed
 from losses import Contrast
 
 from .checks import check_moco
+from .memory_queue import Queue
 from .momentum import MomentumEncoder
-from .queue import Queue
 
 
 class MoCo(nn.Module):

@@ -402,6 +402,7 @@ def test_linear_probe(augmented, keep_on, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "save", lambda *given, **parts: None)
     settings = {"seed": 0, "knn": {"every": 0, "k": 3, "temperature": 0.1, "feature": "output"}}
     source = {
+        "name": "shapes",
         "image_size": 8,
         "workers": 0,
         "augment_backend": "batched",

@@ -414,7 +414,7 @@ def parts(value):
 
 def save_and_die(line):
     """Save a third time, and die at the `line`-th line of the functions that write."""
-    functions = (checkpoint.write, checkpoint.append_checksum)
+    functions = checkpoint.write, checkpoint.keep_file, checkpoint.append_checksum
     traced_code = [function.__code__ for function in functions]
     count = itertools.count()
 

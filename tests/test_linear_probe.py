@@ -1,19 +1,16 @@
 """The linear probe: a learning rate that diverges, a folder that may not be written, protocols."""
 
-import functools
 import json
 import os
 
 import pytest
 
 from processes import ROOT, run
-from test_faults import SERVER, child, rights_are_a_users
+from test_faults import SERVER, child, drop_capabilities
 
 TINY = [
     "--cfg",
-    os.path.join(
-        os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "yaml/quickstart.yaml"
-    ),
+    os.path.join(ROOT, "yaml", "quickstart.yaml"),
     "data.name=shapes",
     "data.limit=60",
     "data.image_size=16",
@@ -70,7 +67,7 @@ def test_a_folder_that_may_not_be_written_is_told_before_the_work(script, traine
     os.chmod(folder, 0o555)
     try:
         arguments = [*TINY[2:], *more]
-        given = (str(trained), "a", arguments, functools.partial(rights_are_a_users), {})
+        given = (str(trained), "a", arguments, drop_capabilities, {})
         process = SERVER.Process(target=child, args=(*given, "", script))
         process.start()
         process.join()

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from losses.ring import Ring
 from models.memory_bank import MemoryBank
-from models.queue import Queue
+from models.memory_queue import Queue
 
 
 def test_bank_is_a_moving_average_on_the_sphere():

@@ -9,11 +9,11 @@ from test_faults import (  # noqa: F401
     PAIRS,
     assert_equal,
     at,
-    gets,
     images,
     log,
     run,
     send,
+    send_at,
     state,
     undisturbed,
 )
@@ -36,7 +36,7 @@ def test_within_an_epoch_a_checkpoint_is_written_when_the_last_is_old(
     """SIGKILL after the 22nd step of the second epoch; the 21st is a sync step."""
     whole, _ = undisturbed(*MANY_STEPS)
     settings = [images, *MANY_STEPS, f"log.save_minutes={minutes}"]
-    fault = gets(signal.SIGKILL, 1, 22)
+    fault = send_at(signal.SIGKILL, 1, 22)
     run(tmp_path, "cut", *settings, fault=fault, code=-signal.SIGKILL)
     saved = state(tmp_path, "cut")
     assert (saved["epoch"], saved["place"]["step"]) == (epoch, step)
