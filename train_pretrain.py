@@ -98,17 +98,15 @@ def pretrain(run, build, args, cfg, device):
                         loss = sum(output.loss for output in outputs)  # CMC has two contrasts
                         scaler.scale(loss / accumulate).backward()
                     progress.add({"loss": loss.detach()})
+                if run.is_figure_step(step):  # of the memory as the loss saw it
+                    progress.add(step_diagnostics(loss_fn, contrasts, outputs, labels, now))
+                del contrasts, outputs, loss  # their memory is needed by the next forward pass
 
                 # update the encoder, then the memory: the gradient was that of the old keys
                 scaler.step(optimizer)
                 scaler.update()
                 host.update_memory()
-
-                # log, check and save; the device is waited for at some steps only
-                if run.is_sync_step(step):
-                    progress.add(step_diagnostics(loss_fn, contrasts, outputs, labels, now))
-                del contrasts, outputs, loss  # their memory is needed by the next forward pass
-                run.after_step(step, bar)
+                run.after_step(step, bar)  # at some steps: check, save, stop
 
             distributed.average_buffers(encoder)
             distributed.average_buffers(host)

@@ -9,7 +9,7 @@ in a file whose name ends in .png, bars.
 
 Networks alone are the query encoder forward and backward and the key encoder forward, on ready
 tensors. Ours is train_pretrain.py's loop, from stored uint8 images; the log's figures belong to
-every 20th step, so that a median of single steps, as on a CPU, leaves them out. Lightly's rows
+some steps only, so that a median of single steps, as on a CPU, leaves them out. Lightly's rows
 (pip install lightly) are its examples/pytorch/moco.py in fp32. The whole one has its
 MoCoV2Transform on PIL images in this process. Worker processes could bring it nearer to its row on
 ready tensors, at best. Machines drift: only the ratios inside one table mean anything.
@@ -92,13 +92,12 @@ def ours(loader, encoder, host, loss_fn, device):
             loss = sum(output.loss for output in outputs)
             scaler.scale(loss).backward()
             run.progress.add({"loss": loss.detach()})
+            if run.is_figure_step(step):
+                figures = step_diagnostics(loss_fn, contrasts, outputs, labels, now)
+                run.progress.add(figures)
             scaler.step(optimizer)
             scaler.update()
             host.update_memory()
-
-            if run.is_sync_step(step):
-                figures = step_diagnostics(loss_fn, contrasts, outputs, labels, now)
-                run.progress.add(figures)
             run.after_step(step, bar)
             yield
 

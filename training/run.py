@@ -161,8 +161,13 @@ class Run:
         description = f"epoch {self.epoch + 1}/{self.epochs}"
         return progress(batches, description, self.steps, initial=self.progress.step)
 
+    def is_figure_step(self, step):
+        """Whether the negatives' figures are taken at this step: at every 20th, or ten an epoch."""
+        every = min(SYNC_EVERY, max(1, self.steps // 10))
+        return step % every == 0 or step == self.steps - 1
+
     def is_sync_step(self, step):
-        """Whether figures are taken at this step of an epoch, and the device is waited for."""
+        """Whether the device is waited for at this step of an epoch, and the other processes."""
         return step % SYNC_EVERY == 0 or step == self.steps - 1
 
     def after_step(self, step, bar):
