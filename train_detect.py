@@ -22,7 +22,7 @@ The AP is COCO's for both layouts. VOC2007's own, which papers print, takes prec
 of recall (COCO's at 101) and so differs. Needs pycocotools: pip install -r requirements-dev.txt.
 """
 
-import json
+import contextlib
 import math
 import os
 import time
@@ -55,16 +55,17 @@ from torch import nn
 from data import detection
 from data.coco_results import as_table, average_precision, picture, pycocotools, records
 from data.image_files import say_if_dark
-from data.workers import or_say_what_is_kept, say_what_is_kept
+from data.workers import say_what_is_kept
 from engine import checkpoint, distributed
 from engine import device as devices
 from engine.distributed import print_main
-from engine.log import Log, lines
+from engine.log import Log, lines, round_figures
 from engine.progress import progress
 from engine.schedule import check_milestones, check_optimizer_settings, sgd
 from engine.weights import load_backbone, of_run
 from models.rcnn import build_rcnn
 from models.resnet import ResNet
+from training.run import append_line
 
 LOG_EVERY = 20  # iterations
 PRINT_EVERY = 1000
@@ -421,13 +422,14 @@ class Run:
 
     def __enter__(self):
         checkpoint.check_writable(self.parent)
-        self.lock = checkpoint.lock_run_folder(self.folder)
-        self.lock.__enter__()
+        self.contexts = contextlib.ExitStack()
+        self.contexts.enter_context(checkpoint.lock_run_folder(self.folder))
+        self.contexts.enter_context(say_what_is_kept(self.describe_saved))
         signals.say_when_stopped(self.describe_saved_state)
         return self
 
     def __exit__(self, kind, error, trace):
-        self.lock.__exit__(kind, error, trace)
+        self.contexts.__exit__(kind, error, trace)
 
     def resume(self, fresh, model, optimizer):
         """Load the last checkpoint into model and optimizer, if there is one."""
@@ -495,12 +497,7 @@ class Run:
             len(train), detect.batch_size, self.cfg["seed"], self.start, detect.iterations
         )
         batches = detection.batches(train, plan, device, detect.workers)
-        self.bar = progress(
-            or_say_what_is_kept(batches, self.describe_saved),
-            "detect",
-            initial=self.start,
-            total=detect.iterations,
-        )
+        self.bar = progress(batches, "detect", initial=self.start, total=detect.iterations)
         return self.bar
 
     def stop_if_told(self, done, device):
@@ -555,7 +552,7 @@ class Run:
     def write_log(self, done, figures):
         """Write a line of the log, on the first process."""
         if self.log:
-            self.log.write(done, {name: float(f"{v:.6g}") for name, v in figures.items()})
+            self.log.write(done, round_figures(figures))
 
     def log_evaluation(self, done, figures):
         """Write the line of the log that waits, with an evaluation's figures."""
@@ -599,9 +596,7 @@ class Run:
             "seconds": round(time.time() - self.began, 1),
             "figures": figures,
         }
-        path = os.path.join(self.parent, "detect.jsonl")
-        with checkpoint.writing(path), open(path, "a") as f:
-            f.write(json.dumps(line) + "\n")
+        append_line(os.path.join(self.parent, "detect.jsonl"), line)
 
 
 # ------------------------------------------------------------------------------- evaluation
@@ -618,8 +613,7 @@ def evaluate(run, model, val, device, done):
         done: how many iterations it was trained.
     """
     task = run.detect.task
-    with say_what_is_kept(run.describe_saved):
-        found = predictions(model, val, task, device, run.detect.workers)
+    found = predictions(model, val, task, device, run.detect.workers)
     detections = [record for of_image in found.values() for record in of_image]
     # It takes minutes on COCO, for which a collective would not wait.
     figures = distributed.run_on_first(lambda: average_precision(val.part, detections, task))

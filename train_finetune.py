@@ -49,7 +49,7 @@ from data.image_files import say_if_dark
 from data.loader import Loader, check_image_size
 from engine import checkpoint, distributed
 from engine.distributed import print_main
-from engine.log import lines
+from engine.log import lines, round_figures
 from engine.schedule import Schedule, check_optimizer_settings, sgd
 from engine.weights import load_backbone, of_run
 from evaluation.features import accuracy_percent, extract, mean_per_class_accuracy
@@ -430,7 +430,7 @@ def log_epoch(run, epoch, figures):
         f"{figures['seconds']:.1f} s"
     )
     if run.log:
-        run.log.write(epoch, {name: float(f"{value:.6g}") for name, value in figures.items()})
+        run.log.write(epoch, round_figures(figures))
 
 
 def figures_file(run):

@@ -46,17 +46,14 @@ class InputLost(SystemExit):
 
 @contextlib.contextmanager
 def say_what_is_kept(kept):
-    """An InputLost that passes here ends with what `kept()` says: which checkpoint holds what."""
+    """Let an InputLost that passes here end with what `kept()` says: which checkpoint holds what.
+
+    None of it means that there is no checkpoint yet.
+    """
     try:
         yield
     except InputLost as lost:
-        raise InputLost(f"{lost}; {kept()}") from None
-
-
-def or_say_what_is_kept(batches, kept):
-    """The same batches, and `say_what_is_kept` for them."""
-    with say_what_is_kept(kept):
-        yield from batches
+        raise InputLost(f"{lost}; {kept() or 'nothing was saved yet'}") from None
 
 
 # -------------------------------------------------- batches of known shape

@@ -276,6 +276,11 @@ class Log:
         self.board.flush()
 
 
+def round_figures(figures):
+    """The figures {name: number} to six digits."""
+    return {name: float(f"{value:.6g}") for name, value in figures.items()}
+
+
 def lines(path):
     """Read the JSON lines of a log; one that was cut off by a kill is left out."""
     read = []

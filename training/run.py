@@ -9,7 +9,7 @@ import json
 import os
 import time
 
-from data.workers import InputLost
+from data.workers import say_what_is_kept
 from engine import checkpoint, config, distributed, signals
 from engine.distributed import print_main
 from engine.log import Log, lines
@@ -72,15 +72,14 @@ class Run:
         self.log = None
 
     def __enter__(self):
-        self.lock = checkpoint.lock_run_folder(self.folder)
-        self.lock.__enter__()
+        self.contexts = contextlib.ExitStack()
+        self.contexts.enter_context(checkpoint.lock_run_folder(self.folder))
+        self.contexts.enter_context(say_what_is_kept(self.describe_saved))
         signals.say_when_stopped(self.describe_saved)
         return self
 
     def __exit__(self, kind, error, trace):
-        self.lock.__exit__(kind, error, trace)
-        if isinstance(error, InputLost):
-            raise InputLost(f"{error}; {self.describe_saved() or 'nothing was saved yet'}")
+        self.contexts.__exit__(kind, error, trace)
 
     # ------------------------------------------------------------------------------------- resume
 
@@ -186,7 +185,8 @@ class Run:
         mean_loss = float(sum_of_losses) / self.progress.counts["loss"]
         bar.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
         has_diverged = self.divergence.has_diverged(sum_of_losses)
-        is_due = distributed.is_main() and self.save_is_due()
+        is_last = step == self.steps - 1  # the end of the epoch saves, too
+        is_due = distributed.is_main() and self.save_is_due() and not is_last
         diverged, stop, save = distributed.any_rank(self.device, has_diverged, is_told, is_due)
         if diverged:
             saved = self.describe_saved(how_on=False) or "nothing was saved yet"

@@ -6,13 +6,12 @@ import shlex
 
 from engine import config, distributed
 from engine.distributed import print_main
-from engine.log import lines
+from engine.log import lines, round_figures
 from engine.weights import preprocessing_of, save_backbone
 from losses.diagnostics import chance
 
 # Two images have a cosine of 1 - spread^2 on average: 0.9975. A first epoch has about 0.99.
 COLLAPSED = 0.05
-MAX_DIGITS = 6
 
 
 def begin_log(run, cfg, loader):
@@ -88,8 +87,9 @@ def log_epoch(run, epoch, figures, loss_fn):
     if not run.log:
         return
     warned = any(line.get("spread", 1.0) < COLLAPSED for line in lines(run.log.path))
-    rounded = {name: float(f"{value:.{MAX_DIGITS}g}") for name, value in figures.items()}
-    run.log.write(epoch, rounded | {"hardware": distributed.describe_devices(run.device)})
+    run.log.write(
+        epoch, round_figures(figures) | {"hardware": distributed.describe_devices(run.device)}
+    )
     if figures["spread"] < COLLAPSED and not warned:
         print_main(
             f"WARNING: the embeddings collapse: their spread is {figures['spread']:.3f}, of 1 at "

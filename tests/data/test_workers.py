@@ -23,7 +23,7 @@ from data import loader as data_loader
 from data import memory, workers
 from data.datasets import FolderSet, load
 from data.loader import Loader, ordered_batches
-from data.workers import InputLost, Slots, in_workers, or_say_what_is_kept
+from data.workers import InputLost, Slots, in_workers, say_what_is_kept
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -326,9 +326,11 @@ def test_the_sentence_ends_with_what_is_kept():
         yield 1
         raise InputLost("a.jpg is broken")
 
-    got = or_say_what_is_kept(batches(), lambda: "last.pt holds epoch 3")
-    assert next(got) == 1
-    with pytest.raises(SystemExit, match="^a.jpg is broken; last.pt holds epoch 3$"):
+    got = batches()
+    sentence = "^a.jpg is broken; last.pt holds epoch 3$"
+    kept = say_what_is_kept(lambda: "last.pt holds epoch 3")
+    with pytest.raises(SystemExit, match=sentence), kept:
+        assert next(got) == 1
         next(got)
 
 
