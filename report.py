@@ -387,6 +387,7 @@ def by_weights(run, trained):
             continue
         sections = ("seed", "data", "model", "loss", "optim")
         cfg = run.cfg | {section: source.cfg[section] for section in sections}
+        cfg["weights"] = source.cfg.get("weights")
         label = f"{run.label} of {source.label}"
         parts.append(Run(label, run.folder, cfg, source.log, source.done, file))
     return parts
@@ -607,6 +608,9 @@ def by_seed(runs):
 def differences(old, new, ignore=FREE):
     """All settings that differ, as words: ["optim.epochs was 300 and is 10"]."""
     found, ignore = [], less_folders(old, new, ignore)
+    if old.get("weights") != new.get("weights") and "weights" not in ignore:
+        found.append(beginning(new))
+        ignore.append("weights")
     while words := config.difference(old, new, ignore):
         found.append(words.replace(" and is now ", " and is "))
         ignore.append(words.split(" was ")[0])
@@ -762,8 +766,9 @@ def group_figure(group, metric, notes):
     # A seed evaluated twice is one seed.
     seeds = {run.cfg["seed"]: (run, value) for run, _, value in group}
     runs = [run for run, _ in seeds.values()]
+    labels = ", ".join(run.label for run in runs) + began_from(run.cfg)
     note = (
-        f"{', '.join(run.label for run in runs)}: {metric} after {effort(runs)}; "
+        f"{labels}: {metric} after {effort(runs)}; "
         f"protocol {mark(notes, protocol)}{oracle(*config.loss_settings(run.cfg['loss']))}"
     )
     values = [value for _, value in seeds.values()]
@@ -778,7 +783,7 @@ def other_runs(runs):
         run = group[0]
         epochs = ", ".join(unfinished(run)).removesuffix(" epochs done") or str(run.done)
         columns = [run.cfg["model"]["host"], losses(run.cfg), data(run.cfg), epochs]
-        names = ", ".join(run.label for run in group)
+        names = ", ".join(run.label for run in group) + began_from(run.cfg)
         twin = first_of_look.setdefault(tuple(columns), run)
         if twin is not run:  # the columns do not tell the two apart: say what does
             differs = "; ".join(differences(twin.cfg, run.cfg))
@@ -813,6 +818,9 @@ def figure(runs, metric, notes, untrained):
         fewer = f" (n {len(group)})" if len(group) < len(runs) else ""
         # The untrained encoder's is its neighbour's.
         note = "" if untrained else f" {mark(notes, group[0][1])}"
+        began = began_from(runs[0].cfg)
+        if untrained and metric == "knn" and began:
+            note = f" {mark(notes, 'before training, but not untrained' + began)}"
         words.append(spread([value for *_, value in group]) + fewer + note)
     return " / ".join(words)
 
@@ -854,7 +862,8 @@ def gain(runs, groups, metric, notes):
 
 def experiment(cfg):
     """The settings that a method and its baseline share."""
-    return {"host": cfg["model"]["host"], "data": cfg["data"], "optim": cfg["optim"]}
+    shared = {section: cfg.get(section) for section in ("data", "optim", "weights")}
+    return {"host": cfg["model"]["host"], **shared}
 
 
 def last_figure(run, metric):
@@ -948,6 +957,17 @@ def hardware_of(run):
 def losses(cfg):
     """The names of a run's losses."""
     return " + ".join(loss["name"] + oracle(loss) for loss in config.loss_settings(cfg["loss"]))
+
+
+def beginning(cfg):
+    """What a run began from, in words."""
+    weights = cfg.get("weights")
+    return "began at random" if weights is None else f"began from {weights}"
+
+
+def began_from(cfg):
+    """What a label ends with if a run did not begin at random."""
+    return "" if cfg.get("weights") is None else f", {beginning(cfg)}"
 
 
 def oracle(*losses):
@@ -1158,9 +1178,10 @@ def curve(runs, key):
 
 def method(cfg):
     """A run's method: its row in a paper's table, or host and losses."""
+    words = f"{cfg['model']['host']}, {losses(cfg)}"
     if "paper" in cfg:
-        return f"{cfg['paper']['row']}{oracle(*config.loss_settings(cfg['loss']))}"
-    return f"{cfg['model']['host']}, {losses(cfg)}"
+        words = f"{cfg['paper']['row']}{oracle(*config.loss_settings(cfg['loss']))}"
+    return words + began_from(cfg)
 
 
 if __name__ == "__main__":

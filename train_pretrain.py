@@ -20,6 +20,13 @@ def make_parser():
     """The command line."""
     parser = config.command_line(__doc__)
     parser.add_argument("--fresh", action="store_true", help="start over, though there is last.pt")
+    parser.add_argument(
+        "--weights",
+        dest="begin_from",
+        metavar="FILE",
+        help="begin from a file of weights, as the setting weights=FILE: a run's backbone.pt or "
+        "last.pt, a torchvision ResNet, or other people's checkpoint",
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     return parser
 
@@ -31,10 +38,11 @@ import torch
 
 from engine import distributed
 from losses.diagnostics import step_diagnostics
-from training import summary
+from training import begin_from, summary
 from training.build import Builder
 from training.epoch import EpochProgress
 from training.run import Run
+from training.train_on import goes_on_longer
 
 
 @distributed.say_refusals_once()
@@ -44,7 +52,8 @@ def main():
     device = distributed.init_distributed(args.device)
     build = Builder(cfg, args.cfg)
     folder, epochs = os.path.join("runs", cfg["name"]), cfg["optim"]["epochs"]
-    with build("log", Run, folder=folder, settings=cfg, epochs=epochs, fresh=args.fresh) as run:
+    given = {"settings": cfg, "epochs": epochs, "fresh": args.fresh, "train_on": goes_on_longer}
+    with build("log", Run, folder=folder, **given) as run:
         pretrain(run, build, args, cfg, device)
     distributed.cleanup()
 
@@ -52,10 +61,13 @@ def main():
 def pretrain(run, build, args, cfg, device):
     """Build everything, go on from the last checkpoint, and train."""
     # ------------------------------------------------------------------------------------- set-up
+    source = begin_from.read_source(run, cfg.get("weights"))  # None: at random
     torch.manual_seed(cfg["seed"])  # the same weights, bank and queue in every process
     data = build.datasets(device)
     labels = data.labels(device)  # for the log alone
     encoder, host = build.host(data.pretrain, device)
+    begin_from.fill(source, encoder, host, data.pretrain)
+    del source  # it may hold a whole memory bank
     loss_fn = build.loss(data.pretrain, host, device)
     model = distributed.wrap_ddp(encoder, device)
     optimizer, schedule, scaler = build.optimizer(encoder, device)  # scaler: for fp16 alone

@@ -23,7 +23,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
-# The files of a run that hold its weights, or belong to them.
+# The files of a run that hold its weights, or belong to them. The first two it leaves at its end.
 WEIGHTS = "backbone.preprocessing.yaml", "backbone.pt", "previous.pt", "last.pt"
 
 # On resuming these settings may change, and no others. What precision a device has is its own
@@ -280,11 +280,30 @@ def move_aside(folder):
     """
     present = os.listdir(folder)
     weights = [name for name in WEIGHTS if name in present]
-    results = [name for name in present if name.endswith(".jsonl") and name != "log.jsonl"]
-    results += [name for name in ("linear", "finetune", "detect") if name in present]
     # Without weights these two are of a start that saved nothing yet, and are written anew.
     records = [name for name in ("config.yaml", "log.jsonl") if name in present and weights]
-    for name in results + records + weights:
+    rename_to_before(folder, results_in(folder) + records + weights)
+
+
+def move_results_aside(folder):
+    """Do so with what a run left at its end, as it goes on for more epochs.
+
+    Its checkpoints and its log stay.
+    """
+    weights = [name for name in WEIGHTS[:2] if os.path.exists(os.path.join(folder, name))]
+    rename_to_before(folder, results_in(folder) + weights)
+
+
+def results_in(folder):
+    """The names of what was evaluated and trained from a run's weights."""
+    present = os.listdir(folder)
+    results = [name for name in present if name.endswith(".jsonl") and name != "log.jsonl"]
+    return results + [name for name in ("linear", "finetune", "detect") if name in present]
+
+
+def rename_to_before(folder, names):
+    """Let names in a folder end in .before."""
+    for name in names:
         path = os.path.join(folder, name)
         if os.path.isdir(path + ".before"):
             shutil.rmtree(path + ".before")
@@ -352,7 +371,7 @@ def not_finite(value, name=""):
     return None
 
 
-def resume(path, settings, may_change=MAY_CHANGE, **parts):
+def resume(path, settings, may_change=MAY_CHANGE, goes_on_longer=None, **parts):
     """Load a checkpoint's state into parts. Every process calls it.
 
     If the file is damaged the one before is taken. SystemExit where neither can be.
@@ -361,6 +380,8 @@ def resume(path, settings, may_change=MAY_CHANGE, **parts):
         path: of the file.
         settings: of the run; those of the checkpoint must be the same.
         may_change: the settings that may differ.
+        goes_on_longer: is asked, with the path and the checkpoint's settings, whether those of the
+            run differ as they may because it is to train for more epochs.
         parts: see `save`.
 
     Returns:
@@ -373,7 +394,8 @@ def resume(path, settings, may_change=MAY_CHANGE, **parts):
         missing = [name for name in required if name not in saved]
     if missing:
         raise SystemExit(f"{path} is not a checkpoint of train_pretrain.py: it has no {missing[0]}")
-    other = config.difference(saved["settings"], settings, may_change)
+    is_longer = goes_on_longer is not None and goes_on_longer(path, saved["settings"])
+    other = None if is_longer else config.difference(saved["settings"], settings, may_change)
     if other:
         raise SystemExit(
             f"{path} is of another run: {other}; choose another name=..., or start this one over "

@@ -14,6 +14,7 @@ import copy
 import difflib
 import importlib
 import inspect
+import json
 import math
 import os
 import re
@@ -45,7 +46,7 @@ PACKAGE = {"model": "models", "loss": "losses"}
 PARTS = ("resnet", "together")
 # `figure` says which of our figures is reported, e.g. "linear top-1": see report.py.
 PAPER = ("table", "row", "column", "figure", "reported", "source")
-TOP = ("name", "seed", "paper", *SECTIONS)
+TOP = ("name", "seed", "weights", "paper", *SECTIONS)
 
 
 # ------------------------------------------------------------------------------- the command line
@@ -104,7 +105,11 @@ def read_command_line(parser, also=()):
         also: see `load`.
     """
     args = parser.parse_args()
-    settings = load(args.cfg, args.overrides, also)
+    overrides = list(args.overrides)
+    # train_pretrain.py's --weights; the other scripts' is no setting.
+    if getattr(args, "begin_from", None) is not None:
+        overrides.append(f"weights={json.dumps(args.begin_from)}")
+    settings = load(args.cfg, overrides, also)
     if args.print_config:
         print(to_yaml(settings), end="")
         raise SystemExit
@@ -123,7 +128,8 @@ def load(path, overrides=(), also=()):
         also: sections of OPTIONAL that are filled in though the file has none.
 
     Returns:
-        {section: {key: value}}, and `name`, `seed` and `paper`.
+        {section: {key: value}}, and `name`, `seed` and, where they are given, `weights`, the file
+        that the run begins from, and `paper`.
 
     Raises:
         SystemExit: one sentence that names what is wrong.
@@ -140,6 +146,9 @@ def load(path, overrides=(), also=()):
     check_name(resolved["name"], path)
     if resolved["seed"] < 0:
         raise SystemExit(f"{path}: seed is {resolved['seed']}; it must be at least 0")
+    if settings.get("weights") is not None:
+        resolved["weights"] = coerce(settings["weights"], str, f"{path}: weights")
+        check_weights(resolved["weights"], path)
     if "paper" in settings:
         refuse_unknown_keys(
             require_mapping(settings["paper"], f"{path}: paper"), PAPER, f"{path}: paper."
@@ -175,6 +184,15 @@ def check_name(name, path):
     if not is_one_folder or len(name.encode()) > 200:
         raise SystemExit(
             f"{path}: name {shorten(name)} must name one folder in runs/, in at most 200 bytes"
+        )
+
+
+def check_weights(weights, path):
+    """Refuse a word that is no file's."""
+    if weights in ("", "none"):
+        raise SystemExit(
+            f"{path}: weights is {weights!r}; it names the file that a run begins from, and a run "
+            "without it begins at random: leave it out"
         )
 
 
@@ -470,7 +488,7 @@ def override(settings, words):
         return
     if len(path) > 1 or (not path and last in (*SECTIONS, "base")):
         raise SystemExit(
-            f"{where}: a key is section.key, e.g. optim.epochs, or one of name and seed"
+            f"{where}: a key is section.key, e.g. optim.epochs, or one of name, seed and weights"
         )
     if not path:
         settings[last] = value

@@ -243,7 +243,16 @@ class Candidate(NamedTuple):
 
 
 def read_backbone(path):
-    """Find the ResNet in a file of any known layout.
+    """Read the ResNet in a file: find_backbone(path, read_safely(path))."""
+    return find_backbone(path, read_safely(path))
+
+
+def find_backbone(path, saved):
+    """Find the ResNet in what a file of any known layout holds.
+
+    Args:
+        path: of the file.
+        saved: what it holds, as read_safely returns it.
 
     Returns:
         {torchvision's key: tensor}, of CMC {"L." or "ab." + torchvision's key: tensor}; a
@@ -252,7 +261,6 @@ def read_backbone(path):
     Raises:
         SystemExit: names the file, and what it holds instead of one ResNet.
     """
-    saved = read_safely(path)
     refuse_other_settings(path, saved)
     state_dicts = find_state_dicts(saved)
     candidates = [
@@ -407,11 +415,26 @@ def load_backbone(path, backbone):
         SystemExit: names a tensor that does not fit.
     """
     loaded, sentence, preprocessing = read_backbone(path)
+    fill_backbone(path, backbone, loaded)
+    print_main(sentence)
+    return preprocessing
+
+
+def fill_backbone(path, backbone, loaded):
+    """Put a file's ResNet, as find_backbone returns it, into ours.
+
+    Raises:
+        SystemExit: names a tensor that does not fit.
+    """
     expected = backbone.state_dict()
     for key, tensor in expected.items():
         # Files of before torch 0.4.1 lack num_batches_tracked.
         if key not in loaded and not key.endswith("num_batches_tracked"):
-            streams = " (two streams, of model.host: cmc)" if "L.conv1.weight" in loaded else ""
+            streams = ""
+            if "L.conv1.weight" in loaded:
+                streams = " (two streams, of model.host: cmc)"
+            elif "L.conv1.weight" in expected:
+                streams = " (one network, and model.host: cmc has two)"
             raise SystemExit(
                 f"{path} has no {key}: it is of another network than model.backbone{streams}"
             )
@@ -433,8 +456,6 @@ def load_backbone(path, backbone):
             f"{path} has {extra[0]}, which the network has not: it is of a larger model.backbone"
         )
     backbone.load_state_dict(loaded, strict=False)
-    print_main(sentence)
-    return preprocessing
 
 
 # ---------------------------------------------------------------------------- a run's own
@@ -509,7 +530,7 @@ def refuse_other_settings(path, saved):
     """
     beside = os.path.join(os.path.dirname(path), "config.yaml")
     settings = getattr(saved, "settings", None)  # backbone.pt
-    if isinstance(saved, dict) and {"settings", "encoder", "host"} <= set(saved):  # last.pt
+    if is_last(saved):
         settings = saved["settings"]
     if not isinstance(settings, dict) or not os.path.exists(beside):
         return
@@ -519,6 +540,11 @@ def refuse_other_settings(path, saved):
             f"{path} was not trained with the settings of {beside}: {other}; finish that run, or "
             "move the file to another folder and name it with --weights"
         )
+
+
+def is_last(saved):
+    """Is what a file holds one of our last.pt of pre-training?"""
+    return isinstance(saved, dict) and {"settings", "encoder", "host"} <= set(saved)
 
 
 def of_run(given, run, file, random=True):

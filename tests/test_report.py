@@ -223,6 +223,30 @@ def test_unlike_runs_are_not_averaged(out):
     assert "optim.lr was 0.1 and is 0.3" in text
 
 
+def test_runs_that_began_from_weights_are_never_taken_for_others(out):
+    """Not in a paper's row, not in a mean, not as a baseline; and their kNN of epoch 0 is named."""
+    row_file("ir", "ir", "IR", "CIFAR-10")
+    train("ir", "a", linear=50.0)
+    train("ir", "b", "seed=1", "weights=runs/x/last.pt", linear=60.0)
+    own_file()
+    train("own", "c", linear=40.0, knn=30.0)
+    train("own", "d", "seed=1", "weights=w.pt", linear=70.0, knn=35.0)
+    train("own", "e", "seed=1", "loss.name=ring", linear=80.0)
+    text = out()
+    assert line_of(text, "IR")[1].startswith("50.0 (n 1) [")
+    (below,) = (line for line in text.splitlines() if line.startswith("- other settings"))
+    assert "60.0 (n 1)" in below
+    assert "NOT this row's setting: began from runs/x/last.pt" in text
+    assert "b, began from runs/x/last.pt: linear top-1 after 4 epochs" in text
+    (row,) = (line for line in text.splitlines() if line.startswith("d, began from w.pt "))
+    assert "beside c: began from w.pt" in text
+    note = row.split("10.0 ")[1].split()[0]
+    assert f"{note} before training, but not untrained, began from w.pt" in text
+    (ring,) = (line for line in text.splitlines() if line.startswith("e "))
+    assert "+" not in ring
+    assert report.method(config.load("runs/d/config.yaml")) == "ir, nce, began from w.pt"
+
+
 def test_the_same_seed_twice_is_one_seed(out):
     row_file("ir", "ir", "IR", "CIFAR-10")
     train("ir", "a", linear=50.0)

@@ -39,6 +39,8 @@ class Run:
         fresh: start over, though there is a checkpoint.
         may_change: which settings may differ on resuming.
         advice: what to try where the run diverges.
+        train_on: train_on(path, old settings, settings) is asked whether a checkpoint of other
+            settings is one of this run with fewer epochs; None: it never is.
         save_minutes: how old the last checkpoint may become. It is written at the end of an epoch
             (unless that took over a second and over 2 % of the time), within an epoch when the last
             one is so old, when the run is told to stop, and at the end.
@@ -47,7 +49,8 @@ class Run:
         log: the Log, on the first process; None on the others.
         progress: the EpochProgress of the running epoch.
         start_epoch: how many epochs are done at the start.
-        is_resumed: whether there was a checkpoint to go on from.
+        is_resumed: whether there is a checkpoint to go on from.
+        is_longer: whether that is of fewer epochs than the run is to have.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Run:
         fresh=False,
         may_change=checkpoint.MAY_CHANGE,
         advice="try a lower optim.lr, with --fresh or another name=...",
+        train_on=None,
         *,
         save_minutes: float = 10.0,
     ):
@@ -65,6 +69,8 @@ class Run:
             raise ValueError(f"save_minutes is {save_minutes}; it must be above 0")
         self.folder, self.settings, self.epochs = folder, settings, epochs
         self.fresh, self.may_change, self.advice = fresh, may_change, advice
+        self.train_on = train_on
+        self.is_resumed = self.is_longer = False
         self.last = os.path.join(folder, "last.pt")
         self.save_every = 60 * save_minutes
         self.saved = None  # (epochs, steps) of the last checkpoint
@@ -76,6 +82,7 @@ class Run:
         self.contexts.enter_context(checkpoint.lock_run_folder(self.folder))
         self.contexts.enter_context(say_what_is_kept(self.describe_saved))
         signals.say_when_stopped(self.describe_saved)
+        self.is_resumed = self.may_resume() and checkpoint.exists(self.last)
         return self
 
     def __exit__(self, kind, error, trace):
@@ -96,11 +103,10 @@ class Run:
         self.state = {"place": progress, **state}
         network = state.get("encoder", state.get("model"))
         self.parameters = list(network.parameters()) if network else []
-        self.is_resumed = self.may_resume() and checkpoint.exists(self.last)
         self.start_epoch = 0
         if self.is_resumed:
             self.start_epoch = checkpoint.resume(
-                self.last, self.settings, self.may_change, **self.state
+                self.last, self.settings, self.may_change, self.goes_on_longer, **self.state
             )
             self.saved = self.start_epoch, progress.step
         self.saved_at = time.monotonic()
@@ -119,10 +125,17 @@ class Run:
             print_main(f"--fresh was obeyed at the first start; this is restart {os.environ[name]}")
         return name is not None
 
+    def goes_on_longer(self, path, old_settings):
+        """Whether the run goes on from a checkpoint that was to end earlier: see train_on."""
+        train_on = self.train_on
+        self.is_longer = train_on is not None and train_on(path, old_settings, self.settings)
+        return self.is_longer
+
     def open_log(self, cfg=None):
         """Begin or go on with log.jsonl and TensorBoard, on the first process.
 
-        Of a run that starts over, whatever the old weights left is moved aside before.
+        Of a run that starts over, whatever the old weights left is moved aside before; of one that
+        is trained on, what it left at its end.
 
         Args:
             cfg: the resolved settings, for config.yaml; None writes none.
@@ -132,6 +145,8 @@ class Run:
         with checkpoint.writing(self.folder):
             if not self.is_resumed:
                 checkpoint.move_aside(self.folder)
+            elif self.is_longer:
+                checkpoint.move_results_aside(self.folder)
             if cfg is not None:
                 with open(os.path.join(self.folder, "config.yaml"), "w") as f:
                     f.write(config.to_yaml(cfg))

@@ -39,20 +39,30 @@ def describe_start(run, cfg, loader, schedule, encoder, knn):
             "cannot be read, as another one in its place would be counted under its label; "
             "knn.every=0 trains without kNN"
         )
+    if run.is_longer:
+        print_main(
+            f"{run.folder} is trained on, to epoch {run.epochs}; a backbone.pt of fewer epochs and "
+            "what was evaluated of it have names that end in .before"
+        )
     if run.is_resumed:
         print_main(f"going on after {run.position(run.start_epoch, run.progress.step)}")
 
 
 def evaluate_at_start(run, knn, encoder, loss_fn):
-    """Ask kNN of the untrained encoder; or of the last epoch, if the run was ended in its kNN."""
+    """Ask kNN before training; or after the last epoch, if the run was ended in its kNN."""
     figures = run.unlogged_figures()
     if figures:
         evaluate(run, run.start_epoch, figures, knn, encoder, loss_fn)
     if not run.is_resumed and knn.due(0, run.epochs):
         accuracy = knn(encoder)
-        print_main(f"untrained: kNN {accuracy:.1f} %")
+        print_main(f"{before_training(run.settings)}: kNN {accuracy:.1f} %")
         if run.log:
             run.log.write(0, {"knn": accuracy, "knn voters": knn.voters})
+
+
+def before_training(cfg):
+    """What an encoder is before training, in words."""
+    return "begun from weights" if "weights" in cfg else "untrained"
 
 
 def evaluate(run, epoch, figures, knn, encoder, loss_fn):
@@ -128,24 +138,29 @@ def finish(run, cfg, encoder, dataset, knn_obstacle, args):
     path = os.path.join(run.folder, "backbone.pt")
     preprocessing = preprocessing_of(dataset, cfg["data"]["image_size"])
     save_backbone(path, encoder.backbone, cfg, preprocessing)
-    print_main(knn_summary(lines(run.log.path)), end="")
+    print_main(knn_summary(lines(run.log.path), before_training(cfg)), end="")
     print_main(f"{path}: the encoder, torchvision's keys")
     print_main(f"next: {probe_command(cfg, knn_obstacle, args.cfg, args.overrides)}")
 
 
-def knn_summary(log):
+def knn_summary(log, before="untrained"):
     """kNN before training and at the end, in words; "" if none of a log's lines has it.
 
     A run that began with knn.every 0 has no line of epoch 0: what stands first is not untrained.
+
+    Args:
+        log: its lines.
+        before: what the encoder is before training, see before_training.
     """
+    width = max(10, len(before))
     measured = {line["epoch"]: line["knn"] for line in log if "knn" in line}
     rows = []
     if 0 in measured:
-        rows.append(f"  kNN    untrained {measured[0]:5.1f} %")
+        rows.append(f"  kNN   {before:>{width}} {measured[0]:5.1f} %")
     if any(measured):
         last = max(measured)
         first_words = "  after" if rows else "  kNN after"
-        rows.append(f"{first_words} {last:3d} epochs {measured[last]:5.1f} %")
+        rows.append(f"{first_words} {f'{last} epochs':>{width}} {measured[last]:5.1f} %")
     return "\n" + "\n".join(rows) + "\n\n" if rows else ""
 
 
