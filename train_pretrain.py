@@ -2,6 +2,7 @@
 
     python train_pretrain.py --cfg yaml/quickstart.yaml                     a CPU, or one GPU
     python train_pretrain.py --cfg yaml/cifar10_ring.yaml optim.epochs=10 name=short
+    python train_pretrain.py --cfg yaml/cifar10_ring.yaml name=second --weights runs/short/last.pt
     torchrun --nproc_per_node 8 train_pretrain.py --cfg yaml/cifar10_moco.yaml
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \
         train_pretrain.py --cfg yaml/imagenet_moco.yaml                     on each of 2 nodes

@@ -1,7 +1,7 @@
 """Train on: a run goes on for more epochs than it was begun with.
 
-It ends with the bits of a run that had so many epochs from its beginning. So whatever depended on
-their number in the epochs that are done must not have changed.
+It ends with the bits of a run that had so many epochs from its beginning, or it is refused: no
+schedule may silently become another one because training becomes longer.
 """
 
 import inspect
@@ -34,7 +34,7 @@ def goes_on_longer(path, old, new):
     old_losses, losses = config.loss_settings(old["loss"]), config.loss_settings(new["loss"])
     if len(old_losses) != len(losses):
         return False
-    changed = None  # the first method for which training would have been another
+    changed = None  # the first method whose schedule would become another one
     for old_loss, loss in zip(old_losses, losses):
         was, becomes = in_epochs(old_loss, epochs), in_epochs(loss, more)
         if was != becomes and old_loss != loss:
