@@ -196,12 +196,14 @@ def save_nothing(path):
     ("path", "message"),
     [
         ("gone.pt", "gone.pt does not exist"),
+        ("runs", "--weights runs is a folder; name a file in it, such as runs/last.pt"),
         ("no.pt", "no.pt: expected one ResNet and found none"),
         ("runs/a/last.pt", "runs/a/last.pt lies in the folder of the run that is to begin from it"),
     ],
 )
 def test_what_no_run_can_begin_from(path, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    os.makedirs("runs")
     save_nothing("no.pt")
     with pytest.raises(SystemExit, match=message):
         begin_from.read_source(Run("runs/a", {}, 1), path)
