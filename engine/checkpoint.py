@@ -286,7 +286,7 @@ def move_aside(folder):
 
 
 def move_results_aside(folder):
-    """Do so with what a run left at its end, as it goes on for more epochs.
+    """Move aside what a run left at its end, as it goes on for more epochs.
 
     Its checkpoints and its log stay.
     """
