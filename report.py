@@ -554,11 +554,11 @@ def knn_settings(run, line):
     settings = run.cfg["knn"]
     k, name, root = settings["k"], settings["data"], settings["root"]
     words = f"k {int(line.get('knn voters', k))}, T {settings['temperature']:g}"
-    if name is None:
-        return words
-    return (
-        f"{words}, on {name} at {normal_path(root)}" if name in FOLDERS else f"{words}, on {name}"
-    )
+    if name is not None:
+        words += f", labels of {name}"
+    if name in FOLDERS:
+        words += f" at {normal_path(root)}"
+    return words
 
 
 # ---------------------------------------------------------------------------- comparing

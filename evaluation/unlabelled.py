@@ -4,8 +4,6 @@ None of them is an accuracy. An encoder that tells images by a shortcut, such as
 the noise of a camera, may have a high rank and embeddings that are aligned and spread evenly.
 """
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -139,10 +137,10 @@ def uniformity(z: Tensor, t: float = 2.0) -> float:
         z: (n, D) unit vectors, n at least 2.
         t: as above.
     """
-    n, total = len(z), 0.0
+    n, total = len(z), z.new_zeros(())
     for start in range(0, n, ROWS):
         cosine = z[start : start + ROWS] @ z[start:].T  # (ROWS, n - start)
         distance = (2 - 2 * cosine).clamp(min=0)  # squared
         # Above the diagonal stands each pair of different images once.
-        total += (-t * distance).exp().triu(1).sum().item()
-    return math.log(total / (n * (n - 1) / 2))
+        total += (-t * distance).exp().triu(1).sum()
+    return (total / (n * (n - 1) / 2)).log().item()
