@@ -25,14 +25,15 @@ import argparse
 import itertools
 import os
 import re
+import textwrap
 from statistics import mean, stdev
 from typing import NamedTuple
 
 from engine import config
 from engine.log import lines
 
-# Settings that change no figure but by chance. (data.root: not so of a folder of one's own, see
-# less_folders.)
+# Settings that change no figure of a table but by chance. (data.root, knn.root: not so of a folder
+# of one's own, see less_folders.)
 FREE = (
     "name",
     "seed",
@@ -40,10 +41,14 @@ FREE = (
     "data.root",
     "data.workers",
     "knn.every",
+    "knn.root",
+    "knn.sample",
     "linear.root",
     "detect.data",
     "detect.workers",
 )
+# Data sets that have no other name than where they lie.
+FOLDERS = "folder", "list"
 # <this>.jsonl in a run's folder; svm is the `linear` section's.
 EVALUATIONS = ("linear", "finetune", "detect", "svm")
 # What a protocol is followed by if something was not finished.
@@ -73,9 +78,16 @@ OWN_FIGURES = {
 # Whatever else a loss logs has a panel of its own.
 NOT_OWN = {
     *("epoch", "loss", "chance", "spread", "K", "positive", "used %", "knn", "knn voters"),
+    *("RankMe", "alignment", "uniformity"),
     *("lr", "seconds", "images/s", "data wait", "hardware"),
     *("inner %", "outer %", "lambda", "oracle", "removed %", "attracted %"),
     *("mixed share of partition %", "NMI"),
+}
+# What runs log without labels, and the words at its axis.
+UNLABELLED_FIGURES = {
+    "RankMe": "RankMe  (1: collapsed)",
+    "alignment": "alignment  (0: views agree)",
+    "uniformity": "uniformity  (0: collapsed)",
 }
 # The papers' order of rows.
 HOSTS = ("ir", "cmc", "moco", "simclr")
@@ -536,9 +548,18 @@ def measured_in_training(run, metric, untrained):
 
 
 def knn_settings(run, line):
-    """How many vote in kNN and how sharply, by a line of log.jsonl. Older ones lack the number."""
-    k, temperature = run.cfg["knn"]["k"], run.cfg["knn"]["temperature"]
-    return f"k {int(line.get('knn voters', k))}, T {temperature:g}"
+    """How many vote in kNN, how sharply, and on which set if that is another than the run's own.
+
+    line: of log.jsonl. Older ones lack the number of voters.
+    """
+    settings = run.cfg["knn"]
+    k, name, root = settings["k"], settings["data"], settings["root"]
+    words = f"k {int(line.get('knn voters', k))}, T {settings['temperature']:g}"
+    if name is not None:
+        words += f", labels of {name}"
+    if name in FOLDERS:
+        words += f" at {normal_path(root)}"
+    return words
 
 
 # ---------------------------------------------------------------------------- comparing
@@ -581,18 +602,18 @@ def differing(old, new, ignore=FREE):
 
 
 def less_folders(old, new, ignore):
-    """`ignore`, less data.root where it says which images they are.
+    """`ignore`, less data.root and knn.root where they say which images they are.
 
     A set with a name is the same wherever it lies. A folder of one's own (data.name: folder) has no
     other name than its place, however that is written.
     """
-    data, other_data = (cfg.get("data", {}) for cfg in (old, new))
-    same = (
-        data.get("name") != "folder"
-        or other_data.get("name") != "folder"
-        or normal_path(data["root"]) == normal_path(other_data["root"])
-    )
-    return [key for key in ignore if same or key != "data.root"]
+    differing_roots = []
+    for section, name in (("data", "name"), ("knn", "data")):
+        settings = [cfg.get(section, {}) for cfg in (old, new)]
+        are_folders = all(part.get(name) in FOLDERS for part in settings)
+        if are_folders and len({normal_path(part["root"]) for part in settings}) > 1:
+            differing_roots.append(f"{section}.root")
+    return [key for key in ignore if key not in differing_roots]
 
 
 def normal_path(path):
@@ -835,12 +856,12 @@ def gain(runs, groups, metric, notes):
     if losses(runs[0].cfg) == "nce":
         return ""
     ignore = [*FREE, "optim.epochs"]
-    setting = experiment(runs[0].cfg)
+    setting = experiment(runs[0].cfg, metric)
     candidates = [
         group
         for group in groups
         if losses(group[0].cfg) == "nce"
-        and not differing(experiment(group[0].cfg), setting, ignore)
+        and not differing(experiment(group[0].cfg, metric), setting, ignore)
     ]
     done = runs[0].done
     baseline = min(candidates, key=lambda group: abs(group[0].done - done), default=[])
@@ -860,10 +881,13 @@ def gain(runs, groups, metric, notes):
     return words
 
 
-def experiment(cfg):
-    """The settings that a method and its baseline share."""
+def experiment(cfg, metric):
+    """The settings that a method and its baseline share: kNN is asked of the same set, too."""
     shared = {section: cfg.get(section) for section in ("data", "optim", "weights")}
-    return {"host": cfg["model"]["host"], **shared}
+    shared["host"] = cfg["model"]["host"]
+    if metric == "knn":
+        shared["knn"] = {key: cfg["knn"][key] for key in ("data", "root")}
+    return shared
 
 
 def last_figure(run, metric):
@@ -1024,11 +1048,11 @@ def numbered(notes):
 
 
 def draw(path, runs):
-    """Draw kNN and loss over the epochs into a PNG.
+    """Draw kNN, loss, and what was watched without labels over the epochs into a PNG.
 
     A line is of runs that differ by their seed alone: their mean, and a band of one standard
-    deviation where there are several. There is a row of panels for each data set and kNN setting:
-    curves of different ones do not compare.
+    deviation where there are several. There are panels for each data set and kNN setting: curves of
+    different ones do not compare.
     """
     Figure, colormaps = matplotlib("--png")
     panels = {}  # {(data, kNN): [group of runs]}
@@ -1041,38 +1065,61 @@ def draw(path, runs):
         raise SystemExit(
             f"no run has a log.jsonl with a loss to draw in {path}; train first, or leave --png out"
         )
-    # In inches: the legend has a line a group.
-    heights = [max(3.5, 0.5 + 0.2 * len(groups)) for groups in panels.values()]
+    # In inches: the legend has a line a group, and the figures without labels a row below.
+    heights = [
+        max(3.5, 0.5 + 0.2 * len(groups)) + (2.8 if have(groups, "RankMe") else 0)
+        for groups in panels.values()
+    ]
     page = Figure(figsize=(11, sum(heights)), layout="constrained")
-    ratios = {"width_ratios": [1, 1, 0.6], "height_ratios": heights}
-    rows = page.subplots(len(panels), 3, squeeze=False, gridspec_kw=ratios)
-    for axes, ((title, knn), groups) in zip(rows, panels.items()):
-        draw_panels(axes, groups, title, knn, colormaps)
+    parts = page.subfigures(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, ((title, knn), groups) in zip(parts, panels.items()):
+        draw_panels(part, groups, title, knn, colormaps)
     # Without `Software` the same runs give the same bytes.
     page.savefig(path, dpi=100, metadata={"Software": None})
 
 
-def draw_panels(axes, groups, title, knn, colormaps):
-    """Draw a row of panels: kNN, loss, and the legend."""
-    knn_axis, loss_axis, legend = axes
+def have(groups, key):
+    """Has a run of these groups a figure of that name in its log?"""
+    return any(key in line for group in groups for run in group for line in run.log)
+
+
+def draw_panels(part, groups, title, knn, colormaps):
+    """Draw kNN, loss, and the legend, and below them what was watched without labels.
+
+    Args:
+        part: of the page, a SubFigure.
+        groups: of runs.
+        title: the data.
+        knn: how kNN was asked.
+        colormaps: matplotlib's.
+    """
+    labels_of_axes = {"loss": "loss  (dotted: chance)"}
+    layout = [["loss", "loss", "legend"]]
+    if have(groups, "knn"):
+        labels_of_axes["knn"] = textwrap.fill(f"kNN top-1, %  ({knn})", 48)
+        layout = [["knn", "loss", "legend"]]
+    if have(groups, "RankMe"):
+        labels_of_axes |= UNLABELLED_FIGURES
+        layout.append(list(UNLABELLED_FIGURES))
+    widths = [1, 1, 0.6 if len(layout) == 1 else 1]
+    axes = part.subplot_mosaic(layout, width_ratios=widths)
     colours = colormaps["tab10" if len(groups) <= 10 else "tab20"].colors
     labels = [method(group[0].cfg) for group in groups]
     for i, (group, label) in enumerate(zip(groups, labels)):
         style = {"color": colours[i % len(colours)], "linewidth": 1.6, "markersize": 3}
         style["label"] = legend_label(group, label, labels.count(label) > 1)
-        for axis, key in ((knn_axis, "knn"), (loss_axis, "loss")):
+        for key in labels_of_axes:
             points = curve(group, key)
-            band(axis, points, marker="o" if len(points[0]) < 15 else "", **style)
+            band(axes[key], points, marker="o" if len(points[0]) < 15 else "", **style)
         epochs, chance, *_ = curve(group, "chance")
-        loss_axis.plot(epochs, chance, color=style["color"], linewidth=1, linestyle=":")
-    knn_axis.set(title=title, xlabel="epoch", ylabel=f"kNN top-1, %  ({knn})")
-    loss_axis.set(title=title, xlabel="epoch", ylabel="loss  (dotted: chance)")
-    for axis in (knn_axis, loss_axis):
-        axis.locator_params(axis="x", integer=True)
-        simplify(axis)
-    legend.axis("off")
+        axes["loss"].plot(epochs, chance, color=style["color"], linewidth=1, linestyle=":")
+    for key, label in labels_of_axes.items():
+        axes[key].set(title=title if key in layout[0] else "", xlabel="epoch", ylabel=label)
+        axes[key].locator_params(axis="x", integer=True)
+        simplify(axes[key])
+    axes["legend"].axis("off")
     style = {"loc": "center left", "fontsize": 9, "frameon": False, "borderaxespad": 0}
-    legend.legend(*loss_axis.get_legend_handles_labels(), **style)
+    axes["legend"].legend(*axes["loss"].get_legend_handles_labels(), **style)
 
 
 def legend_label(group, label, is_ambiguous):

@@ -73,7 +73,7 @@ def pretrain(run, build, args, cfg, device):
     model = distributed.wrap_ddp(encoder, device)
     optimizer, schedule, scaler = build.optimizer(encoder, device)  # scaler: for fp16 alone
     loader = build.loader(data.pretrain, host, encoder, schedule, device)
-    knn = build.knn(data, loader, device)
+    monitor = build.monitor(data, loader, device)
     if args.compile:
         build.compile(encoder, host)
     torch.manual_seed(cfg["seed"] + 2**20 * distributed.rank())  # each its own numbers from here
@@ -83,8 +83,8 @@ def pretrain(run, build, args, cfg, device):
     parts = {"encoder": encoder, "host": host, "loss": loss_fn}
     run.resume(progress, steps, device, **parts, optimizer=optimizer, scaler=scaler)
     summary.begin_log(run, cfg, loader)
-    summary.describe_start(run, cfg, loader, schedule, encoder, knn)
-    summary.evaluate_at_start(run, knn, encoder, loss_fn)
+    summary.describe_start(run, cfg, loader, schedule, encoder, monitor)
+    summary.evaluate_at_start(run, monitor, encoder, loss_fn)
 
     # ----------------------------------------------------------------------------------- training
     for epoch in range(run.start_epoch, schedule.epochs):
@@ -125,10 +125,10 @@ def pretrain(run, build, args, cfg, device):
             distributed.average_buffers(host)
             figures = summary.epoch_figures(run, loss_fn, schedule, loader)
             run.end_epoch(figures)
-        summary.evaluate(run, epoch + 1, figures, knn, encoder, loss_fn)
+        summary.evaluate(run, epoch + 1, figures, monitor, encoder, loss_fn)
         summary.warn_of_replaced_images(loader)
 
-    summary.finish(run, cfg, encoder, data.pretrain, knn.obstacle, args)
+    summary.finish(run, cfg, encoder, data.pretrain, data.obstacle, args)
 
 
 def micro_batches(views, index, n):

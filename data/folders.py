@@ -21,7 +21,8 @@ from .paths import Paths
 OTHER_EXTENSIONS = (".gif", ".jfif", ".jpe", ".heic", ".heif", ".avif", ".jp2", ".jxl")
 EXTENSIONS_IN_WORDS = ", ".join(IMG_EXTENSIONS)
 QUIET_SECONDS = 2  # of listing, before a progress bar appears
-ROOT_KEY = "data.root (or linear.root, where a probe has it)"  # in sentences
+# In sentences.
+ROOT_KEY = "data.root (linear.root of a probe's own set, knn.root of kNN's)"
 
 # What systems and programs keep beside people's files, in small letters; and whatever begins with a
 # point, as .Trash-1000 and the ._x.jpg of macOS.

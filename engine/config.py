@@ -31,7 +31,11 @@ SECTIONS = {
     "model": ["models.resnet:Encoder", "models.{host}:{host}"],
     "loss": ["losses.{name}:{name}"],
     "optim": ["engine.schedule:Schedule", "engine.schedule:sgd"],
-    "knn": ["evaluation.features:KNN"],
+    "knn": [
+        "evaluation.features:KNN",
+        "evaluation.features:labelled_parts",
+        "evaluation.unlabelled:Unlabelled",
+    ],
     "log": ["training.run:Run"],
     "linear": ["train_linear:Probe"],
     "finetune": ["train_finetune:Finetune"],

@@ -42,6 +42,18 @@ FIGURES = {
         "evaluation",
         "How many of the most similar training images vote in kNN.",
     ),
+    "RankMe": (
+        "evaluation",
+        "The effective rank of a sample's embeddings; no accuracy: a shortcut may have a high one.",
+    ),
+    "alignment": (
+        "evaluation",
+        "The mean squared distance of two views of an image: 0 if equal, or if all is collapsed.",
+    ),
+    "uniformity": (
+        "evaluation",
+        "How even embeddings are: 0 collapsed, about -4 even, which need not mean accurate.",
+    ),
     "train top-1": (
         "evaluation",
         "Top-1 accuracy in % on the augmented training images.",

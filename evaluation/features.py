@@ -6,13 +6,15 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from data.datasets import find_obstacle
+from data.datasets import NAMES, find_obstacle, load
 from data.loader import ordered_batches
 from data.memory import available_bytes
+from engine import config, distributed
 from engine import device as devices
-from engine import distributed
 from engine.progress import progress
 
+# Images that are encoded at once.
+BATCH = 512
 # Queries that are compared with a block of the bank at once.
 QUERIES = 256
 # A block of the bank has so many bytes, and so have its similarities to QUERIES queries.
@@ -38,14 +40,40 @@ def extract(
     The processes share the images out; none is lost or repeated, whatever n. Beside the features
     no more than a batch of each process is in memory.
     """
-    n, world, rank = len(dataset), distributed.world_size(), distributed.rank()
+    rows = local_rows(len(dataset))
+    steps = ordered_batches(dataset, rows, recipe, image_size, device, BATCH, workers)
+    steps = progress(steps, what, total=-(-len(rows) // BATCH))
+    return gather_features(encode, steps, len(dataset), keep_on)
+
+
+def local_rows(n):
+    """Which of n images are this process's to encode: as many rows on every process.
+
+    The last process repeats the last image, which `gather_features` drops.
+    """
+    each = -(-n // distributed.world_size())
+    start = distributed.rank() * each
+    return torch.arange(start, start + each).clamp(max=n - 1)
+
+
+@torch.no_grad()
+def gather_features(encode, steps, n, keep_on=None):
+    """Encode this process's `local_rows` of n images, and gather those of all processes.
+
+    Args:
+        encode: what a step holds of b images -> (b, ...).
+        steps: (what is encoded, which images these are), for one batch after the other.
+        n: how many images there are.
+        keep_on: see `extract`.
+
+    Returns:
+        (n, ...), on every process.
+    """
+    world = distributed.world_size()
     each = -(-n // world)
-    # The last process repeats the last image, which is dropped at the end.
-    rows = torch.arange(rank * each, (rank + 1) * each).clamp(max=n - 1)
-    steps = ordered_batches(dataset, rows, recipe, image_size, device, workers=workers)
     whole, start = None, 0
-    for images, _ in progress(steps, what, total=-(-each // 512)):
-        features = encode(images)  # (b, F), b the same on all processes
+    for images, _ in steps:
+        features = encode(images)  # (b, ...), b the same on all processes
         if whole is None:
             shape = world, each, *features.shape[1:]
             whole = torch.empty(shape, dtype=features.dtype, device=keep_on or features.device)
@@ -191,6 +219,69 @@ def mean_per_class_accuracy(predictions, labels):
 # ---------------------------------------------------------------------------- during training
 
 
+def labelled_parts(
+    own,
+    settings,
+    seed,
+    *,
+    data: str | None = None,
+    root: str | None = None,
+):
+    """The labelled images that kNN takes while an encoder is trained.
+
+    Another set's images are normalised as those that the encoder is trained on. They are its input
+    here; CMC's encoder even undoes that very normalisation. (A probe by linear.data takes the other
+    set's own.)
+
+    Args:
+        own: the parts of the run's own data, with `pretrain`, `train` and `test`.
+        settings: of section data, for what else `load` wants to know.
+        seed: see `load`.
+        data: another set than the run's own: a name that `load` knows, such as cifar10 or folder;
+            null: the run's own. That one may have no labels, and then there is no kNN; another one
+            must have them.
+        root: where that set lies, as data.root; null: `datasets`. Of `folder`, the folder itself.
+
+    Returns:
+        The training part, the test part or None, and the set in words; "" for the run's own.
+
+    Raises:
+        ValueError: where kNN cannot be asked of the other set.
+    """
+    if data is None:
+        if root is not None:
+            raise ValueError(
+                f"root is {root}, but data is null; name the set, such as knn.data=folder"
+            )
+        return own.train, own.test, ""
+    names = [name for name in NAMES if name != "voc2007"]  # of several classes an image
+    if data not in names:
+        raise ValueError(
+            f"data is {data!r}{config.did_you_mean(data, names)}; there are {', '.join(names)}, "
+            "or null for the run's own"
+        )
+    if data in ("folder", "list") and root is None:
+        raise ValueError(f"data is {data}, but root is null; say where it is: knn.root=PATH")
+    other = {
+        "name": data,
+        "root": root or "datasets",
+        "split": "train",
+        "limit": None,
+        "on_error": "stop",
+        "mean": list(own.pretrain.mean),
+        "std": list(own.pretrain.std),
+    }
+    train, test = (
+        config.build(load, settings | other, f"knn.data {data}", part=part, seed=seed)
+        for part in ("train", "test")
+    )
+    source = f"{data} at {other['root']}"
+    obstacle = find_obstacle(train, test)
+    if obstacle:
+        raise ValueError(f"there is no kNN on data {source}: {obstacle}")
+    return train, test, source
+
+
 class KNN:
     """Top-1 of weighted kNN on the test set, its bank the training set, neither augmented.
 
@@ -200,6 +291,7 @@ class KNN:
     feature: `output`, the unit vectors, as moco's CIFAR notebook; or `backbone`, the pooled
         features.
     limit: at most so many test images in pre-training, evenly spaced over the classes; null: all.
+    source: what the set is called, where it is another than the encoder's own.
     """
 
     def __init__(
@@ -209,6 +301,7 @@ class KNN:
         image_size,
         device,
         workers,
+        source="",
         *,
         every: int = 10,
         k: int = 200,
@@ -227,6 +320,7 @@ class KNN:
             )
         self.train, self.test = train, test
         self.image_size, self.device, self.workers = image_size, device, workers
+        self.source = source
         self.every, self.k, self.temperature, self.feature = every, k, temperature, feature
         self.voters = voters(k, len(train))
         self.obstacle = find_obstacle(train, test)
@@ -235,10 +329,6 @@ class KNN:
         self.n_test = len(test) if self.possible else 0
         if self.possible and limit is not None and limit < self.n_test:
             self.test = test.select(evenly_spaced(test.labels, limit))
-
-    def due(self, epoch, epochs):
-        """After `epoch` epochs of `epochs`?"""
-        return self.possible and self.every > 0 and (epoch % self.every == 0 or epoch == epochs)
 
     def __call__(self, encoder):
         """Ask the neighbours. -> top-1 in %. All processes call it."""
@@ -288,6 +378,8 @@ class KNN:
             f"weighted kNN, {self.neighbours()}, T {self.temperature}, on the {self.feature} "
             f"of {len(self.train)} training images"
         )
+        if self.source:
+            words += f" of {self.source}"
         if self.possible and len(self.test) < self.n_test:
             words += f", asked of {len(self.test)} of {self.n_test} test images (knn.limit)"
         return words

@@ -718,6 +718,31 @@ def test_the_label_of_knn_says_how_many_vote(out, overrides, noted, label):
     assert any(line.split("] ", 1)[-1] == label for line in text.splitlines())
 
 
+@pytest.mark.parametrize(
+    "one, other, expected",
+    [
+        (["knn.data=folder", "knn.root=x/"], ["knn.data=folder", "knn.root=./x"], "folder at x"),
+        (["knn.data=folder", "knn.root=x"], ["knn.data=folder", "knn.root=y"], None),
+        (["knn.data=cifar10", "knn.root=x"], ["knn.data=cifar10", "knn.root=y"], "cifar10"),
+        (["knn.data=cifar10"], ["knn.data=cifar100"], None),
+        (["knn.data=cifar10"], [], None),
+    ],
+)
+def test_knn_of_different_sets_is_not_averaged(out, one, other, expected):
+    """expected: the set of both, in the protocol; None where the sets differ."""
+    row_file("ir", "ir", "IR", "CIFAR-10", figure="knn")
+    own_file()
+    for file in ("ir", "own"):
+        train(file, f"{file}0", *one, knn=44.0)
+        train(file, f"{file}1", "seed=1", *other, knn=46.0)
+        train(file, f"{file}2", "seed=1", *one, "loss.name=ring", knn=49.0)
+    text = out()
+    assert text.count("45.0 ± 1.4") == (2 if expected else 0)
+    assert text.count("+3.0") == bool(expected)
+    if expected:
+        assert f"weighted kNN, k 200, T 0.1, labels of {expected}, on the output" in text
+
+
 # ---------------------------------------------------------------------------- files
 
 
@@ -927,6 +952,19 @@ def test_picture(out):
         assert len(image.convert("RGB").getcolors(10**6)) > 50
     with open("a.png", "rb") as a, open("b.png", "rb") as b:
         assert a.read() == b.read()
+
+
+def test_figures_without_labels_have_a_row_of_panels(out):
+    pytest.importorskip("matplotlib")
+    own_file()
+    train("own", "a", knn=40.0)
+    heights = []
+    for figures in ({}, {"RankMe": 3.0, "alignment": 0.5, "uniformity": -1.0}):
+        write("a", "log", {"epoch": 4, "loss": 1.0, **figures})
+        out("--png", "a.png")
+        with Image.open("a.png") as image:
+            heights.append(image.size[1])
+    assert heights == [350, 630]
 
 
 def test_a_band_is_the_spread_of_seeds_where_all_have_the_figure(here):

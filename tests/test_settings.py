@@ -26,6 +26,7 @@ from data.loader import Loader
 from engine import config
 from engine.schedule import Schedule, sgd
 from evaluation.features import KNN, knn
+from evaluation.unlabelled import Unlabelled
 from losses import Contrast
 from losses.diagnostics import step_diagnostics
 from losses.ifnd import IFND
@@ -491,6 +492,7 @@ def build(cfg, file, touched):
         device=CPU,
         workers=0,
     )
+    make(Unlabelled, "knn", loader=loader)
     for kind, section in ((Probe, "linear"), (Finetune, "finetune"), (Detect, "detect")):
         if section in cfg:
             assert str(make(kind, section))

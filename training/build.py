@@ -5,20 +5,21 @@ from typing import NamedTuple
 
 import torch
 
-from data.datasets import load
+from data.datasets import find_obstacle, load
 from data.image_files import say_if_dark
 from data.loader import Loader
 from engine import config, distributed
 from engine.progress import progress
 from engine.schedule import Schedule, sgd
-from evaluation.features import KNN, embeddings
+from evaluation.features import KNN, embeddings, labelled_parts
+from evaluation.unlabelled import Unlabelled
 from losses.together import Together
 from models.checks import check_batch
 from models.resnet import Encoder
 
 
 class Datasets(NamedTuple):
-    """The parts of a data set: what is trained on, and what kNN takes."""
+    """The parts of a data set: what is trained on, and what evaluation takes."""
 
     pretrain: object
     train: object
@@ -28,6 +29,30 @@ class Datasets(NamedTuple):
         """The labels (n_data,) of what is trained on, on a device; None where there are none."""
         labels = self.pretrain.labels
         return None if labels is None else labels.to(device)
+
+    @property
+    def obstacle(self):
+        """Why they allow no evaluation, or None."""
+        return find_obstacle(self.train, self.test)
+
+
+class Monitor(NamedTuple):
+    """What an encoder is asked while it is trained: kNN, and figures that need no labels."""
+
+    knn: KNN
+    unlabelled: Unlabelled
+
+    def due(self, epoch, epochs):
+        """After `epoch` epochs of `epochs`?"""
+        every = self.knn.every
+        return every > 0 and (epoch % every == 0 or epoch == epochs)
+
+    def __call__(self, encoder):
+        """The figures for the log; none where neither is possible. All processes call it."""
+        figures = {}
+        if self.knn.possible:
+            figures = {"knn": self.knn(encoder), "knn voters": self.knn.voters}
+        return figures | self.unlabelled(encoder)
 
 
 class Builder:
@@ -131,17 +156,25 @@ class Builder:
             )
         return loader
 
-    def knn(self, datasets, loader, device):
-        """The monitor of section knn."""
-        return self(
+    def monitor(self, datasets, loader, device):
+        """The Monitor of section knn."""
+        settings, seed = self.settings["data"], self.settings["seed"]
+        given = {"own": datasets, "settings": settings, "seed": seed}
+        train, test, source = self("knn", labelled_parts, **given)
+        if source and settings["augment_backend"] == "batched":
+            train.to(device)
+            test.to(device)
+        knn = self(
             "knn",
             KNN,
-            train=datasets.train,
-            test=datasets.test,
-            image_size=self.settings["data"]["image_size"],
+            train=train,
+            test=test,
+            image_size=settings["image_size"],
             device=device,
             workers=loader.workers,
+            source=source,
         )
+        return Monitor(knn, self("knn", Unlabelled, loader=loader))
 
     def embedder(self, encoder, host, dataset, loader):
         """A function without arguments: the embeddings of all images, by the key encoder if any."""

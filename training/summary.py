@@ -22,7 +22,7 @@ def begin_log(run, cfg, loader):
         run.log.picture(path, loader.examples(), columns=8)
 
 
-def describe_start(run, cfg, loader, schedule, encoder, knn):
+def describe_start(run, cfg, loader, schedule, encoder, monitor):
     """Print the settings, the sizes, and where the run stands."""
     print_main(config.to_yaml(cfg), end="")
     world, parameters = distributed.world_size(), sum(p.numel() for p in encoder.parameters())
@@ -31,9 +31,13 @@ def describe_start(run, cfg, loader, schedule, encoder, knn):
         f"= {world} processes x {loader.local}; lr {schedule.lr:g}, both global; {run.device}, "
         f"{encoder.precision}, {parameters / 1e6:.1f} M parameters"
     )
+    knn, unlabelled = monitor
+    is_monitored = monitor.due(run.epochs, run.epochs)
     print_main(f"{knn}" if knn.possible else f"no kNN: {knn.obstacle}")
+    if unlabelled.possible and is_monitored:
+        print_main(f"{unlabelled}")
     skips = cfg["data"]["on_error"] == "skip" and hasattr(knn.train, "files")
-    if skips and knn.due(run.epochs, run.epochs):
+    if skips and knn.possible and is_monitored:
         print_main(
             "data.on_error=skip is for training alone: kNN stops the run at the first image that "
             "cannot be read, as another one in its place would be counted under its label; "
@@ -48,16 +52,19 @@ def describe_start(run, cfg, loader, schedule, encoder, knn):
         print_main(f"going on after {run.position(run.start_epoch, run.progress.step)}")
 
 
-def evaluate_at_start(run, knn, encoder, loss_fn):
-    """Ask kNN before training; or after the last epoch, if the run was ended in its kNN."""
+def evaluate_at_start(run, monitor, encoder, loss_fn):
+    """Monitor the encoder before training; or after the last epoch, if the run ended meanwhile."""
     figures = run.unlogged_figures()
     if figures:
-        evaluate(run, run.start_epoch, figures, knn, encoder, loss_fn)
-    if not run.is_resumed and knn.due(0, run.epochs):
-        accuracy = knn(encoder)
-        print_main(f"{before_training(run.settings)}: kNN {accuracy:.1f} %")
-        if run.log:
-            run.log.write(0, {"knn": accuracy, "knn voters": knn.voters})
+        evaluate(run, run.start_epoch, figures, monitor, encoder, loss_fn)
+    if run.is_resumed or not monitor.due(0, run.epochs):
+        return
+    figures = monitor(encoder)
+    words = describe_knn(figures) + describe_unlabelled(figures)
+    if words:
+        print_main(f"{before_training(run.settings)}:{words.removeprefix(' ')}")
+    if figures and run.log:
+        run.log.write(0, figures)
 
 
 def before_training(cfg):
@@ -65,11 +72,26 @@ def before_training(cfg):
     return "begun from weights" if "weights" in cfg else "untrained"
 
 
-def evaluate(run, epoch, figures, knn, encoder, loss_fn):
-    """Log the figures of the epoch with that number, from 1, with kNN where it is due."""
-    if knn.due(epoch, run.epochs):
-        figures = {**figures, "knn": knn(encoder), "knn voters": knn.voters}
+def evaluate(run, epoch, figures, monitor, encoder, loss_fn):
+    """Log the figures of the epoch with that number, from 1, and the monitor's where it is due."""
+    if monitor.due(epoch, run.epochs):
+        figures = figures | monitor(encoder)
     log_epoch(run, epoch, figures, loss_fn)
+
+
+def describe_knn(figures):
+    """kNN in words, "" where it is not among the figures."""
+    return f"  kNN {figures['knn']:.1f} %" if "knn" in figures else ""
+
+
+def describe_unlabelled(figures):
+    """The figures of evaluation/unlabelled.py in words, "" where they are not there."""
+    if "RankMe" not in figures:
+        return ""
+    return (
+        f"  RankMe {figures['RankMe']:.1f}  alignment {figures['alignment']:.3f}"
+        f"  uniformity {figures['uniformity']:.2f}"
+    )
 
 
 def epoch_figures(run, loss_fn, schedule, loader):
@@ -88,12 +110,14 @@ def epoch_figures(run, loss_fn, schedule, loader):
 
 def log_epoch(run, epoch, figures, loss_fn):
     """Print the figures of the epoch with that number, from 1, and write them into the log."""
-    knn = f"  kNN {figures['knn']:.1f} %" if "knn" in figures else ""
     print_main(
         f"epoch {epoch:3d}/{run.epochs}  loss {figures['loss']:.3f} "
         f"(chance: {describe_chance(figures, loss_fn)})  lr {figures['lr']:.4f}  "
-        f"{figures['seconds']:.1f} s, {figures['images/s']:.0f} images/s{knn}"
+        f"{figures['seconds']:.1f} s, {figures['images/s']:.0f} images/s"
+        f"{describe_knn(figures)}"
     )
+    if "RankMe" in figures:
+        print_main(f"{'':12}{describe_unlabelled(figures)}")
     if not run.log:
         return
     warned = any(line.get("spread", 1.0) < COLLAPSED for line in lines(run.log.path))
@@ -125,12 +149,12 @@ def warn_of_replaced_images(loader):
         print_main(f"WARNING: {problem}")
 
 
-def finish(run, cfg, encoder, dataset, knn_obstacle, args):
+def finish(run, cfg, encoder, dataset, obstacle, args):
     """Write backbone.pt, and say what came out and how to go on. Only the first process does.
 
     Args:
         dataset: that was trained on, whose normalisation the weights want.
-        knn_obstacle: why the run's data allow no evaluation, or None.
+        obstacle: why the run's data allow no evaluation, or None.
         args: of the command line.
     """
     if not distributed.is_main():
@@ -140,7 +164,7 @@ def finish(run, cfg, encoder, dataset, knn_obstacle, args):
     save_backbone(path, encoder.backbone, cfg, preprocessing)
     print_main(knn_summary(lines(run.log.path), before_training(cfg)), end="")
     print_main(f"{path}: the encoder, torchvision's keys")
-    print_main(f"next: {probe_command(cfg, knn_obstacle, args.cfg, args.overrides)}")
+    print_main(f"next: {probe_command(cfg, obstacle, args.cfg, args.overrides)}")
 
 
 def knn_summary(log, before="untrained"):
@@ -169,6 +193,9 @@ def probe_command(cfg, obstacle, file, overrides):
     words = ["python", "train_linear.py", "--cfg", file, *overrides]
     if obstacle is None or cfg["linear"]["data"] is not None:
         return shlex.join(words)
+    data, root = cfg["knn"]["data"], cfg["knn"]["root"] or "datasets"
+    if data is not None:  # kNN had labels from elsewhere, and so has the probe
+        return shlex.join([*words, f"linear.data={data}", f"linear.root={root}"])
     command = shlex.join([*words, "linear.data=folder", "linear.root=PATH"])
     return (
         f"{command}\n      where PATH holds train/<class>/ and val/<class>/, which this run's data "

@@ -226,7 +226,7 @@ def test_a_download_that_fails_is_one_sentence(tmp_path, monkeypatch):
         f"cifar10 is not at {tmp_path}/cifar-10-batches-py and could not be downloaded "
         "(no network); put the extracted"
     ) in refusal.value.code
-    assert "or set data.root (or linear.root, where a probe has it) to" in refusal.value.code
+    assert "or set data.root (linear.root of a probe's own set, " in refusal.value.code
 
 
 @pytest.mark.slow
