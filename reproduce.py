@@ -122,11 +122,13 @@ def main():
     if args.dry_run:
         return print_commands(jobs, args.slurm)
     if args.slurm:
-        submit_jobs(jobs, ["--nodes=1"])
+        submit_jobs(jobs)
         print("python reproduce.py --list, with the same options, says how far they are")
         return None
     if jobs:
-        signals.say_when_stopped(lambda: "the jobs have saved, and the same line goes on")
+        signals.say_when_stopped(
+            lambda: "the jobs were told, too, and the same line goes on where they are"
+        )
         run_jobs(jobs, args.gpus.split(",") if args.gpus else ())
     print_table(chosen[0].table, args.scale)
     end_with_summary(jobs)
@@ -277,9 +279,11 @@ def make_job(cell, command, seed, options, weights=None):
     if weights:
         words[words.index("--weights") + 1] = os.path.join(RUNS, weights, "backbone.pt")
     name = run_name(cell, seed, options)
-    words += settings_of(cell, seed, options)
+    settings = settings_of(cell, seed, options)
+    config.load(cell.file, settings)  # a refusal comes before the first job
+    words += settings
     log = os.path.join(RUNS, name, script.replace(".py", ".log"))
-    what = "pre-training" if script == PRETRAIN else script.removesuffix(".py")
+    what = "pre-training" if script == PRETRAIN else "evaluation"
     return Job(f"{name}, {what}", [*launcher, script, *words], log)
 
 
@@ -384,7 +388,7 @@ def print_commands(jobs, by_slurm):
     for job in jobs:
         command = job.command
         if by_slurm:
-            command = sbatch_command(job, ["--nodes=1"], "ID" if job.after else None)
+            command = sbatch_command(job, "ID" if job.after else None)
         print(shlex.join(command))
 
 

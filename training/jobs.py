@@ -20,6 +20,7 @@ SECONDS_BETWEEN_LOOKS = 0.2
 # So long jobs may take to save and end.
 PATIENCE = signals.PATIENCE + signals.PATIENCE_OF_A_SAVE
 LAST_LINES = 5
+CPUS_OF_GPU = 8  # for SLURM
 
 
 @dataclass(eq=False)
@@ -118,8 +119,10 @@ def run_jobs(jobs, gpus=()):
         StopRequested: this program was told to stop, and its jobs have ended.
     """
     environment = {
-        "PYTHONUNBUFFERED": "1",
         orphans.STARTED_BY: str(os.getpid()),
+        # The log is read while the job runs.
+        "PYTHONUNBUFFERED": "1",
+        # Seconds that torchrun leaves its workers after SIGTERM; its default is 30.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "100",
     }
     places = [{**environment, "CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [environment]
@@ -169,12 +172,8 @@ def collect_ended(running, bar):
             bar.update()
 
 
-def submit_jobs(jobs, options):
-    """Hand jobs to SLURM, each after the one that it needs.
-
-    Args:
-        jobs: list of Job, whose commands are of slurm/train.sbatch.
-        options: of sbatch, for all of them.
+def submit_jobs(jobs):
+    """Hand a list of Job to SLURM, each after the one that it needs.
 
     Raises:
         SystemExit: one sentence, if sbatch refuses one.
@@ -182,7 +181,7 @@ def submit_jobs(jobs, options):
     numbers = {}  # {job: what sbatch calls it}
     for job in jobs:
         os.makedirs(os.path.dirname(job.log), exist_ok=True)
-        command = sbatch_command(job, options, numbers.get(job.after))
+        command = sbatch_command(job, numbers.get(job.after))
         try:
             result = subprocess.run(command, capture_output=True, text=True)
         except FileNotFoundError:
@@ -195,9 +194,15 @@ def submit_jobs(jobs, options):
         print(f"{job.title}: job {numbers[job]}, see {job.log}", flush=True)
 
 
-def sbatch_command(job, options, after=None):
+def sbatch_command(job, after=None):
     """The words of sbatch for a job. after: the number of the job that it needs, if any."""
-    words = ["sbatch", "--parsable", *options, f"--output={job.log}", f"--job-name={job.title}"]
+    at = next(i for i, word in enumerate(job.command) if word.endswith(".py"))
+    launcher, words = job.command[:at], job.command[at:]
+    gpus = launcher[-1] if launcher[0] == "torchrun" else "1"
+    name = os.path.basename(os.path.dirname(job.log))
+    command = ["sbatch", "--parsable", "--nodes=1", f"--gpus-per-node={gpus}"]
+    command += [f"--cpus-per-task={CPUS_OF_GPU * int(gpus)}"]
+    command += [f"--job-name={name}", f"--output={job.log}"]
     if after:
-        words += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
-    return [*words, "slurm/train.sbatch", *job.command]
+        command += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+    return [*command, "slurm/train.sbatch", *words]
