@@ -717,7 +717,8 @@ def paper_table(title, cells, runs, scale=None):
             of pre-training is.
     """
     notes, runs_of_cell = [], {}
-    corner = mark(notes, describe_scale(scale)) if scale else ""
+    sections = {section for _, cfg in cells.values() for section in cfg}
+    corner = mark(notes, describe_scale(scale, sections)) if scale else ""
     for run in runs:
         runs_of_cell.setdefault(cell_of(run.cfg), []).append(run)
     columns = list(dict.fromkeys(cell[2] for cell in [*cells, *runs_of_cell]))
@@ -732,7 +733,7 @@ def paper_table(title, cells, runs, scale=None):
             figures = ours_of(runs_of_cell.get(cell, []), file, cfg, notes)
             exact.append(" / ".join(ours for differs, ours in figures if not differs))
             if scale:
-                exact.append(training_time(runs_of_cell.get(cell, [])))
+                exact.append(training_time(runs_of_cell.get(cell, []), cfg))
             for differs, ours in figures:
                 if differs:
                     below.setdefault(tuple(differs), {}).setdefault(column, []).append(ours)
@@ -992,9 +993,14 @@ def effort(runs):
     return f"{done} epoch{'' if done == 1 else 's'}, {time} on {' or '.join(hardware)}"
 
 
-def training_time(runs):
-    """The mean time of pre-training, in words; "" where nothing was trained."""
-    seconds = [sum(line.get("seconds", 0) for line in run.log) for run in runs if run.log]
+def training_time(runs, cfg):
+    """The mean time of pre-training of the finished runs with the settings cfg, in words, or ""."""
+    ignore = [*FREE, "knn", "linear", "finetune", "detect"]
+    seconds = [
+        sum(line.get("seconds", 0) for line in run.log)
+        for run in runs
+        if cfg and not unfinished(run) and not differing(cfg, run.cfg, ignore)
+    ]
     return duration(mean(seconds)) if seconds else ""
 
 

@@ -48,12 +48,13 @@ def load_scale(name):
     return scale
 
 
-def describe_scale(name):
-    """What a scale changes, in words."""
+def describe_scale(name, sections):
+    """What a scale changes in the sections that rows have, in words."""
     with contextlib.suppress(SystemExit):
         words = [
             f"{section}.{key} {value}"
             for section, given in load_scale(name).items()
+            if section in sections
             for key, value in given.items()
         ]
         return (
@@ -65,15 +66,10 @@ def describe_scale(name):
 
 def keys_of_section(section):
     """All keys that a section can have, whichever host or method it chooses."""
-    keys = {}
-    for home in config.SECTIONS[section]:
-        if "{" not in home:
-            keys |= config.keys_at(home)
-            continue
-        choice = "{" + config.CHOICE[section] + "}"
-        for name in config.modules(config.PACKAGE[section]):
-            keys |= config.keys_at(home.replace(choice, name))
-    return keys
+    choice = config.CHOICE.get(section, "")
+    names = config.modules(config.PACKAGE[section]) if choice else [""]
+    homes = [home.format(**{choice: name}) for home in config.SECTIONS[section] for name in names]
+    return dict.fromkeys(key for home in homes for key in config.keys_at(home))
 
 
 def overrides(row, scale):
