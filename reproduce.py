@@ -21,7 +21,6 @@ import fnmatch
 import os
 import re
 import shlex
-from typing import NamedTuple
 
 from engine import config, console, signals
 
@@ -32,48 +31,18 @@ if __name__ == "__main__":  # a signal may come while torch is imported
 
 import report
 from engine import checkpoint
-from engine.scale import load_scale, overrides
-from training.jobs import Job, run_jobs, sbatch_command, submit_jobs
-
-RUNS = "runs"
-# Which script makes the figures of a file that report.py reads.
-SCRIPTS = {
-    "linear": "train_linear.py",
-    "finetune": "train_finetune.py",
-    "detect": "train_detect.py",
-}
-PRETRAIN = "train_pretrain.py"
-# A header's row has shuffled BatchNorm over 8 processes, or 8 parts of the batch in their stead.
-BN_SPLITS = 8
-
-
-class Cell(NamedTuple):
-    """A row's file, and where its figure stands."""
-
-    table: str
-    row: str
-    column: str
-    file: str
-    cfg: dict  # the file's settings
-
-    @property
-    def title(self):
-        """E.g. "IR + Ring, CIFAR-10"."""
-        return f"{self.row}, {self.column}"
-
-    @property
-    def metric(self):
-        """Which figure counts, as paper.figure."""
-        return self.cfg["paper"].get("figure") or "linear top-1"
-
-
-class Options(NamedTuple):
-    """How all jobs are run."""
-
-    scale: dict | None  # as load_scale returns it
-    scale_name: str | None
-    processes: int | None  # of each job; None: as the header has it
-    overrides: list  # of the user
+from engine.scale import load_scale
+from training.commands import (
+    PRETRAIN,
+    RUNS,
+    Cell,
+    Variant,
+    make_job,
+    run_name,
+    settings_of,
+    source_of,
+)
+from training.jobs import run_jobs, sbatch_command, submit_jobs
 
 
 def make_parser():
@@ -111,27 +80,29 @@ def main():
     """Find out what is missing, run it, and print the table."""
     args = read_command_line()
     cells = read_cells()
-    scale = load_scale(args.scale) if args.scale else None
-    options = Options(scale, args.scale, processes_of(args), args.overrides)
+    chosen = choose(cells, args.table, args.rows)
+    variants = make_variants(args)
     if args.list:
-        return print_states(choose(cells, args.table, args.rows), args.seeds, options)
+        return print_states(chosen, cells, variants)
     if args.table is None:
         raise SystemExit("name a table: python reproduce.py --list prints their titles")
-    chosen = choose(cells, args.table, args.rows)
-    jobs = make_jobs(chosen, cells, args.seeds, options)
+    jobs = make_jobs(chosen, cells, variants)
     if args.dry_run:
         return print_commands(jobs, args.slurm)
     if args.slurm:
         submit_jobs(jobs)
         print("python reproduce.py --list, with the same options, says how far they are")
         return None
-    if jobs:
-        signals.say_when_stopped(
-            lambda: "the jobs were told, too, and the same line goes on where they are"
-        )
-        run_jobs(jobs, args.gpus.split(",") if args.gpus else ())
-    print_table(chosen[0].table, args.scale)
+    signals.say_when_stopped(how_to_go_on)
+    run_jobs(jobs, args.gpus.split(",") if args.gpus else ())
+    print_table(args.table, args.scale)
     end_with_summary(jobs)
+    return None
+
+
+def how_to_go_on():
+    """Half a sentence for a program that is told to stop."""
+    return "so were the jobs, and the same line goes on where they are"
 
 
 def read_command_line():
@@ -157,11 +128,17 @@ def read_command_line():
     return args
 
 
-def processes_of(args):
-    """How many processes each job has; None: as many as the row's header has."""
-    if args.gpus or args.scale:
-        return args.nproc_per_node or 1
-    return args.nproc_per_node
+def make_variants(args):
+    """A Variant for each seed; --list shows those that have a run, unless they are given."""
+    seeds = args.seeds or [None]
+    if args.list and not args.seeds and os.path.isdir(RUNS):
+        named = (re.search(r"_seed(\d+)$", name) for name in os.listdir(RUNS))
+        seeds += sorted({int(match[1]) for match in named if match})
+    scale = load_scale(args.scale) if args.scale else None
+    processes = args.nproc_per_node
+    if processes is None and (args.gpus or args.scale):
+        processes = 1
+    return [Variant(seed, args.scale, scale, processes, args.overrides) for seed in seeds]
 
 
 # -------------------------------------------------------------------------- tables and their rows
@@ -199,149 +176,68 @@ def matches(text, pattern):
 # ------------------------------------------------------------------------------------------- jobs
 
 
-def make_jobs(chosen, cells, seeds, options):
+def make_jobs(chosen, cells, variants):
     """What is missing of some cells, as a list of Job in the order in which they can be run.
 
-    A seed is finished for all rows before the next one begins.
+    Args:
+        chosen: the cells.
+        cells: all that there are, for the weights of some are made by others.
+        variants: a Variant for each seed; all cells are run for one before the next one begins.
     """
-    files = {config.default_name(cell.file): cell for cell in cells}
-    jobs = {}  # {what it makes: Job}
-    for seed in seeds or [None]:
+    jobs = {}  # {(name of the run, script): Job}
+    for variant in variants:
         for cell in chosen:
-            add_jobs(jobs, cell, files, seed, options)
+            source = source_of(cell, cells)
+            if not is_evaluated(cell, source, variant):
+                add_jobs(jobs, cell, source, variant)
     return list(jobs.values())
 
 
-def add_jobs(jobs, cell, files, seed, options):
-    """Add the jobs of a cell that are missing. files: {name of a run: Cell that makes it}."""
-    commands = header_commands(cell.file)
-    weights = [source for command in commands if (source := weights_of(command))]
-    source = cell
-    if weights:
-        source = files.get(weights[0])
-        if source is None:
-            raise SystemExit(f"{cell.file}: no file in yaml/ makes runs/{weights[0]}")
-    if is_evaluated(cell, source, seed, options):
-        return
-    name = run_name(source, seed, options)
-    if not is_pretrained(source, seed, options) and (name, PRETRAIN) not in jobs:
-        command = command_of(source, PRETRAIN)
-        jobs[name, PRETRAIN] = make_job(source, command, seed, options)
-    script = SCRIPTS.get(cell.metric.split(" ")[0])
-    if script:
-        job = make_job(cell, command_of(cell, script), seed, options, name if weights else None)
-        job.after = jobs.get((name, PRETRAIN))
-        jobs[run_name(cell, seed, options), script] = job
-
-
-def header_commands(file):
-    """The commands in a file's header: lists of words."""
-    with open(file, encoding="utf-8") as f:
-        lines = [line.lstrip("# ").rstrip() for line in f if line.startswith("#")]
-    text = "\n".join(lines).replace("\\\n", "")
-    found = re.findall(r"^(?:python|torchrun) .*train_\w+\.py .*$", text, re.MULTILINE)
-    return [shlex.split(line) for line in found]
-
-
-def command_of(cell, script):
-    """The command of a script in a cell's header."""
-    for command in header_commands(cell.file):
-        if script in command:
-            return command
-    raise SystemExit(f"{cell.file}: its header has no command of {script}, which its row wants")
-
-
-def weights_of(command):
-    """The name of the run whose weights a command evaluates; None: those of its own."""
-    if "--weights" not in command:
-        return None
-    return os.path.basename(os.path.dirname(command[command.index("--weights") + 1]))
-
-
-def run_name(cell, seed, options):
-    """The name of a cell's run: the file's own, with the scale and another seed than the file's."""
-    name = config.default_name(cell.file)
-    if options.scale_name:
-        name += f"_{options.scale_name}"
-    if seed not in (None, cell.cfg["seed"]):
-        name += f"_seed{seed}"
-    return name
-
-
-def make_job(cell, command, seed, options, weights=None):
-    """A header's command as a Job, with what the options change. weights: the name of a run."""
-    at = next(i for i, word in enumerate(command) if word.endswith(".py"))
-    launcher, (script, *words) = command[:at], command[at:]
-    if options.processes is not None:
-        launcher = ["python"]
-        if options.processes > 1:
-            launcher = ["torchrun", "--nproc_per_node", str(options.processes)]
-    if weights:
-        words[words.index("--weights") + 1] = os.path.join(RUNS, weights, "backbone.pt")
-    name = run_name(cell, seed, options)
-    settings = settings_of(cell, seed, options)
-    config.load(cell.file, settings)  # a refusal comes before the first job
-    words += settings
-    log = os.path.join(RUNS, name, script.replace(".py", ".log"))
-    what = "pre-training" if script == PRETRAIN else "evaluation"
-    return Job(f"{name}, {what}", [*launcher, script, *words], log)
-
-
-def settings_of(cell, seed, options):
-    """The overrides of a cell's jobs."""
-    name, words = run_name(cell, seed, options), []
-    if name != cell.cfg["name"]:
-        words.append(f"name={name}")
-    if seed not in (None, cell.cfg["seed"]):
-        words.append(f"seed={seed}")
-    if options.scale_name:
-        words.append(f"paper.scale={options.scale_name}")
-        words += overrides(cell.cfg, options.scale)
-    elif options.processes is not None:
-        words += splits(cell, options.processes)
-    return words + options.overrides
-
-
-def splits(cell, processes):
-    """MoCo's shuffled BatchNorm, as the headers want it: over processes, or parts of the batch."""
-    old = cell.cfg["model"].get("bn_splits")
-    new = 1 if processes > 1 else BN_SPLITS
-    if cell.cfg["model"]["host"] != "moco" or old == new:
-        return []
-    return [f"model.bn_splits={new}"]
+def add_jobs(jobs, cell, source, variant):
+    """Add the jobs of a cell that are missing. source: the cell that makes its weights."""
+    weights = run_name(source, variant)
+    if not is_pretrained(source, variant) and (weights, PRETRAIN) not in jobs:
+        jobs[weights, PRETRAIN] = make_job(source, PRETRAIN, variant)
+    if cell.script:
+        job = make_job(cell, cell.script, variant, None if source is cell else weights)
+        job.after = jobs.get((weights, PRETRAIN))
+        jobs[run_name(cell, variant), cell.script] = job
 
 
 # ---------------------------------------------------------------------------------- what is there
 
 
-def find_run(cell, source, seed, options):
+def find_run(cell, source, variant):
     """What was run for a cell, as report.Run; None where nothing was.
 
-    source: the cell whose weights it evaluates, perhaps itself.
+    source: the cell that makes its weights.
     """
-    folder = os.path.join(RUNS, run_name(cell, seed, options))
-    folders = [folder, os.path.join(RUNS, run_name(source, seed, options))]
-    folders = [path for path in folders if os.path.exists(os.path.join(path, "config.yaml"))]
-    runs, _ = report.read_runs(dict.fromkeys(folders), [])
-    return next((run for run in runs if run.folder == folder), None)
+    names = run_name(cell, variant), run_name(source, variant)
+    folders = [os.path.join(RUNS, name) for name in dict.fromkeys(names)]
+    there = [path for path in folders if os.path.exists(os.path.join(path, "config.yaml"))]
+    for run in report.read_runs(there, [])[0]:
+        weights = os.path.dirname(run.weights or "")
+        if run.folder == folders[0] and os.path.basename(weights) in ("", names[1]):
+            return run
+    return None
 
 
-def is_pretrained(cell, seed, options):
+def is_pretrained(cell, variant):
     """Are a cell's weights there, of the settings that it asks for?"""
-    run = find_run(cell, cell, seed, options)
+    run = find_run(cell, cell, variant)
     if run is None or report.unfinished(run):
         return False
-    wanted = config.load(cell.file, settings_of(cell, seed, options))
+    wanted = config.load(cell.file, settings_of(cell, variant))
     differs = config.difference(wanted, run.cfg, checkpoint.MAY_CHANGE)
     return not differs and os.path.exists(os.path.join(run.folder, "backbone.pt"))
 
 
-def is_evaluated(cell, source, seed, options):
+def is_evaluated(cell, source, variant):
     """Is a cell's figure there, of the settings and the protocol that it asks for?"""
-    run = find_run(cell, source, seed, options)
+    run = find_run(cell, source, variant)
     if run is None or report.unfinished(run):
         return False
-    wanted = config.load(cell.file, settings_of(cell, seed, options))
+    wanted = config.load(cell.file, settings_of(cell, variant))
     if report.differences(wanted, run.cfg, report.of_no_concern(cell.metric)):
         return False
     return any(
@@ -351,13 +247,11 @@ def is_evaluated(cell, source, seed, options):
     )
 
 
-def state_of(cell, files, seed, options):
+def state_of(cell, source, variant):
     """How far a cell is, in words."""
-    weights = [name for command in header_commands(cell.file) if (name := weights_of(command))]
-    source = files[weights[0]] if weights else cell
-    if is_evaluated(cell, source, seed, options):
+    if is_evaluated(cell, source, variant):
         return "done"
-    run = find_run(source, source, seed, options)
+    run = find_run(source, source, variant)
     if run is None:
         return "not begun"
     if report.unfinished(run):
@@ -368,18 +262,19 @@ def state_of(cell, files, seed, options):
 # ------------------------------------------------------------------------------- what is printed
 
 
-def print_states(chosen, seeds, options):
+def print_states(chosen, cells, variants):
     """Print how far each row of each table is."""
-    files = {config.default_name(cell.file): cell for cell in read_cells()}
     width = max(len(cell.title) for cell in chosen)
-    for table in dict.fromkeys(cell.table for cell in chosen):
+    tables = {}
+    for cell in chosen:
+        tables.setdefault(cell.table, []).append(cell)
+    for table, rows in tables.items():
         print(table)
-        for cell in (cell for cell in chosen if cell.table == table):
-            states = []
-            for seed in seeds or [None]:
-                state = state_of(cell, files, seed, options)
-                number = cell.cfg["seed"] if seed is None else seed
-                states.append(f"seed {number}: {state}")
+        for cell in rows:
+            source, states = source_of(cell, cells), []
+            for variant in variants:
+                seed = cell.cfg["seed"] if variant.seed is None else variant.seed
+                states.append(f"seed {seed}: {state_of(cell, source, variant)}")
             print(f"  {cell.title:{width}}  {'; '.join(states)}")
 
 
@@ -394,15 +289,12 @@ def print_commands(jobs, by_slurm):
 
 def print_table(title, scale):
     """Print a table, as report.py does."""
-    left_out = []
-    cells = report.read_cells("yaml", left_out)
-    runs, strangers = report.read_runs([RUNS] if os.path.isdir(RUNS) else [], left_out)
+    cells = report.read_cells("yaml", [])
+    runs, strangers = report.read_runs([RUNS], []) if os.path.isdir(RUNS) else ([], [])
     tables, _ = report.make_tables(cells, runs, strangers, show_all=True)
-    wanted = report.title_at(title, scale)
-    print()
     for table in tables:
-        if table.title == wanted:
-            print(report.as_text(table))
+        if table.title == report.title_at(title, scale):
+            print(f"\n{report.as_text(table)}")
 
 
 def end_with_summary(jobs):

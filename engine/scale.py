@@ -28,6 +28,8 @@ EPOCHS_OF_LOSSES = "anneal_epochs", "warmup_epochs", "reassign_every"
 # MoCHi's numbers of negatives: shares of the queue.
 SHARES_OF_QUEUE = "hardest", "mixed", "query_mixed"
 IMAGES_OF_CLUSTER = 10
+# With one process so many parts of the batch stand for as many processes, as MoCo's rows have them.
+BN_SPLITS = 8
 
 
 def load_scale(name):
@@ -86,6 +88,8 @@ def overrides(row, scale):
             settings |= {key: at_most(settings[key], given[key]) for key in shared}
     follow_lengths(row, small)
     follow_memory(row, small)
+    if small["model"]["host"] == "moco" and "bn_splits" not in scale.get("model", {}):
+        small["model"]["bn_splits"] = BN_SPLITS
     return [
         f"{where}.{key}={as_word(value)}"
         for where, old, new in zip_sections(row, small)

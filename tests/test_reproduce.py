@@ -20,7 +20,7 @@ from engine.schedule import Schedule
 from train_detect import Detect
 from train_finetune import Finetune
 from train_linear import Probe
-from training import jobs
+from training import commands, jobs
 from training.build import Builder
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -126,16 +126,16 @@ def cells():
     os.chdir(before)
 
 
-def all_jobs(cells, options, seeds=()):
+def all_jobs(cells, variant):
     """The jobs of all tables, none of which has a run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reproduce, "find_run", lambda *given: None)
-        return reproduce.make_jobs(cells, cells, seeds, options)
+        return reproduce.make_jobs(cells, cells, [variant])
 
 
 def test_without_options_the_commands_are_those_of_the_headers(cells):
-    made = all_jobs(cells, reproduce.Options(None, None, None, []))
-    headers = [words for cell in cells for words in reproduce.header_commands(cell.file)]
+    made = all_jobs(cells, commands.Variant())
+    headers = [words for cell in cells for words in commands.header_commands(cell.file)]
     assert len(made) > 200
     assert all(job.command in headers for job in made)
     for job in made:
@@ -152,7 +152,7 @@ def test_a_scale_makes_commands_of_all_tables_that_are_accepted(cells, monkeypat
         return loaded[path]
 
     monkeypatch.setattr(config, "load", load_and_note)
-    made = all_jobs(cells, reproduce.Options(scale.load_scale("cpu"), "cpu", 1, []), [1])
+    made = all_jobs(cells, commands.Variant(1, "cpu", scale.load_scale("cpu"), 1))
     for job in made:
         program, script, _, file, *_ = job.command
         cfg = loaded[file]
@@ -204,18 +204,17 @@ def test_hosts_and_losses_of_all_tables_can_be_built_at_the_scale(cells, recwarn
 
 def test_several_processes_have_the_batch_norm_that_the_headers_want(cells):
     files = {cell.file: cell for cell in cells}
-    options = reproduce.Options(None, None, 8, [])
-    (job,) = (
-        reproduce.make_job(cell, reproduce.command_of(cell, reproduce.PRETRAIN), None, options)
-        for cell in [files["yaml/cifar10_moco.yaml"]]
-    )
+    moco, jcl = files["yaml/cifar10_moco.yaml"], files["yaml/jcl/imagenet_jcl.yaml"]
+    job = commands.make_job(moco, commands.PRETRAIN, commands.Variant(processes=8))
     assert shlex.join(job.command) == (
         "torchrun --nproc_per_node 8 train_pretrain.py --cfg yaml/cifar10_moco.yaml "
         "model.bn_splits=1"
     )
-    one = reproduce.Options(None, None, 1, [])
-    assert reproduce.splits(files["yaml/jcl/imagenet_jcl.yaml"], 1) == ["model.bn_splits=8"]
-    assert reproduce.settings_of(files["yaml/cifar10_ir.yaml"], None, one) == []
+    one = commands.Variant(processes=1)
+    assert commands.settings_of(jcl, one) == ["model.bn_splits=8"]
+    assert commands.settings_of(moco, one) == []
+    small = commands.Variant(scale_name="cpu", scale=scale.load_scale("cpu"), processes=1)
+    assert "model.bn_splits=8" in commands.settings_of(jcl, small)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +253,10 @@ def test_it_runs_what_is_missing_and_prints_the_table(here, out):
     out("T", "--seeds", "0", "1")
     assert not os.path.exists("calls")
     os.remove("runs/b/linear.jsonl")
-    assert "B, c  seed 0: pre-trained, without linear top-1" in out("--list")[0]
+    states = out("--list")[0].splitlines()
+    assert states[:2] == ["T", "  A, c  seed 0: done; seed 1: done"]
+    assert states[2] == "  B, c  seed 0: pre-trained, without linear top-1; seed 1: done"
+    assert out("--list", "--scale", "small", "--seeds", "0")[0].count("not begun") == 3
     out("T")
     assert calls() == [("train_linear.py", "b", "all")]
 
@@ -449,4 +451,4 @@ def test_a_row_without_its_command_or_its_weights_is_refused(here, out):
     write_row("a", "A", "python train_pretrain.py --cfg {0}")
     assert "has no command of train_linear.py" in out("T")[1]
     write_row("c", "C", "python train_linear.py --cfg {0} --weights runs/x/backbone.pt")
-    assert out("T", "--rows", "C*")[1] == "yaml/c.yaml: no file in yaml/ makes runs/x"
+    assert out("T", "--rows", "C*")[1] == "yaml/c.yaml: no file in yaml/ makes runs/x/backbone.pt"
