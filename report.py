@@ -18,7 +18,8 @@ protocol), or `knn`, the last of log.jsonl.
 Ours is the mean ± the sample standard deviation over n seeds. Runs are averaged only if they agree
 in all settings but seed, name and place, in the epochs done and in the protocol. A run of other
 settings than the file's, such as fewer epochs, never stands in the row: below it, as "other
-settings", with what differs.
+settings", with what differs. A run at a scale (paper.scale, see engine/scale.py) stands in a table
+of its own.
 """
 
 import argparse
@@ -31,6 +32,8 @@ from typing import NamedTuple
 
 from engine import config
 from engine.log import lines
+from engine.progress import duration
+from engine.scale import describe_scale, load_scale, overrides
 
 # Settings that change no figure of a table but by chance. (data.root, knn.root: not so of a folder
 # of one's own, see less_folders.)
@@ -192,10 +195,11 @@ def make_tables(cells, runs, strangers, show_all):
     """Lay out what was read.
 
     Returns:
-        the tables: own runs, the papers' (with `show_all` those without a run, too), and what is
-        in none of them; and a sentence on the papers' tables that stay out, or None.
+        the tables: own runs, the papers' (with `show_all` those without a run, too), these at
+        scales, and what is in none of them; and a sentence on the papers' tables that stay out,
+        or None.
     """
-    of_papers = [run for run in runs if "paper" in run.cfg]
+    of_papers = [run for run in runs if "paper" in run.cfg and not scale_of(run.cfg)]
     others = [run for run in runs if "paper" not in run.cfg and not run.weights]
     titles = dict.fromkeys([cell[0] for cell in cells] + [cell_of(run.cfg)[0] for run in of_papers])
     titles_with_runs = {cell_of(run.cfg)[0] for run in of_papers}
@@ -206,6 +210,7 @@ def make_tables(cells, runs, strangers, show_all):
             cells_of_table = {cell: value for cell, value in cells.items() if cell[0] == title}
             runs_of_table = [run for run in of_papers if cell_of(run.cfg)[0] == title]
             tables.append(paper_table(title, cells_of_table, runs_of_table))
+    tables += scaled_tables(cells, runs)
     evaluated = other_evaluations(runs, strangers)
     if evaluated.rows:
         tables.append(evaluated)
@@ -270,7 +275,8 @@ def read_cells(folder, left_out):
     """
     cells, paths = {}, []
     for subfolder, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name != "detectron2"]  # another program's files
+        # Another program's files, and files that are no rows.
+        folders[:] = [name for name in folders if name not in ("detectron2", "scales")]
         paths += [os.path.join(subfolder, name) for name in files if name.endswith(".yaml")]
     for path in sorted(paths, key=natural_order):
         cfg = load_settings(path, left_out)
@@ -410,6 +416,11 @@ def cell_of(cfg):
     paper = cfg.get("paper", {})
     words = (paper.get(key) for key in ("table", "row", "column"))
     return tuple(None if word is None else str(word) for word in words)
+
+
+def scale_of(cfg):
+    """The name of the scale at which a run is a small version of its row; None: it is the row."""
+    return cfg.get("paper", {}).get("scale")
 
 
 def natural_order(path):
@@ -686,15 +697,53 @@ def unfinished(run):
 # ---------------------------------------------------------------------------- tables
 
 
-def paper_table(title, cells, runs):
+def scaled_tables(cells, runs):
+    """The papers' tables at the scales that runs have, a table for each.
+
+    cells, runs: all that were read.
+    """
+    runs_of_table = {}
+    for run in runs:
+        if scale_of(run.cfg):
+            key = cell_of(run.cfg)[0], scale_of(run.cfg)
+            runs_of_table.setdefault(key, []).append(run)
+    return [
+        paper_table(title, cells_at(scale, title, cells), scaled, scale)
+        for (title, scale), scaled in runs_of_table.items()
+    ]
+
+
+def cells_at(scale, title, cells):
+    """The cells of a table with the settings that a scale gives them; none without its file."""
+    try:
+        given = load_scale(scale)
+    except SystemExit:
+        return {}
+    return {
+        cell: (file, config.load(file, overrides(cfg, given)))
+        for cell, (file, cfg) in cells.items()
+        if cell[0] == title
+    }
+
+
+def title_at(title, scale):
+    """The title of a table, or of its small version at a scale."""
+    return f"{title}, at the scale {scale}: no figure beside the paper's" if scale else title
+
+
+def paper_table(title, cells, runs, scale=None):
     """One table as the paper lays it out, each column as reported and as ours.
 
     Args:
         title: of the table.
-        cells: of this table, as read_cells returns them.
+        cells: of this table, as read_cells returns them, or cells_at.
         runs: of this table.
+        scale: the name of their scale, if they have one. Nothing is reported beside it; the time
+            of pre-training is.
     """
     notes, runs_of_cell = [], {}
+    sections = {section for _, cfg in cells.values() for section in cfg}
+    corner = mark(notes, describe_scale(scale, sections)) if scale else ""
     for run in runs:
         runs_of_cell.setdefault(cell_of(run.cfg), []).append(run)
     columns = list(dict.fromkeys(cell[2] for cell in [*cells, *runs_of_cell]))
@@ -704,9 +753,12 @@ def paper_table(title, cells, runs):
         for column in columns:
             cell = title, row, column
             file, cfg = cells.get(cell, (None, None))
-            exact.append(reported(cfg, notes))  # its footnote comes first, as it stands to the left
+            if not scale:  # its footnote comes first, as it stands to the left
+                exact.append(reported(cfg, notes))
             figures = ours_of(runs_of_cell.get(cell, []), file, cfg, notes)
             exact.append(" / ".join(ours for differs, ours in figures if not differs))
+            if scale:
+                exact.append(training_time(runs_of_cell.get(cell, []), cfg))
             for differs, ours in figures:
                 if differs:
                     below.setdefault(tuple(differs), {}).setdefault(column, []).append(ours)
@@ -714,9 +766,11 @@ def paper_table(title, cells, runs):
         for differs, ours in below.items():
             rows.append([f"- other settings {warning(notes, differs)}"])
             for column in columns:
-                rows[-1] += ["", " / ".join(ours.get(column, []))]
-    head = [(column, word) for column in columns for word in ("reported", "ours")]
-    return Table(title, [("", ""), *head], rows, notes)
+                words = " / ".join(ours.get(column, []))
+                rows[-1] += [words, ""] if scale else ["", words]
+    words = ("ours", "pre-training") if scale else ("reported", "ours")
+    head = [(column, word) for column in columns for word in words]
+    return Table(title_at(title, scale), [("", corner), *head], rows, notes)
 
 
 def order_rows(cells, runs):
@@ -970,6 +1024,17 @@ def effort(runs):
         time = f"{seconds:.0f} s"
     hardware = dict.fromkeys(hardware_of(run) for run in runs)
     return f"{done} epoch{'' if done == 1 else 's'}, {time} on {' or '.join(hardware)}"
+
+
+def training_time(runs, cfg):
+    """The mean time of pre-training of the finished runs with the settings cfg, in words, or ""."""
+    ignore = [*FREE, "knn", "linear", "finetune", "detect"]
+    seconds = [
+        sum(line.get("seconds", 0) for line in run.log)
+        for run in runs
+        if cfg and not unfinished(run) and not differing(cfg, run.cfg, ignore)
+    ]
+    return duration(mean(seconds)) if seconds else ""
 
 
 def hardware_of(run):

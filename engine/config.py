@@ -49,7 +49,8 @@ PACKAGE = {"model": "models", "loss": "losses"}
 # Parts of hosts and methods, whose classes have the names of their files, too.
 PARTS = ("resnet", "together")
 # `figure` says which of our figures is reported, e.g. "linear top-1": see report.py.
-PAPER = ("table", "row", "column", "figure", "reported", "source")
+# `scale`, set by reproduce.py, says that a run is a small version of the row: see engine/scale.py.
+PAPER = ("table", "row", "column", "figure", "reported", "source", "scale")
 TOP = ("name", "seed", "weights", "paper", *SECTIONS)
 
 
@@ -92,7 +93,7 @@ def answer_early(parser, also=()):
     console.accept_any_character()
     console.show_warnings_plainly()
     signals.listen()
-    orphans.end_with_torchrun()
+    orphans.end_with_launcher()
     try:
         read_command_line(parser, also)
     except SystemExit as refusal:

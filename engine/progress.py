@@ -38,7 +38,7 @@ def progress(
         clock: the time in seconds.
 
     Returns:
-        An iterable of the same items, and a context manager, with `update(n)` and
+        An iterable of the same items, and a context manager, with `update(n)`, `write(line)` and
         `set_postfix(name=value)`, as tqdm's.
     """
     if total is None and hasattr(iterable, "__len__"):
@@ -99,6 +99,11 @@ class Lines:
         if now >= self.next_line or is_first_look and will_be_long:
             print(self.line(now), flush=True)
             self.next_line = now + SECONDS_BETWEEN_LINES
+
+    def write(self, line):
+        """Print a line beside the progress, as tqdm's `write`, which keeps its bar below it."""
+        if not self.is_silent:
+            print(line, flush=True)
 
     def set_postfix(self, refresh=True, **values):
         """Set what stands at the end of a line, as name=value. refresh: tqdm's, of no meaning."""

@@ -8,6 +8,7 @@ import shlex
 import pytest
 
 import report
+import reproduce
 import train_detect
 import train_finetune
 import train_linear
@@ -120,6 +121,9 @@ def check_command(words):
     check_paths([script])
     if script == "report.py":
         report.command_line().parse_args(arguments)
+    elif script == "reproduce.py":
+        parsed = reproduce.make_parser().parse_args(arguments)
+        reproduce.choose(reproduce.read_cells(), parsed.table, parsed.rows)
     elif script.startswith("benchmarks/"):
         options = [word for word in arguments if word.startswith("--")]
         assert all(f'"{option}"' in read(script) for option in options)
@@ -156,6 +160,7 @@ def test_every_command_is_accepted(name):
         "python train_pretrain.py --cfg yaml/quickstart.yml",
         "python train_linear.py --cfg yaml/quickstart.yaml --no-baseline-at-all",
         "python report.py --csv table.csv",
+        "python reproduce.py 'Ring, Table 7'",
         "python benchmarks/step.py --cores 3",
         "python train.py --cfg yaml/quickstart.yaml",
         "python -m pytest tests/test_nothing.py",
@@ -163,7 +168,7 @@ def test_every_command_is_accepted(name):
 )
 def test_a_command_that_would_be_refused_is_noticed(line):
     with pytest.raises((SystemExit, AssertionError)):
-        check_command(line.split())
+        check_command(shlex.split(line))
 
 
 def test_the_pages_have_commands():

@@ -28,7 +28,7 @@ def imported_folders(path):
             modules += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             modules.append(node.module)
-    scripts = [name for name in modules if name.startswith("train_") or name == "report"]
+    scripts = [name for name in modules if name.startswith(("train_", "report", "reproduce"))]
     return {name.split(".")[0] for name in modules} & set(BELOW) | set(scripts)
 
 

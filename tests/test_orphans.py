@@ -97,12 +97,19 @@ def test_it_is_told_when_it_has_another_parent(monkeypatch):
     assert next(parents, "all asked") == "all asked"
 
 
-@pytest.mark.parametrize("by_torchrun", [True, False])
-def test_only_what_torchrun_started_is_watched(by_torchrun, monkeypatch):
+@pytest.mark.parametrize("launcher", ["torchrun", "reproduce.py", None])
+def test_only_what_a_launcher_started_is_watched(launcher, monkeypatch):
     started = []
-    monkeypatch.setattr(orphans.threading.Thread, "start", lambda self: started.append(self.name))
+    monkeypatch.setattr(orphans.threading.Thread, "start", lambda self: started.append(self._args))
+    monkeypatch.setattr(os, "getppid", lambda: 7)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    if by_torchrun:
+    monkeypatch.delenv(orphans.STARTED_BY, raising=False)
+    if launcher == "torchrun":
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    orphans.end_with_torchrun()
-    assert started == ["torchrun's end"] * by_torchrun
+        monkeypatch.setenv(orphans.STARTED_BY, "5")  # of which torchrun is the child
+    elif launcher:
+        # It was killed before its job looked: the job has another parent, and is told at once.
+        monkeypatch.setenv(orphans.STARTED_BY, "5")
+    orphans.end_with_launcher()
+    parents = {"torchrun": [7], "reproduce.py": [5], None: []}[launcher]
+    assert [parent for _, parent in started] == parents

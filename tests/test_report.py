@@ -170,6 +170,38 @@ def test_tables_without_a_run_stay_out_and_own_runs_come_first(out):
     assert "no run yet" not in text
 
 
+def test_runs_at_a_scale_stand_in_a_table_of_their_own(out):
+    """Never in the paper's row, beside a reported figure, or in a mean with the row's own runs."""
+    row_file("ir", "ir", "IR", "CIFAR-10", reported=80, source="somebody")
+    row_file("moco", "moco", "MoCo", "CIFAR-10")
+    os.makedirs("yaml/scales")
+    with open("yaml/scales/small.yaml", "w") as f:
+        f.write("optim: {epochs: 2}\nlinear: {epochs: 1}\n")
+    small = ["paper.scale=small", "optim.epochs=2", "linear.epochs=1"]
+    train("ir", "full", linear=50.0)
+    train("ir", "a", *small, linear=30.0)
+    train("ir", "b", *small, "seed=1", linear=32.0)
+    train("ir", "c", *small, "seed=2", "optim.lr=0.2", linear=99.0)
+    text = out()
+    paper, scaled = text.split("T 1, at the scale small: no figure beside the paper's\n")
+    assert line_of(paper, "IR") == ["IR", "80 [1]", "50.0 (n 1) [3]"]
+    assert "small" not in paper
+    rows = scaled.splitlines()
+    assert rows[0].split() == ["CIFAR-10"]
+    assert rows[1].split() == ["[1]", "ours", "pre-training"]
+    assert line_of(scaled, "IR") == ["IR", "31.0 ± 1.4 (n 2) [3]", "60 s"]
+    assert line_of(scaled, "- other settings [4]") == ["- other settings [4]", "99.0 (n 1) [5]"]
+    assert line_of(scaled, "MoCo") == ["MoCo"]
+    assert "each row has at most optim.epochs 2, linear.epochs 1, and what depends" in scaled
+    assert "a, b: linear top-1 after 2 epochs, 1 min on a toy" in scaled
+    assert "NOT this row's setting: optim.lr was 0.1 and is 0.2" in scaled
+
+    os.remove("yaml/scales/small.yaml")
+    text = out()
+    assert "the scale small, whose file yaml/scales does not have" in text
+    assert "NOT this row's setting: no file lays out this cell" in text
+
+
 def test_seeds_are_averaged_with_their_spread(out):
     row_file("ir", "ir", "IR", "CIFAR-10", reported=80, source="somebody")
     train("ir", "a", linear=50.0)
