@@ -246,22 +246,11 @@ def labelled_parts(
         The training part, the test part or None, and the set in words; "" for the run's own.
 
     Raises:
-        ValueError: where kNN cannot be asked of the other set.
+        ValueError, SystemExit: where kNN cannot be asked of the other set.
     """
+    check_labelled_set(data, root)
     if data is None:
-        if root is not None:
-            raise ValueError(
-                f"root is {root}, but data is null; name the set, such as knn.data=folder"
-            )
         return own.train, own.test, ""
-    names = [name for name in NAMES if name != "voc2007"]  # of several classes an image
-    if data not in names:
-        raise ValueError(
-            f"data is {data!r}{config.did_you_mean(data, names)}; there are {', '.join(names)}, "
-            "or null for the run's own"
-        )
-    if data in ("folder", "list") and root is None:
-        raise ValueError(f"data is {data}, but root is null; say where it is: knn.root=PATH")
     other = {
         "name": data,
         "root": root or "datasets",
@@ -280,6 +269,20 @@ def labelled_parts(
     if obstacle:
         raise ValueError(f"there is no kNN on data {source}: {obstacle}")
     return train, test, source
+
+
+def check_labelled_set(data, root):
+    """ValueError where knn.data and knn.root name no set for kNN."""
+    if data is None and root is not None:
+        raise ValueError(f"root is {root}, but data is null; name the set, such as knn.data=folder")
+    names = [name for name in NAMES if name != "voc2007"]  # of several classes an image
+    if data not in (None, *names):
+        raise ValueError(
+            f"data is {data!r}{config.did_you_mean(data, names)}; there are {', '.join(names)}, "
+            "or null for the run's own"
+        )
+    if data in ("folder", "list") and root is None:
+        raise ValueError(f"data is {data}, but root is null; say where it is: knn.root=PATH")
 
 
 class KNN:
