@@ -44,6 +44,8 @@ FREE = (
     "detect.data",
     "detect.workers",
 )
+# Data of one's own, which data.root alone tells apart.
+PRIVATE = "folder", "list"
 # <this>.jsonl in a run's folder; svm is the `linear` section's.
 EVALUATIONS = ("linear", "finetune", "detect", "svm")
 # What a protocol is followed by if something was not finished.
@@ -446,11 +448,11 @@ def elsewhere_of(line, stem, cfg):
         return "" if same else f"{ELSEWHERE}{base_name(root)}: "
     words = elsewhere(name, cfg)
     own = cfg["data"]
-    if words or root is None or own["name"] != "folder":
+    if words or root is None or own["name"] not in PRIVATE:
         return words
     # Two folders of the same base name print alike, so the whole path is said.
     same = normal_path(root) == normal_path(own["root"])
-    return "" if same else f"{ELSEWHERE}folder {root}: "
+    return "" if same else f"{ELSEWHERE}{own['name']} {root}: "
 
 
 def elsewhere(name, cfg):
@@ -463,13 +465,13 @@ def elsewhere(name, cfg):
 
 
 def data_name(settings):
-    """A data set as train_linear.py names it: by its name, or as a folder with its own.
+    """A data set as train_linear.py names it: by its name, or as a folder or list with its own.
 
     settings: the data section, or root and name of the data that are probed.
     """
-    if settings["name"] != "folder" or not settings.get("root"):
+    if settings["name"] not in PRIVATE or not settings.get("root"):
         return settings["name"]
-    return f"folder {base_name(settings['root'])}"
+    return f"{settings['name']} {base_name(settings['root'])}"
 
 
 def base_name(path):
@@ -582,13 +584,13 @@ def differing(old, new, ignore=FREE):
 def less_folders(old, new, ignore):
     """`ignore`, less data.root where it says which images they are.
 
-    A set with a name is the same wherever it lies. A folder of one's own (data.name: folder) has no
-    other name than its place, however that is written.
+    A set with a name is the same wherever it lies. A folder or list of one's own has no other name
+    than its place, however that is written.
     """
     data, other_data = (cfg.get("data", {}) for cfg in (old, new))
     same = (
-        data.get("name") != "folder"
-        or other_data.get("name") != "folder"
+        data.get("name") not in PRIVATE
+        or other_data.get("name") not in PRIVATE
         or normal_path(data["root"]) == normal_path(other_data["root"])
     )
     return [key for key in ignore if same or key != "data.root"]

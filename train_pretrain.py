@@ -53,7 +53,7 @@ def pretrain(run, build, args, cfg, device):
     """Build everything, go on from the last checkpoint, and train."""
     # ------------------------------------------------------------------------------------- set-up
     torch.manual_seed(cfg["seed"])  # the same weights, bank and queue in every process
-    data = build.datasets(device)
+    data = build.datasets(device, run)
     labels = data.labels(device)  # for the log alone
     encoder, host = build.host(data.pretrain, device)
     loss_fn = build.loss(data.pretrain, host, device)

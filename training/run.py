@@ -5,6 +5,7 @@ killed and resumed in the same way.
 """
 
 import contextlib
+import functools
 import json
 import os
 import time
@@ -118,6 +119,15 @@ class Run:
         if name and checkpoint.exists(self.last):
             print_main(f"--fresh was obeyed at the first start; this is restart {os.environ[name]}")
         return name is not None
+
+    def saved_statistics(self):
+        """{"mean", "std"} of the images' normalisation in the checkpoint to go on from.
+
+        None for each where there is no checkpoint. Every process calls it.
+        """
+        if not (self.may_resume() and checkpoint.exists(self.last)):
+            return {"mean": None, "std": None}
+        return distributed.run_on_first(functools.partial(checkpoint.statistics_of, self.last))
 
     def open_log(self, cfg=None):
         """Begin or go on with log.jsonl and TensorBoard, on the first process.
