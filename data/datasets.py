@@ -153,18 +153,12 @@ def load(
     if dataset is None:
         return None
     list_file = root if name == "list" else None
-    if isinstance(dataset, FolderSet):
-        if list_file:
-            check_list(list_file, dataset.files, on_error == "skip")
-        if check_files:
-            check_all_files(dataset.files)
-        if cache is not None:  # the whole part: every limit shares it
-            cache_name = f"{name}-{'test' if part == 'test' else 'train'}"
-            dataset = cached(dataset, cache_name, cache, on_error == "skip", list_file)
-    elif cache is not None and part == "pretrain":  # a probe may go to a set in memory
-        raise SystemExit(
-            f"data.cache is {cache}, but {name} is in memory already, decoded; leave data.cache out"
-        )
+    if list_file:
+        check_list(list_file, dataset.files, on_error == "skip")
+    if check_files and isinstance(dataset, FolderSet):
+        check_all_files(dataset.files)
+    if cache is not None:  # the whole part: every limit shares it
+        dataset = with_cache(dataset, part, name, cache, on_error == "skip", list_file)
     skip = on_error == "skip" and part == "pretrain"
     given = {"mean": mean, "std": std}
     if "auto" in (mean, std):  # of the whole part: every limit and seed shares it
@@ -177,6 +171,18 @@ def load(
         if values is not None:
             setattr(dataset, key, tuple(values))
     return dataset
+
+
+def with_cache(dataset, part, name, cache, skip, list_file):
+    """A FolderSet, cached (see `cached`); SystemExit where there is nothing to cache."""
+    if isinstance(dataset, FolderSet):
+        cache_name = f"{name}-{'test' if part == 'test' else 'train'}"
+        return cached(dataset, cache_name, cache, skip, list_file)
+    if part == "pretrain":
+        raise SystemExit(
+            f"data.cache is {cache}, but {name} is in memory already, decoded; leave data.cache out"
+        )
+    return dataset  # a probe may go to a set in memory
 
 
 def limited(dataset, name, limit, seed):

@@ -87,8 +87,9 @@ def channel_statistics(dataset, count, image_size, workers):
     cpu = torch.device("cpu")
     batches = ordered_batches(dataset, rows, "eval", image_size, cpu, BATCH, workers)
     total, squares = torch.zeros(2, 3, dtype=torch.float64)
+    steps = -(-count // BATCH)
     # The first process comes here.
-    for images, _ in progress(batches, "data.mean, data.std", -(-count // BATCH), is_shown=True):
+    for images, _ in progress(batches, "measuring", steps, unit="batches", is_shown=True):
         x = images.double()  # (b, 3, S, S)
         total += x.sum((0, 2, 3))
         squares += x.square().sum((0, 2, 3))

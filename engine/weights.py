@@ -505,9 +505,11 @@ def carried_statistics(path):
     """{"mean", "std"} of the images that a run's weights were trained with; None where unknown."""
     saved = read_safely(path)
     known = carried_preprocessing(saved)
-    if known is None and isinstance(saved, dict) and {"settings", "encoder"} <= set(saved):
-        known = saved["settings"].get("data")  # last.pt
-    values = {key: known.get(key) if known else None for key in ("mean", "std")}
+    if known is None and isinstance(saved, dict):
+        settings = saved.get("settings")  # last.pt
+        known = settings.get("data") if isinstance(settings, dict) else None
+    known = known if isinstance(known, dict) else {}
+    values = {key: known.get(key) for key in ("mean", "std")}
     return {key: value if isinstance(value, list) else None for key, value in values.items()}
 
 

@@ -172,11 +172,23 @@ def test_a_run_goes_on_and_is_evaluated_with_its_own_numbers(start, monkeypatch)
     assert settings_of("runs/a") != kept
 
 
-def test_two_processes_measure_what_one_measures(tmp_path):
+def test_two_processes_read_one_list_and_measure_what_one_measures(tmp_path):
     put_images(tmp_path / "data", 8)
-    images = [np.asarray(Image.open(tmp_path / "data" / f"{i}.png")) for i in range(8)]
+    files = [f"data/{i}.png" for i in range(8)]
+    (tmp_path / "a.csv").write_text("path,label\n" + "".join(f"{file},\n" for file in files))
+    images = [np.asarray(Image.open(tmp_path / file)) for file in files]
     mean, std = literal(torch.tensor(np.stack(images)).permute(0, 3, 1, 2))
-    line = ["--cfg", QUICK, *TINY, *LINE, f"data.root={tmp_path}/data", "knn.every=0"]
+    line = ["--cfg", QUICK, *TINY, *LINE, "data.name=list", "data.root=a.csv", "knn.every=0"]
     done = run(tmp_path, "train_pretrain.py", *line, processes=2)
     assert settings_of(tmp_path / "runs" / "a") == {"mean": mean, "std": std}
     assert done.stdout.count("measured on 8 of 8 training images") == 1
+    os.remove(tmp_path / "data" / "5.png")
+    done = run(tmp_path, "train_pretrain.py", *line, processes=2, check=False)
+    assert done.returncode == 1
+    assert "a.csv names 8 images, of which 1 are not there, the first is data/5.png" in done.stderr
+
+
+def test_weights_from_elsewhere_say_nothing(tmp_path):
+    for saved in ({"settings": 3}, {"settings": {"data": []}}, {"mean": [1.0]}):
+        torch.save(saved, tmp_path / "a.pt")
+        assert carried_statistics(str(tmp_path / "a.pt")) == {"mean": None, "std": None}
