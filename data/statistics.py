@@ -104,7 +104,7 @@ def round_numbers(values):
     return [float(f"{value:.{DIGITS}g}") for value in values.tolist()]
 
 
-def say_if_grey(dataset, augment):
+def say_if_grey(dataset, *, augment: str):
     """Say so where images without colours are augmented in their colours.
 
     Every process may call it; one of them looks, at SAMPLED_FILES images at most, evenly spaced,

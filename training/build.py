@@ -76,7 +76,7 @@ class Builder:
                 if dataset:
                     dataset.to(device)
         say_if_dark(pretrain)
-        say_if_grey(pretrain, settings["augment"])
+        self("data", say_if_grey, dataset=pretrain)
         return Datasets(pretrain, train, test)
 
     def take_statistics(self, weights):

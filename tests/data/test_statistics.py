@@ -99,16 +99,16 @@ def test_grey_files_have_three_equal_channels_and_statistics(tmp_path, capsys, c
         assert pixels.shape[2] == 3
         assert (pixels == pixels[..., :1]).all()
     capsys.readouterr()
-    say_if_grey(data, "moco_v2")
+    say_if_grey(data, augment="moco_v2")
     assert capsys.readouterr().out == (
         "all 10 images that were looked at are grey: of data.augment=moco_v2 hue and saturation "
         "change nothing in them, brightness and contrast do\n"
     )
-    say_if_grey(data, "crop_flip")
+    say_if_grey(data, augment="crop_flip")
     put_images(tmp_path / "grey" / "colours", 1)
-    say_if_grey(load("pretrain", 0, 8, 0, **given), "moco_v2")
+    say_if_grey(load("pretrain", 0, 8, 0, **given), augment="moco_v2")
     (tmp_path / "grey" / "a.png").write_bytes(b"broken")
-    say_if_grey(load("pretrain", 0, **given | {"cache": None}), "moco_v2")
+    say_if_grey(load("pretrain", 0, **given | {"cache": None}), augment="moco_v2")
     assert "looked at are grey" not in capsys.readouterr().out
 
 
