@@ -470,11 +470,11 @@ def elsewhere_of(line, stem, cfg):
         return "" if same else f"{ELSEWHERE}{base_name(root)}: "
     words = elsewhere(name, cfg)
     own = cfg["data"]
-    if words or root is None or own["name"] != "folder":
+    if words or root is None or own["name"] not in FOLDERS:
         return words
     # Two folders of the same base name print alike, so the whole path is said.
     same = normal_path(root) == normal_path(own["root"])
-    return "" if same else f"{ELSEWHERE}folder {root}: "
+    return "" if same else f"{ELSEWHERE}{own['name']} {root}: "
 
 
 def elsewhere(name, cfg):
@@ -487,13 +487,13 @@ def elsewhere(name, cfg):
 
 
 def data_name(settings):
-    """A data set as train_linear.py names it: by its name, or as a folder with its own.
+    """A data set as train_linear.py names it: by its name, or as a folder or list with its own.
 
     settings: the data section, or root and name of the data that are probed.
     """
-    if settings["name"] != "folder" or not settings.get("root"):
+    if settings["name"] not in FOLDERS or not settings.get("root"):
         return settings["name"]
-    return f"folder {base_name(settings['root'])}"
+    return f"{settings['name']} {base_name(settings['root'])}"
 
 
 def base_name(path):
@@ -615,8 +615,8 @@ def differing(old, new, ignore=FREE):
 def less_folders(old, new, ignore):
     """`ignore`, less data.root and knn.root where they say which images they are.
 
-    A set with a name is the same wherever it lies. A folder of one's own (data.name: folder) has no
-    other name than its place, however that is written.
+    A set with a name is the same wherever it lies. A folder or list of one's own has no other name
+    than its place, however that is written.
     """
     differing_roots = []
     for section, name in (("data", "name"), ("knn", "data")):

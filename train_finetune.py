@@ -44,7 +44,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from data.augment import get_recipe
-from data.datasets import MEAN_PER_CLASS, balanced_rows, find_obstacle, load
+from data.datasets import MEAN_PER_CLASS, balanced_rows, find_obstacle
 from data.image_files import say_if_dark
 from data.loader import Loader, check_image_size
 from engine import checkpoint, distributed
@@ -241,6 +241,7 @@ def main():
     checkpoint.check_writable(run_folder)
 
     torch.manual_seed(cfg["seed"])  # every process begins with the same weights
+    build.take_statistics(weights)
     train, test = load_labelled(build, args.cfg)
     rows = config.build(protocol.choose, {}, f"{args.cfg}: finetune", train=train, seed=cfg["seed"])
     if protocol.batch_size > len(rows):
@@ -269,8 +270,8 @@ def main():
 
 def load_labelled(build, file):
     """The training and the test part; SystemExit where they allow no fine-tuning."""
-    settings, seed = build.settings["data"], build.settings["seed"]
-    train, test = (build("data", load, part=part, seed=seed) for part in ("train", "test"))
+    settings = build.settings["data"]
+    train, test = build.dataset("train"), build.dataset("test")
     say_if_dark(train)
     obstacle = find_obstacle(train, test)
     if obstacle:

@@ -59,6 +59,7 @@ from data.augment import get_recipe
 from data.datasets import MEAN_PER_CLASS, find_obstacle, load
 from data.image_files import say_if_dark
 from data.loader import Loader, check_image_size
+from data.statistics import replace_auto
 from engine import checkpoint, distributed
 from engine import device as devices
 from engine.distributed import print_main
@@ -208,6 +209,7 @@ def main():
         raise SystemExit(f"--export {args.export[0]}: there are torchvision and detectron2")
 
     torch.manual_seed(cfg["seed"])
+    build.take_statistics(weights)
     source = data_settings(cfg["data"], probe)
     train, test = load_parts(source, cfg["seed"], args.cfg)
     encoder = build.encoder(train, device).eval().requires_grad_(False)
@@ -273,10 +275,11 @@ def load_parts(source, seed, file):
     """The training and the test part."""
     # The Loader would refuse a size, but cached features want none.
     config.build(check_image_size, {}, file, image_size=source["image_size"])
-    train, test = (
-        config.build(load, source, f"{file}: linear", part=part, seed=seed)
-        for part in ("train", "test")
-    )
+    given = {key: source[key] for key in ("image_size", "workers")}
+    file = f"{file}: linear"
+    train = config.build(load, source, file, part="train", seed=seed, **given)
+    replace_auto(source, train.mean, train.std)
+    test = config.build(load, source, file, part="test", seed=seed, **given)
     say_if_dark(train)
     return train, test
 
@@ -306,10 +309,10 @@ def baselines(untrained, image_size):
 
 
 def describe_data(source):
-    """The name of the data set; of a folder, which one."""
-    if source["name"] != "folder":
+    """The name of the data set; of a folder or a list, which one."""
+    if source["name"] not in ("folder", "list"):
         return source["name"]
-    return f"folder {os.path.basename(os.path.normpath(source['root']))}"
+    return f"{source['name']} {os.path.basename(os.path.normpath(source['root']))}"
 
 
 def augmented_run(build, probe, run_folder, weights, fresh):

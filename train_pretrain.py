@@ -64,7 +64,7 @@ def pretrain(run, build, args, cfg, device):
     # ------------------------------------------------------------------------------------- set-up
     source = begin_from.read_source(run, cfg.get("weights"))  # None: at random
     torch.manual_seed(cfg["seed"])  # the same weights, bank and queue in every process
-    data = build.datasets(device)
+    data = build.datasets(device, run)
     labels = data.labels(device)  # for the log alone
     encoder, host = build.host(data.pretrain, device)
     begin_from.fill(source, encoder, host, data.pretrain)

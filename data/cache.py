@@ -1,8 +1,8 @@
 """Decoded images, kept on the disk for all later epochs and runs.
 
 With `data.cache: 256` a folder's images are decoded and shrunk once, into one file that is mapped
-into memory. Beside the folder lies FOLDER.cache256/, with two files for each set and part, of which
-NAME is for example imagenet100-train:
+into memory. Beside the folder lies FOLDER.cache256/ (beside a list of images, LIST.csv.cache256/),
+with two files for each set and part, of which NAME is for example imagenet100-train:
 
     NAME-STATE.u8     raw uint8 RGB, (h, w, 3) an image, one after the other. The shorter side is
                       at most 256 pixels; no image is enlarged.
@@ -117,7 +117,7 @@ def unreadable_when_cached(file):
     return unreadable(file, ValueError("it could not be when the images were cached"))
 
 
-def cached(dataset, name, size, skip=False):
+def cached(dataset, name, size, skip=False, list_file=None):
     """A FolderSet -> the same set as a CachedSet, which is built if it is not there.
 
     Every process calls it; one of each node looks at the files.
@@ -127,11 +127,12 @@ def cached(dataset, name, size, skip=False):
         name: of the set and its part, for the files.
         size: of the shorter side, in pixels, at most.
         skip: an image that cannot be read has no pixels; else SystemExit names it.
+        list_file: the path of the list that names the images; None where they lie in a folder.
 
     Raises:
         SystemExit: also where the folder cannot be written, or its disk is too small.
     """
-    find = partial(find_base, dataset.files, name, size, skip)
+    find = partial(find_base, dataset.files, name, size, skip, list_file)
     base, reduce = distributed.run_on_first(find, per_node=True)
     build = partial(build_if_missing, dataset, name, base, size, skip, reduce)
     # Where nodes share the folder, the second round finds what process 0 has built in the first;
@@ -153,7 +154,7 @@ def cached(dataset, name, size, skip=False):
 # ------------------------------------------------------------------------------- which cache
 
 
-def find_base(files, name, size, skip):
+def find_base(files, name, size, skip, list_file):
     """Which cache there is, or is to be made.
 
     Returns:
@@ -164,6 +165,8 @@ def find_base(files, name, size, skip):
     # Earlier versions took the innermost folder that holds all images. Where that is the only class
     # folder of its part, the cache lies within the part.
     folders = [os.fsdecode(folder) for folder in (files.folder, files.common_folder())]
+    if list_file:  # whose images may lie anywhere
+        folders = [list_file]
     bases = [f"{os.path.abspath(folder)}.cache{size}/{name}-{state}" for folder in folders]
     for base in bases:
         if read_index(base) is not None:

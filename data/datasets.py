@@ -7,13 +7,12 @@ Arrays live in memory as uint8; image files (data/image_files.py) are read by wo
                                         any, for reporting only)
     load("train", ...)                  the labelled training images: kNN's bank, the probe's
                                         training set
-    load("test", ...)                   None where a folder has no validation part
+    load("test", ...)                   None where a folder or a list has no validation part
 """
 
 import hashlib
 import os
 import shlex
-import unicodedata
 from functools import partial
 from typing import Literal
 
@@ -26,8 +25,10 @@ from engine import distributed
 
 from . import shapes
 from .cache import cached
-from .folders import ROOT_KEY, folder_of_part, list_images
+from .folders import ROOT_KEY, first_lookalikes, folder_of_part, list_images
 from .image_files import FolderSet, check_all_files, printable
+from .image_list import check_list, read_list
+from .statistics import measure
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The mean and std of each channel, of the training images in [0, 1].
@@ -55,7 +56,7 @@ TORCHVISION = {
 }
 # The papers' transfer protocol gives these the mean of each class's accuracy beside top-1.
 MEAN_PER_CLASS = "aircraft", "flowers", "pets"
-NAMES = ("shapes", *TORCHVISION, "folder", "imagenet", "imagenet100", "voc2007")
+NAMES = ("shapes", *TORCHVISION, "folder", "list", "imagenet", "imagenet100", "voc2007")
 
 
 class ArraySet:
@@ -103,6 +104,8 @@ class ArraySet:
 def load(
     part,
     seed,
+    image_size=224,
+    workers=None,
     *,
     name: str,
     root: str = "datasets",
@@ -111,16 +114,19 @@ def load(
     cache: int | None = None,
     on_error: Literal["stop", "skip"] = "stop",
     check_files: bool = False,
-    mean: list[float] | None = None,
-    std: list[float] | None = None,
+    mean: list[float] | Literal["auto"] | None = None,
+    std: list[float] | Literal["auto"] | None = None,
 ):
     """One part of a data set: "pretrain", "train" or "test".
 
     Args:
         part: which; of a folder without validation images there is no "test".
         seed: of `limit`'s shuffle.
+        image_size: that `auto` measures images at, in pixels.
+        workers: that decode them; None as many as the Loader takes.
         name: one of NAMES.
-        root: where the data sets lie; for `folder`, the folder itself.
+        root: where the data sets lie; for `folder`, the folder itself; for `list`, a CSV file with
+            the columns path and label (data/image_list.py).
         split: of stl10, what to pre-train on: train (the 5,000 labelled images, as the Ring code),
             unlabeled, train+unlabeled.
         limit: so many training images of that shuffle, whatever their labels. Test sets stay whole.
@@ -133,33 +139,50 @@ def load(
         check_files: look before training whether every image file is there, may be read and is not
             empty (ImageNet: seconds on a local disk, minutes on a network disk).
         mean: of the normalisation, one number a channel, for images in [0, 1]; null: the set's own
-            (STATISTICS; ImageNet's for a set that has none there).
+            (STATISTICS; ImageNet's for a set that has none there); auto: measured on some of the
+            training images, whatever `limit` (data/statistics.py). For the test part and the next
+            start `replace_auto` keeps what came out.
         std: likewise.
 
     Returns: an ArraySet or a FolderSet; None where the set has no such part.
     """
-    refuse_statistics(mean, std)
+    refuse_statistics(part, mean, std)
     refuse_settings(part, name, split, limit, cache, on_error, check_files)
-    dataset = whole_part(part, name, os.path.expanduser(root), split, limit)
+    root = os.path.expanduser(root)
+    dataset = whole_part(part, name, root, split, limit)
     if dataset is None:
         return None
-    if isinstance(dataset, FolderSet):
-        if check_files:
-            check_all_files(dataset.files)
-        if cache is not None:  # the whole part: every limit shares it
-            cache_name = f"{name}-{'test' if part == 'test' else 'train'}"
-            dataset = cached(dataset, cache_name, cache, on_error == "skip")
-    elif cache is not None and part == "pretrain":  # a probe may go to a set in memory
-        raise SystemExit(
-            f"data.cache is {cache}, but {name} is in memory already, decoded; leave data.cache out"
-        )
+    list_file = root if name == "list" else None
+    if list_file:
+        check_list(list_file, dataset.files, on_error == "skip")
+    if check_files and isinstance(dataset, FolderSet):
+        check_all_files(dataset.files)
+    if cache is not None:  # the whole part: every limit shares it
+        dataset = with_cache(dataset, part, name, cache, on_error == "skip", list_file)
+    skip = on_error == "skip" and part == "pretrain"
+    given = {"mean": mean, "std": std}
+    if "auto" in (mean, std):  # of the whole part: every limit and seed shares it
+        given = measure(dataset, given, image_size, workers, skip)
     if limit is not None and (part == "pretrain" or part == "train" and split == "train"):
         dataset = limited(dataset, name, limit, seed)
     if isinstance(dataset, FolderSet):
-        dataset.skip = on_error == "skip" and part == "pretrain"
-    dataset.mean = dataset.mean if mean is None else tuple(mean)
-    dataset.std = dataset.std if std is None else tuple(std)
+        dataset.skip, dataset.list_file = skip, list_file
+    for key, values in given.items():
+        if values is not None:
+            setattr(dataset, key, tuple(values))
     return dataset
+
+
+def with_cache(dataset, part, name, cache, skip, list_file):
+    """A FolderSet, cached (see `cached`); SystemExit where there is nothing to cache."""
+    if isinstance(dataset, FolderSet):
+        cache_name = f"{name}-{'test' if part == 'test' else 'train'}"
+        return cached(dataset, cache_name, cache, skip, list_file)
+    if part == "pretrain":
+        raise SystemExit(
+            f"data.cache is {cache}, but {name} is in memory already, decoded; leave data.cache out"
+        )
+    return dataset  # a probe may go to a set in memory
 
 
 def limited(dataset, name, limit, seed):
@@ -182,15 +205,13 @@ def find_obstacle(train, test):
         train: the labelled training images.
         test: the test images; None where there is no such part.
     """
+    if test is None and getattr(train, "list_file", None):
+        return f"there are no validation images; {train.list_file} has no row whose part is val"
     if test is None:
         return "there are no validation images; a folder has them in val/, beside train/"
-    if train.labels is None:
-        return f"the training images{in_folder(train)} are not in two or more class folders"
-    if test.labels is None:
-        return (
-            f"the validation images{in_folder(test)} are not in two or more class folders; "
-            f"{how_to_sort(test)}"
-        )
+    for dataset, part in (train, "training"), (test, "validation"):
+        if dataset.labels is None:
+            return describe_unlabelled(dataset, part)
     lacking = sorted(set(train.classes) - set(test.classes))
     if lacking:
         return describe_lacking(lacking, "training", test.classes, "validation")
@@ -199,6 +220,18 @@ def find_obstacle(train, test):
         return describe_lacking(lacking, "validation", train.classes, "training")
     if list(train.classes) != list(test.classes):
         return "the classes of the training images are in another order than the test images'"
+    twins = first_lookalikes(map(str, train.classes))
+    if twins:
+        name, other = map(ascii, twins)
+        return f"the classes {name} and {other} print alike; put their images into one class"
+
+
+def describe_unlabelled(dataset, part):
+    """Why a part of a data set has no labels, and the way out. part: its name in words."""
+    if getattr(dataset, "list_file", None):
+        return f"the {part} images in {dataset.list_file} have no labels of two or more classes"
+    reason = f"the {part} images{in_folder(dataset)} are not in two or more class folders"
+    return reason if part == "training" else f"{reason}; {how_to_sort(dataset)}"
 
 
 def in_folder(dataset):
@@ -227,7 +260,7 @@ def how_to_sort(dataset):
 def describe_lacking(lacking, part, others, other_part):
     """A sentence on the classes that one part has and the other, of classes `others`, lacks."""
     first = str(lacking[0])
-    twin = next((other for other in others if look_alike(first, other)), None)
+    twin = next((other for other in others if first_lookalikes([first, str(other)])), None)
     if twin is None:
         which = f"class {printable(first)}"
     else:
@@ -235,16 +268,8 @@ def describe_lacking(lacking, part, others, other_part):
     more = f" and {len(lacking) - 1} more are" if len(lacking) > 1 else " is"
     return (
         f"{which}{more} among the {part} images and not among the {other_part} images; each "
-        "class needs a folder in both parts"
+        "class needs images in both parts"
     )
-
-
-def look_alike(name, other):
-    """Whether two names print alike, though their bytes differ.
-
-    é is one letter, or e and an accent.
-    """
-    return unicodedata.normalize("NFC", str(name)) == unicodedata.normalize("NFC", str(other))
 
 
 # ------------------------------------------------------------------------------- refusals
@@ -281,14 +306,21 @@ def refuse_settings(part, name, split, limit, cache, on_error, check_files):
         )
 
 
-def refuse_statistics(mean, std):
+def refuse_statistics(part, mean, std):
     """SystemExit where data.mean or data.std is no normalisation of three channels."""
     for key, values in (("mean", mean), ("std", std)):
-        if values is not None and (len(values) != 3 or key == "std" and min(values) <= 0):
+        if values == "auto" and part == "test":
+            raise SystemExit(
+                f"data.{key} is auto, which is measured on training images, and these are test "
+                "images; load the training part first (see replace_auto)"
+            )
+        if values in (None, "auto"):
+            continue
+        if len(values) != 3 or key == "std" and min(values) <= 0:
             above = ", each above 0" if key == "std" else ""
             raise SystemExit(
-                f"data.{key} is {values}; it must be three numbers{above}, one for "
-                "each of red, green and blue, or null for the set's own"
+                f"data.{key} is {values}; it must be three numbers{above}, one for each of red, "
+                "green and blue, or auto, or null for the set's own"
             )
 
 
@@ -310,6 +342,9 @@ def whole_part(part, name, root, split, limit):
         return download(name, part, root, split)
     if name == "voc2007":
         return voc2007(part, root)
+    if name == "list":
+        listing = read_list(root, part)
+        return None if listing is None else FolderSet(*listing, *IMAGENET)
     return image_folder(name, part, root)
 
 

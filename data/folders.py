@@ -6,6 +6,7 @@ minutes and more on a network disk. Only links need one each, to see where they 
 """
 
 import os
+import unicodedata
 from typing import NamedTuple
 
 import torch
@@ -170,6 +171,20 @@ def label_by_folder(path, name, counts, only, empty):
         )
     sizes = torch.tensor([counts[top] for top in classes])
     return torch.arange(len(classes)).repeat_interleave(sizes), classes
+
+
+def first_lookalikes(names):
+    """The first two of some names that print alike, as a pair; None where there are none.
+
+    é is one letter, or e and an accent; and a space at the end is not seen.
+    """
+    earlier = {}
+    for name in names:
+        printed = unicodedata.normalize("NFC", name).strip()
+        if printed in earlier:
+            return earlier[printed], name
+        earlier[printed] = name
+    return None
 
 
 def is_cache(folder, others):

@@ -61,9 +61,10 @@ class FolderSet:
 
     Attributes:
         skip: whether another image takes the place of one that cannot be read.
+        list_file: the path of the list that names the images; None where they lie in a folder.
     """
 
-    skip = False
+    skip, list_file = False, None
 
     def __init__(self, files, labels, classes, mean, std):
         self.files = files if isinstance(files, Paths) else Paths.of(files)

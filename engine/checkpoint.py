@@ -411,6 +411,20 @@ def resume(path, settings, may_change=MAY_CHANGE, goes_on_longer=None, **parts):
     return saved["epoch"]
 
 
+def statistics_of(path):
+    """{"mean", "std"} of the images' normalisation, as the settings in a checkpoint have them.
+
+    None for what they do not say. Of a damaged file that of the one before is taken, as by
+    `resume`. No tensor is read.
+    """
+    for candidate in (path, previous_checkpoint(path)):
+        with contextlib.suppress(Exception):  # `resume` says what is wrong
+            saved = torch.load(candidate, map_location="cpu", weights_only=True, mmap=True)
+            data = saved["settings"]["data"]
+            return {"mean": data["mean"], "std": data["std"]}
+    return {"mean": None, "std": None}
+
+
 def read_last(path):
     """Read a checkpoint, or where it is damaged the one before.
 

@@ -664,6 +664,8 @@ def type_name(kind):
     if typing.get_origin(kind) is list:
         item = type_name(typing.get_args(kind)[0]).split(" ", 1)[1]
         return f"a list of {item}s"
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(kind)))
     words = {
         int: "a whole number",
         float: "a number",

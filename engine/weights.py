@@ -522,6 +522,18 @@ def carried_preprocessing(saved):
     return preprocessing if isinstance(preprocessing, dict) else None
 
 
+def carried_statistics(path):
+    """{"mean", "std"} of the images that a run's weights were trained with; None where unknown."""
+    saved = read_safely(path)
+    known = carried_preprocessing(saved)
+    if known is None and isinstance(saved, dict):
+        settings = saved.get("settings")  # last.pt
+        known = settings.get("data") if isinstance(settings, dict) else None
+    known = known if isinstance(known, dict) else {}
+    values = {key: known.get(key) for key in ("mean", "std")}
+    return {key: value if isinstance(value, list) else None for key, value in values.items()}
+
+
 def refuse_other_settings(path, saved):
     """End the program if a run's weights are not of the settings in the config.yaml beside them.
 

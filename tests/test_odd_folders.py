@@ -127,6 +127,11 @@ def test_names_that_print_alike_are_told_apart(tmp_path):
     assert (
         r"class 'cafe\u0301' (beside 'caf\xe9', which prints alike) is among the train" in sentence
     )
+    for part, form in (("train", "NFC"), ("val", "NFD")):  # now both parts have both
+        put_images(tmp_path / part / unicodedata.normalize(form, "caf\u00e9"), 1)
+    assert obstacle(tmp_path) == (
+        r"the classes 'cafe\u0301' and 'caf\xe9' print alike; put their images into one class"
+    )
 
 
 def test_obstacles_of_either_part(tmp_path):

@@ -8,9 +8,11 @@ import torch
 from data.datasets import find_obstacle, load
 from data.image_files import say_if_dark
 from data.loader import Loader
+from data.statistics import is_auto, replace_auto, say_if_grey
 from engine import config, distributed
 from engine.progress import progress
 from engine.schedule import Schedule, sgd
+from engine.weights import carried_statistics
 from evaluation.features import KNN, embeddings, labelled_parts
 from evaluation.unlabelled import Unlabelled
 from losses.together import Together
@@ -72,20 +74,54 @@ class Builder:
         """target(**given, and those keys of the section that it names)."""
         return config.build(target, self.settings[section], f"{self.file}: {section}", **given)
 
-    def datasets(self, device):
-        """The Datasets of section data; in memory, on `device`, where they are augmented there."""
-        settings, seed = self.settings["data"], self.settings["seed"]
-        pretrain = self("data", load, part="pretrain", seed=seed)
+    def dataset(self, part):
+        """One part of the data; the numbers that `auto` comes to are kept in the settings."""
+        settings = self.settings["data"]
+        given = {key: settings[key] for key in ("image_size", "workers")}
+        dataset = self("data", load, part=part, seed=self.settings["seed"], **given)
+        if dataset is not None:
+            replace_auto(settings, dataset.mean, dataset.std)
+        return dataset
+
+    def datasets(self, device, run):
+        """The Datasets of section data; in memory, on `device`, where they are augmented there.
+
+        run: a Run; where it goes on, `auto` is what it was at its start.
+        """
+        settings = self.settings["data"]
+        if is_auto(settings):
+            replace_auto(settings, **run.saved_statistics())
+        pretrain = self.dataset("pretrain")
         # What evaluates must not replace an unreadable image, whose label would be another's.
         is_shared = settings["split"] == "train" and settings["on_error"] == "stop"
-        train = pretrain if is_shared else self("data", load, part="train", seed=seed)
-        test = self("data", load, part="test", seed=seed)
+        train = pretrain if is_shared else self.dataset("train")
+        test = self.dataset("test")
         if settings["augment_backend"] == "batched":
             for dataset in (pretrain, train, test):
                 if dataset:
                     dataset.to(device)
         say_if_dark(pretrain)
+        self("data", say_if_grey, dataset=pretrain)
         return Datasets(pretrain, train, test)
+
+    def take_statistics(self, weights):
+        """Normalise by the numbers that weights were trained with, where the settings say `auto`.
+
+        Weights that carry none, as other people's, leave `auto`, which is measured then.
+
+        Args:
+            weights: a file, or "none".
+        """
+        settings = self.settings["data"]
+        if weights == "none" or not is_auto(settings):
+            return
+        carried = carried_statistics(weights)
+        replace_auto(settings, **carried)
+        if not is_auto(settings):
+            distributed.print_main(
+                f"data.mean={settings['mean']} data.std={settings['std']}, with which {weights} "
+                "was trained"
+            )
 
     def host(self, dataset, device):
         """The encoder and the host around it."""

@@ -5,6 +5,7 @@ killed and resumed in the same way.
 """
 
 import contextlib
+import functools
 import json
 import os
 import time
@@ -130,6 +131,15 @@ class Run:
         train_on = self.train_on
         self.is_longer = train_on is not None and train_on(path, old_settings, self.settings)
         return self.is_longer
+
+    def saved_statistics(self):
+        """{"mean", "std"} of the images' normalisation in the checkpoint to go on from.
+
+        None for each where there is no checkpoint. Every process calls it.
+        """
+        if not self.is_resumed:
+            return {"mean": None, "std": None}
+        return distributed.run_on_first(functools.partial(checkpoint.statistics_of, self.last))
 
     def open_log(self, cfg=None):
         """Begin or go on with log.jsonl and TensorBoard, on the first process.
