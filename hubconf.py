@@ -23,7 +23,7 @@ PACKAGES = "engine", "models"
 
 
 def take_modules():
-    """Take all modules of PACKAGES out of sys.modules. Returns them, by name."""
+    """Take all modules of PACKAGES out of sys.modules, and return them by name."""
     names = [name for name in sys.modules if name.split(".")[0] in PACKAGES]
     return {name: sys.modules.pop(name) for name in names}
 
