@@ -49,9 +49,10 @@ def resnet(weights):
 
     Returns:
         A network of normalised images (b, 3, S, S), of which it makes pooled features (b, F). Its
-        attributes are `features`, F; and what the file says of its images, each None where it says
-        nothing: `mean` and `std`, of each channel, for images in [0, 1]; `resize`, the shorter
-        side of an image in pixels; `image_size`, the side S of the central square that is cut out.
+        attributes are `features`, F; and what the file says of its images, as a backbone.pt does,
+        each None where it says nothing: `mean` and `std`, of each channel, for images in [0, 1];
+        `resize`, the shorter side of an image in pixels; `image_size`, the side S of the central
+        square that is cut out.
 
     Raises:
         ValueError: says what the file holds instead.
