@@ -1,7 +1,7 @@
 """Contrastive losses, one file each: nce, ring, ifnd, jcl, mochi; and lists of them, together.py.
 
 This folder needs PyTorch (k-means numpy, too) and nothing of this repository, so it can be copied
-into another project; docs/own_loop.py trains two networks with it alone.
+into another project; docs/use-a-loss.md has whole programs that use it alone.
 
 **To add a loss**, write losses/x.py with a class X (in any capitals), and choose it by
 `loss: {name: x}`. nce.py is the shortest example. A loss is an nn.Module with

@@ -116,8 +116,6 @@ def check_command(words):
         return
     at = next(i for i, word in enumerate(words) if word.endswith((".py", ".sbatch")))
     script, arguments = words[at], [fill_in(word) for word in words[at + 1 :]]
-    if script == "own_loop.py":  # copied from docs/
-        return
     check_paths([script])
     if script == "report.py":
         report.command_line().parse_args(arguments)

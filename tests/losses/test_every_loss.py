@@ -2,8 +2,6 @@
 
 import ast
 import os
-import shutil
-import subprocess
 import sys
 
 import literal
@@ -135,21 +133,3 @@ def test_losses_import_torch_and_their_neighbours_alone():
             top = module.split(".")[0]
             is_numpys = top == "numpy" and file.endswith(os.path.join("kmeans", "lloyd.py"))
             assert top in {"", "torch", *sys.stdlib_module_names} or is_numpys, (file, module)
-
-
-def test_losses_alone_train_two_networks(tmp_path):
-    """docs/own_loop.py, in a folder that holds it and losses/ and nothing else."""
-    shutil.copytree(os.path.join(ROOT, "losses"), tmp_path / "losses")
-    shutil.copy(os.path.join(ROOT, "docs", "own_loop.py"), tmp_path)
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "own_loop.py"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    losses = [float(line.split()[-1]) for line in done.stdout.splitlines()]
-    assert len(losses) >= 2
-    assert losses[-1] < losses[0]
