@@ -7,12 +7,14 @@
 #
 # SECONDS_A_CALL (520)   when the running piece is told to stop; it may take 20 seconds to save
 # GPU_FOLDER (runs/gpu)  what is done, what each piece printed, and the runs; results.tar.gz in it
-#                        holds all of this but weights, and brings it to another machine's folder
+#                        holds all of this but weights, and brings it to another machine's folder;
+#                        a rehearsal has runs/gpu-tiny
 # DATASETS (datasets)    where cifar-10-batches-py lies
 #
 # The exit status is 0 if all is done, 75 if something is left, 1 if a piece failed.
 set -uo pipefail
 shopt -s nullglob
+export PYTHONUNBUFFERED=1  # what is printed until a piece is stopped is kept
 root=$(cd "$(dirname "$0")/.." && pwd)
 limit=${SECONDS_A_CALL:-520}
 datasets=$(realpath "${DATASETS:-$root/datasets}")
@@ -33,16 +35,17 @@ fi
 
 # Sets `command`, python's arguments for a piece.
 choose_command() {
-    local file=$root/yaml/cifar10_moco_${1}_32px.yaml
+    local moco=$root/yaml/cifar10_moco_32px.yaml
+    local method=$root/yaml/cifar10_moco_${1}_32px.yaml
     case $1 in
-    tests) command=(-m pytest -q -o addopts= -p no:cacheprovider -m cuda "$root/tests/test_cuda.py") ;;
+    tests) command=(-m pytest -q -o addopts= -m cuda "$root/tests/test_cuda.py") ;;
     step) command=("$root/benchmarks/step.py" "${step[@]}") ;;
     losses) command=("$root/benchmarks/losses.py" "${losses[@]}") ;;
     input) command=("$root/benchmarks/input.py" "${input[@]}") ;;
     kmeans) command=("$root/benchmarks/kmeans.py" "${kmeans[@]}") ;;
-    probe) command=("$root/train_linear.py" --cfg "$root/yaml/cifar10_moco_32px.yaml" "${run[@]}") ;;
-    moco) command=("$root/train_pretrain.py" --cfg "$root/yaml/cifar10_moco_32px.yaml" "${run[@]}") ;;
-    ring | mochi | ifnd | jcl) command=("$root/train_pretrain.py" --cfg "$file" "${run[@]}") ;;
+    probe) command=("$root/train_linear.py" --cfg "$moco" "${run[@]}") ;;
+    moco) command=("$root/train_pretrain.py" --cfg "$moco" "${run[@]}") ;;
+    ring | mochi | ifnd | jcl) command=("$root/train_pretrain.py" --cfg "$method" "${run[@]}") ;;
     *) echo "gpu.sh has no piece $1; it has ${all[*]}"; exit 2 ;;
     esac
 }
