@@ -4,7 +4,8 @@
     python benchmarks/input.py --folder DIR --workers 8    JPEG files of other class folders
 
 In memory, one process augments: PIL an image at a time with torchvision.transforms, as moco does.
-Kornia has a row where it is installed (pip install kornia). Of JPEG files, two views of each image
+Kornia has a row where it is installed (pip install kornia), and a GPU where there is one: it takes
+images from its own memory. Of JPEG files, two views of each image
 are made: by our Loader, and by ImageFolder with PIL's transforms in a DataLoader, with as many
 worker processes. All cases take turns; medians are printed. Machines drift: only the ratios inside
 one table mean anything.
@@ -56,6 +57,17 @@ def ours(recipe, images, size):
     return partial(augment, images, generator)
 
 
+def ours_on_gpu(recipe, images, size):
+    """Our augmentation on the GPU, which is waited for."""
+    augment = ours(recipe, images.cuda(), size)
+
+    def augment_and_wait():
+        augment()
+        torch.cuda.synchronize()
+
+    return augment_and_wait
+
+
 def pil(recipe, images, size):
     """PIL's operations, an image at a time."""
     to_float = [T.ToTensor(), T.Normalize(HALF, HALF)]
@@ -100,16 +112,24 @@ def each(transform, images):
 
 
 # The first is what the others are compared with.
-COLUMNS = {"PIL": pil, "ours": ours, "torchvision v2": torchvision_v2, "kornia": kornia}
+COLUMNS = {
+    "PIL": pil,
+    "ours": ours,
+    "ours, GPU": ours_on_gpu,
+    "torchvision v2": torchvision_v2,
+    "kornia": kornia,
+}
+BATCHED = "ours", "ours, GPU", "kornia"
 
 
-def memory_cases(columns):
+def memory_cases(columns, most_images):
     """Return {(row, column): (function, views)}."""
     cases = {}
     for recipe, stored, size, n in CASES:
+        n = min(n, most_images)
         images = torch.randint(256, (n, 3, stored, stored), dtype=torch.uint8)
         for name in columns:
-            takes_batches = name in ("ours", "kornia")
+            takes_batches = name in BATCHED
             part = images if takes_batches else images[:MOST_SINGLE_IMAGES]
             case = f"{recipe}, {stored} -> {size}", name
             cases[case] = COLUMNS[name](recipe, part, size), len(part)
@@ -189,17 +209,20 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", default="datasets/imagenette96/train")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--images", type=int, default=512, help="in memory, at most")
     args = parser.parse_args()
     torch.manual_seed(0)
 
     columns = list(COLUMNS)
     if importlib.util.find_spec("kornia") is None:
         columns.remove("kornia")
+    if not torch.cuda.is_available():
+        columns.remove("ours, GPU")
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads; views a second, "
         f"medians of {args.rounds} rounds\n"
     )
-    print_table(measure_in_turn(memory_cases(columns), args.rounds), columns)
+    print_table(measure_in_turn(memory_cases(columns, args.images), args.rounds), columns)
 
     if not os.path.isdir(args.folder):
         print(f"no JPEG files: there is no {args.folder}")

@@ -215,15 +215,16 @@ def bank_step(bank, loss_fn, index, device):
     bank.update(q.detach()[:, 0], index)
 
 
-def compare_banks(rounds, device):
-    """Print the second table."""
+def compare_banks(rounds, most_rows, device):
+    """Print the second table, of banks of at most so many rows."""
     losses = {
         f"nce, {BANK_DRAWS} draws": NCE(n_negatives=BANK_DRAWS),
         f"ring, {BANK_DRAWS} draws": Ring(1, anneal_epochs=0, n_negatives=BANK_DRAWS),
     }
-    index = torch.arange(BANK_QUERIES, device=device) * (CIFAR10 // BANK_QUERIES)
+    small, large = min(CIFAR10, most_rows), min(IMAGENET, most_rows)
+    index = torch.arange(BANK_QUERIES, device=device) * (small // BANK_QUERIES)
     steps = {}
-    for rows, candidates in ((CIFAR10, None), (IMAGENET, None), (IMAGENET, CIFAR10)):
+    for rows, candidates in ((small, None), (large, None), (large, small)):
         bank = MemoryBank(rows, BANK_DIM, 0.5, candidates=candidates).to(device)
         for name, loss_fn in losses.items():
             step = functools.partial(bank_step, bank, loss_fn, index, device)
@@ -235,7 +236,7 @@ def compare_banks(rounds, device):
     )
     for name, rows, candidates in steps:
         case = name, rows, candidates
-        ratio = seconds[case] / seconds[name, CIFAR10, None]
+        ratio = seconds[case] / seconds[name, small, None]
         print(
             f"{name:18}{rows:10}{candidates or 'all':>12}{1000 * seconds[case]:8.1f}{ratio:8.2f}"
             f"{mib[case]:8.0f}"
@@ -250,12 +251,13 @@ def main():
     parser.add_argument("--queries", type=int, default=256)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--negatives", type=int, default=65536)
+    parser.add_argument("--rows", type=int, default=IMAGENET, help="of a bank, at most")
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     compare_losses(args, device)
-    compare_banks(args.rounds, device)
+    compare_banks(args.rounds, args.rows, device)
 
 
 if __name__ == "__main__":
