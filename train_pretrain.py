@@ -31,7 +31,7 @@ import torch
 
 from engine import distributed
 from losses.diagnostics import step_diagnostics
-from training import summary
+from training import pictures, summary
 from training.build import Builder
 from training.epoch import EpochProgress
 from training.run import Run
@@ -114,6 +114,7 @@ def pretrain(run, build, args, cfg, device):
             run.end_epoch(figures)
         summary.evaluate(run, epoch + 1, figures, knn, encoder, loss_fn)
         summary.warn_of_replaced_images(loader)
+        pictures.draw_if_due(run, epoch + 1, encoder, host, loss_fn, loader)
 
     summary.finish(run, cfg, encoder, data.pretrain, knn.obstacle, args)
 

@@ -281,7 +281,8 @@ def move_aside(folder):
     present = os.listdir(folder)
     weights = [name for name in WEIGHTS if name in present]
     results = [name for name in present if name.endswith(".jsonl") and name != "log.jsonl"]
-    results += [name for name in ("linear", "finetune", "detect") if name in present]
+    others = "linear", "finetune", "detect", "negatives.png"
+    results += [name for name in others if name in present]
     # Without weights these two are of a start that saved nothing yet, and are written anew.
     records = [name for name in ("config.yaml", "log.jsonl") if name in present and weights]
     for name in results + records + weights:
