@@ -14,6 +14,7 @@ from losses import NEG_INF, Contrast, Negatives, Output, similarity
 from losses.base import valid_candidates
 from losses.diagnostics import first_of_output
 from losses.ifnd import IFND
+from losses.jcl import JCL
 from losses.mochi import MoCHi
 from losses.ring import Ring
 from losses.together import Together, narrow
@@ -59,6 +60,8 @@ def candidate_bands(loss_fn: nn.Module, contrast: Contrast, epoch: float) -> lis
             bands += ring_bands(method, left, output, epoch)
         elif isinstance(method, MoCHi):
             bands += mochi_bands(method, left, output)
+        elif isinstance(method, JCL):
+            bands += jcl_bands(left, output)
         elif isinstance(method, IFND):
             bands += ifnd_bands(method, left, output, epoch)
         else:
@@ -94,22 +97,22 @@ def plain_bands(contrast: Contrast, output: Output) -> list[Band]:
     s, is_candidate = all_similarities(contrast), has_image(contrast)  # (n, K)
     is_used = members_of(output.negatives, s.shape[1]) & is_candidate
     is_unused = is_candidate & ~members_of(output.chosen, s.shape[1])
-    hardest = nearest(s, is_used, 5)
     others = evenly_spaced(s, is_used, 3)[:, 1:]  # the first is the hardest
     bands = [
-        band("The hardest negatives", hardest, s, members_of_rows(hardest, s)),
+        hardest_band("The hardest negatives", s, is_used, 5),
         band("Of all negatives the one halfway, and the easiest", others, s, is_used),
     ]
     if is_unused.any():
-        bands.append(
-            band(
-                "Not among the negatives, the nearest of them",
-                nearest(s, is_unused, 3),
-                s,
-                is_unused,
-            )
-        )
+        nearest_unused = nearest(s, is_unused, 3)
+        bands.append(band("Not among the negatives", nearest_unused, s, is_unused))
     return bands
+
+
+def jcl_bands(contrast: Contrast, output: Output) -> list[Band]:
+    """JCL changes the keys, which are no candidates: the hardest negatives, to compare with."""
+    s = all_similarities(contrast)  # (n, K)
+    is_used = members_of(output.negatives, s.shape[1]) & has_image(contrast)
+    return [hardest_band("The hardest negatives", s, is_used, 3)]
 
 
 def ring_bands(ring: Ring, contrast: Contrast, output: Output, epoch: float) -> list[Band]:
@@ -136,8 +139,8 @@ def ring_bands(ring: Ring, contrast: Contrast, output: Output, epoch: float) -> 
             in_ring,
         ),
         band(
-            f"Left out as too far: beyond {outer}, from near to far",
-            evenly_spaced(s, is_beyond, 3),
+            f"Left out as too far: beyond {outer}, the nearest and the farthest",
+            evenly_spaced(s, is_beyond, 2),
             s,
             is_beyond,
         ),
@@ -156,18 +159,19 @@ def mochi_bands(mochi: MoCHi, contrast: Contrast, output: Output) -> list[Band]:
     is_hardest = members_of_rows(nearest(s, is_used, mochi.hardest), s)
     h, i, j = finest(mixed.h), finest(mixed.i), finest(mixed.j)  # (n, mixed)
     h_query, j_query = finest(mixed.h_query), finest(mixed.j_query)  # (n, query_mixed)
-    bands = []
+    title = f"Points are mixed of the {mochi.hardest} hardest candidates"
+    bands = [Band(title, i[:, :0], h[:, :0], is_hardest)]
     for order, words in zip(range(h.shape[1]), ("hardest", "second hardest")):
         point = h.topk(order + 1).indices[:, order:]  # (n, 1)
         parents = torch.cat([i.gather(1, point), j.gather(1, point)], 1)  # (n, 2)
-        title = f"The {words} mixed negative: its parents, two of the {mochi.hardest} hardest"
-        bands.append(band(title, parents, s, is_hardest))
+        title = f"The {words} mix of two, and below them their blend: the point has no image"
+        bands.append(band(title, parents, s))
         bands.append(blend(parents[:, :1], parents[:, 1:], h.gather(1, point)))
     if h_query.shape[1]:
         point = h_query.topk(1).indices  # (n, 1)
         parent = j_query.gather(1, point)
-        title = "The hardest negative mixed with the query itself: its parent"
-        bands.append(band(title, parent, s, is_hardest))
+        title = "The hardest mix of one with the query itself, and below it their blend"
+        bands.append(band(title, parent, s))
         of_query = torch.full_like(parent, QUERY)
         bands.append(blend(parent, of_query, h_query.gather(1, point)))
     return bands
@@ -190,14 +194,16 @@ def ifnd_bands(ifnd: IFND, contrast: Contrast, output: Output, epoch: float) -> 
         place = 100 * rank[contrast.negative_index] / rank.shape[0]  # (K,)
         accepted = evenly_spaced(s, is_accepted, 2)
         rejected = evenly_spaced(s, is_rejected, 1)
-        of_level = f"{k} clusters: accepted as false negatives and {becomes}, from near to far"
+        of_level = (
+            f"{k} clusters: the query's cluster, accepted, so {becomes}: nearest and farthest"
+        )
         bands.append(band(of_level, accepted, s, is_accepted, place))
-        of_level = f"{k} clusters: of the query's cluster, but not accepted, and so kept"
+        of_level = f"{k} clusters: the query's cluster, but it or the query is unsure, so kept"
         bands.append(band(of_level, rejected, s, is_rejected, place))
     if ifnd.mode == "eliminate":
         is_kept = members_of(output.chosen, s.shape[1]) & is_candidate
-        title = f"The hardest negatives that are kept, with {ifnd.clusters[-1]} clusters"
-        bands.append(band(title, nearest(s, is_kept, 1), s, is_kept))
+        title = f"The hardest negative that is kept, with {ifnd.clusters[-1]} clusters"
+        bands.append(hardest_band(title, s, is_kept, 1))
     return bands
 
 
@@ -259,13 +265,19 @@ def band(
     title: str,
     candidate: Tensor,
     s: Tensor,
-    members: Tensor,
+    members: Tensor | None = None,
     place: Tensor | None = None,
 ) -> Band:
-    """Return a Band of candidates (n, m). s: (n, K); place: (K,)."""
+    """Return a Band of candidates (n, m). s and members: (n, K); place: (K,)."""
     row = candidate.clamp(min=0)
     of_shown = None if place is None else place[row]
     return Band(title, candidate, s.gather(1, row), members, place=of_shown)
+
+
+def hardest_band(title: str, s: Tensor, is_used: Tensor, m: int) -> Band:
+    """Return the Band of the m nearest that are used, which stand for themselves alone."""
+    hardest = nearest(s, is_used, m)
+    return band(title, hardest, s, members_of_rows(hardest, s))
 
 
 def blend(first: Tensor, second: Tensor, h: Tensor) -> Band:

@@ -31,7 +31,7 @@ from .negatives import NONE, QUERY, candidate_bands, select_queries
 
 FILE = "negatives.png"
 # Images of the batch, of each process; and columns of the picture.
-BATCH, COLUMNS = 256, 10
+BATCH, COLUMNS = 256, 8
 # Keys of JCL that are shown, at most.
 KEYS = 5
 NAME_LENGTH = 11
@@ -246,7 +246,7 @@ def draw(contrasts, batch, loss_fn, loader, now, title):
     one_of = f" (the first of its {len(contrasts)} contrasts)" if len(contrasts) > 1 else ""
     sheet = [
         Row(f"{title}{one_of}. Each column is a query and some of its candidates.", []),
-        Row(f"The figures are similarities to a view of the query. {legend(labels)}", []),
+        Row(f"Figures: similarity to a view of the query. {legend(labels)}", []),
         query_row(contrast, images, loader.dataset),
     ]
     methods = loss_fn.losses.values() if isinstance(loss_fn, Together) else [loss_fn]
@@ -261,7 +261,7 @@ def legend(labels):
     """What the frames mean."""
     if labels is None:
         return "There are no labels, so false negatives have no frames."
-    return "Red: of the query's class, a false negative (labels serve the picture alone)."
+    return "Red: a false negative, by the true labels."
 
 
 class SheetImages:
@@ -307,7 +307,7 @@ def query_row(contrast, images, dataset):
     tiles = []
     positive = positive_similarity(contrast).tolist()
     for index, similarity in zip(images.query, positive):
-        lines = [f"key {similarity:.2f}"]
+        lines = [f"key {in_words(similarity)}"]
         if dataset.labels is not None and dataset.classes is not None:
             lines.insert(0, str(dataset.classes[int(dataset.labels[index])])[:NAME_LENGTH])
         tiles.append(Tile(images.of_index[index], "\n".join(lines), "royalblue"))
@@ -333,14 +333,12 @@ def key_rows(contrast, rows, n_queries, views, images, loader):
         if M == V:
             of_key.insert(0, images.of_index[images.query[column]])
         for i, tiles in enumerate(keys):
-            tiles.append(Tile(of_key[order[column, i]], f"{ranked[column, i]:.2f}"))
+            tiles.append(Tile(of_key[order[column, i]], in_words(ranked[column, i])))
     deviation = key_variance(q, k, k.mean(1)).sqrt().mean()
-    title = (
-        f"Its {M} keys, other views of the same image, the most similar first. JCL takes them for "
-        f"draws of a Gaussian: mean {s.mean():.2f}, standard deviation {deviation:.2f}"
-    )
-    sheet = [Row("The view that is the query", own_view)]
-    return sheet + [Row("" if i else title, tiles) for i, tiles in enumerate(keys)]
+    title = f"Its {M} keys, other views of the same image, the most similar first. For JCL they are"
+    title_end = f"draws of a Gaussian: mean {s.mean():.2f}, standard deviation {deviation:.2f}"
+    sheet = [Row("The view that is the query", own_view), Row("", []), Row(title, [])]
+    return sheet + [Row("" if i else title_end, tiles) for i, tiles in enumerate(keys)]
 
 
 def band_rows(band, images, is_false):
@@ -353,7 +351,15 @@ def band_rows(band, images, is_false):
     for query in range(len(images.query)):
         for i, tiles in enumerate(tiles_of_row):
             tiles.append(band_tile(band, images, is_false, query, i))
-    return [Row("" if i else title, tiles) for i, tiles in enumerate(tiles_of_row)]
+    if not tiles_of_row:
+        return [Row("", []), Row(title, [])]
+    rows = [Row("" if i else title, tiles) for i, tiles in enumerate(tiles_of_row)]
+    return [Row("", []), *rows] if band.title else rows  # a gap before each title
+
+
+def in_words(similarity):
+    """A similarity with two digits, and 0.00 without a sign."""
+    return f"{round(float(similarity), 2) + 0.0:.2f}"
 
 
 def band_tile(band, images, is_false, query, i):
@@ -365,8 +371,8 @@ def band_tile(band, images, is_false, query, i):
     if parents[0] == NONE or None in map(type, pixels) or any(x is None for x in pixels):
         return Tile(images.blank)
     image = torch.stack(pixels).float().mean(0).round().to(torch.uint8)
-    caption = f"{band.similarity[query, i]:.2f}"
+    caption = in_words(band.similarity[query, i])
     if band.place is not None:
-        caption += f"\nsure: {band.place[query, i]:.0f} %"
+        caption += f"\nsurest {band.place[query, i]:.0f} %"
     is_red = is_false is not None and all(r == QUERY or is_false[query, r] for r in parents)
     return Tile(image, caption, "red" if is_red else None)

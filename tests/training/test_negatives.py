@@ -71,10 +71,10 @@ def test_mochi_shows_its_hardest_points_and_their_parents(masked):
     c = literal.contrast(N=5, K=60, masked=masked)
     mochi = MoCHi(hardest=6, mixed=9, query_mixed=4, warmup_epochs=0)
     i_, j_, j_query, a, b = literal.fix_draws(mochi, 5)
-    parents, point, _, second_point, parent, query_point = candidate_bands(mochi, c, 0.0)
+    hardest, parents, point, _, second_point, parent, query_point = candidate_bands(mochi, c, 0.0)
     for x in range(5):
         hard = literal.nearest(c, x)[:6]
-        assert members(parents, x) == set(hard)
+        assert members(hardest, x) == set(hard)
         q, n = c.query[x].detach().double(), c.negative.double()
         points = literal.mix(q, [n[j] for j in hard], (i_[x], j_[x], j_query[x], a[x], b[x]))
         h = [(q @ v).item() for v in points]
@@ -83,9 +83,9 @@ def test_mochi_shows_its_hardest_points_and_their_parents(masked):
         assert [point.candidate[x, 0], point.partner[x, 0]] == shown(parents, x)
         assert point.similarity[x, 0].item() == pytest.approx(h[order[0]], abs=1e-5)
         assert second_point.similarity[x, 0].item() == pytest.approx(h[order[1]], abs=1e-5)
-        hardest = int(np.argmax(h[9:]))
-        assert shown(parent, x) == [hard[j_query[x, hardest]]]
-        assert query_point.similarity[x, 0].item() == pytest.approx(h[9 + hardest], abs=1e-5)
+        best = int(np.argmax(h[9:]))
+        assert shown(parent, x) == [hard[j_query[x, best]]]
+        assert query_point.similarity[x, 0].item() == pytest.approx(h[9 + best], abs=1e-5)
         assert query_point.partner[x, 0] == QUERY
 
 
@@ -117,7 +117,7 @@ def test_what_is_shown_of_ring_and_ifnd_is_what_the_loss_sums_over():
     _, in_ring, _ = candidate_bands(ring, c, 1.5)
     assert ring(c, 1.5).loss.item() == pytest.approx(info_nce(s, positive, in_ring.members))
     ifnd = literal.clustered(temperature=0.5)
-    accepted = [band for band in candidate_bands(ifnd, c, 3.0) if "accepted as" in band.title]
+    accepted = [band for band in candidate_bands(ifnd, c, 3.0) if "accepted, so" in band.title]
     valid = torch.ones(6, 60, dtype=torch.bool).scatter(1, c.self_index[:, None], False)
     of_level = [info_nce(s, positive, valid & ~band.members) for band in accepted]
     assert ifnd(c, 3.0).loss.item() == pytest.approx(sum(of_level) / len(of_level))
