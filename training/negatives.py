@@ -186,7 +186,9 @@ def ifnd_bands(ifnd: IFND, contrast: Contrast, output: Output, epoch: float) -> 
     s, is_candidate = all_similarities(contrast), has_image(contrast)  # (n, K)
     false_negatives = ifnd.false_negatives(contrast, epoch)  # (L, n, K)
     becomes = "left out" if ifnd.mode == "eliminate" else "attracted"
-    bands = []
+    share = f"{100 * ifnd.accepted(epoch):.3g}"
+    title = f"The surest {share} % of all images are accepted as members of their cluster"
+    bands = [Band(title, contrast.index[:, None][:, :0], s[:, :0])]
     for k, pseudo, rank, is_false in zip(ifnd.clusters, ifnd.pseudo, ifnd.rank, false_negatives):
         is_mate = pseudo[contrast.index][:, None] == pseudo[contrast.negative_index]  # (n, K)
         is_accepted = is_false & is_candidate

@@ -35,6 +35,7 @@ BATCH, COLUMNS = 256, 8
 # Keys of JCL that are shown, at most.
 KEYS = 5
 NAME_LENGTH = 11
+BLUE, RED = "royalblue", "red"
 
 
 # --------------------------------------------------------------------------------- during training
@@ -61,10 +62,8 @@ def draw_if_due(run, epoch, encoder, host, loss_fn, loader):
             problems = distributed.all_gather_object(problem)
         if run.log and not any(problems):
             now = epoch - 1 / len(loader)  # of the last step
-            title = describe(run.settings, epoch)
-            _, problem = attempt(
-                write, run.log, epoch, contrasts, batch, loss_fn, loader, now, title
-            )
+            parts = contrasts, batch, loss_fn, loader, now, describe(run.settings, epoch)
+            _, problem = attempt(write, run.log, epoch, *parts)
             problems = [problem]
     problem = next(filter(None, problems), None)
     if problem:
@@ -175,9 +174,9 @@ def fixed_batch(loader, bn_splits):
     world, rank = distributed.world_size(), distributed.rank()
     order = torch.randperm(len(loader.dataset), generator=generator(loader.seed))
     rows = order[rank * n : (rank + 1) * n]
-    views_per_process = torch.arange(loader.n_views * n)
-    drawn = loader.sample_parameters(loader.n_views * n * world, generator(loader.seed))
-    drawn = select_rows(drawn, views_per_process + rank * loader.n_views * n)
+    n_drawn = loader.n_views * n
+    drawn = loader.sample_parameters(world * n_drawn, generator(loader.seed))
+    drawn = select_rows(drawn, torch.arange(n_drawn) + rank * n_drawn)
     ((views, index),) = batches(
         loader.dataset,
         loader.augment,
@@ -246,12 +245,13 @@ def draw(contrasts, batch, loss_fn, loader, now, title):
     one_of = f" (the first of its {len(contrasts)} contrasts)" if len(contrasts) > 1 else ""
     sheet = [
         Row(f"{title}{one_of}. Each column is a query and some of its candidates.", []),
-        Row(f"Figures: similarity to a view of the query. {legend(labels)}", []),
+        Row(f"Figures: similarity to the query's view. {legend(labels)}", []),
         query_row(contrast, images, loader.dataset),
     ]
     methods = loss_fn.losses.values() if isinstance(loss_fn, Together) else [loss_fn]
     if any(isinstance(method, JCL) for method in methods):
-        sheet += key_rows(contrast, rows, len(contrasts[0].query), views, images, loader)
+        image = rows * len(index) // len(contrasts[0].query)  # which image of the batch
+        sheet += key_rows(contrast, [to_pixels(x[image], loader) for x in views], images)
     for band in bands:
         sheet += band_rows(band, images, is_false)
     return draw_sheet(sheet)
@@ -260,8 +260,8 @@ def draw(contrasts, batch, loss_fn, loader, now, title):
 def legend(labels):
     """What the frames mean."""
     if labels is None:
-        return "There are no labels, so false negatives have no frames."
-    return "Red: a false negative, by the true labels."
+        return "Blue: its own image. Without labels no false negative is framed."
+    return "Blue: its own image. Red: a false negative, by the labels."
 
 
 class SheetImages:
@@ -278,7 +278,7 @@ class SheetImages:
         self.candidate = contrast.negative_index.cpu()
         shown = [band.candidate[:COLUMNS].cpu() for band in bands]
         shown += [band.partner[:COLUMNS].cpu() for band in bands if band.partner is not None]
-        rows = torch.cat([x.flatten() for x in shown]) if shown else torch.empty(0).long()
+        rows = torch.cat([x.flatten() for x in shown])
         wanted = self.candidate[rows[rows >= 0].unique()]
         wanted = torch.cat([wanted, torch.tensor(self.query)]).unique()
         wanted = wanted[wanted >= 0]
@@ -310,35 +310,35 @@ def query_row(contrast, images, dataset):
         lines = [f"key {in_words(similarity)}"]
         if dataset.labels is not None and dataset.classes is not None:
             lines.insert(0, str(dataset.classes[int(dataset.labels[index])])[:NAME_LENGTH])
-        tiles.append(Tile(images.of_index[index], "\n".join(lines), "royalblue"))
+        tiles.append(Tile(images.of_index[index], "\n".join(lines), BLUE))
     return Row("The queries, and how similar their own keys are", tiles)
 
 
-def key_rows(contrast, rows, n_queries, views, images, loader):
+def key_rows(contrast, views, images):
     """The query's view, and its M keys, the most similar first.
 
-    A host's first key is the image's row of a bank where there are as many keys as views: models/.
+    Args:
+        contrast: of n queries, each of which is its image's first view.
+        views: V of (n, 3, S, S) uint8. Where there are as many keys as views, the first key is the
+            image's row of a memory bank; the others are the other views: see models/.
+        images: the SheetImages.
     """
-    n_images, V, M = len(views[0]), len(views), contrast.positive.shape[1]
-    views_per_image = n_queries // n_images
     q, k = contrast.query, contrast.positive  # (n, D), (n, M, D)
+    M = k.shape[1]
     s = (q[:, None] * k).sum(2)  # (n, M)
     ranked, order = s.sort(1, descending=True)
-    pixels = torch.stack([to_pixels(x, loader) for x in views])  # (V, n_images, 3, S, S)
-    own_view, keys = [], [[] for _ in range(min(M, KEYS))]
-    for column, row in enumerate(rows[:COLUMNS].tolist()):
-        image, view = divmod(row, views_per_image)
-        own_view.append(Tile(pixels[view, image], "", "royalblue"))
-        of_key = [pixels[(view + shift) % V, image] for shift in range(1, V)]
-        if M == V:
-            of_key.insert(0, images.of_index[images.query[column]])
-        for i, tiles in enumerate(keys):
-            tiles.append(Tile(of_key[order[column, i]], in_words(ranked[column, i])))
+    of_query, of_keys = [], [[] for _ in range(min(M, KEYS))]
+    for query, index in enumerate(images.query):
+        first, *others = (view[query] for view in views)
+        of_query.append(Tile(first, "", BLUE))
+        of_key = [images.of_index[index], *others][-M:]
+        for i, tiles in enumerate(of_keys):
+            tiles.append(Tile(of_key[order[query, i]], in_words(ranked[query, i])))
     deviation = key_variance(q, k, k.mean(1)).sqrt().mean()
-    title = f"Its {M} keys, other views of the same image, the most similar first. For JCL they are"
-    title_end = f"draws of a Gaussian: mean {s.mean():.2f}, standard deviation {deviation:.2f}"
-    sheet = [Row("The view that is the query", own_view), Row("", []), Row(title, [])]
-    return sheet + [Row("" if i else title_end, tiles) for i, tiles in enumerate(keys)]
+    title = f"Its {M} keys: other views of the same image, the most similar first. JCL takes them"
+    title_end = f"for draws of a Gaussian: mean {s.mean():.2f}, standard deviation {deviation:.2f}"
+    sheet = [Row("The view that is the query", of_query), Row("", []), Row(title, [])]
+    return sheet + [Row("" if i else title_end, tiles) for i, tiles in enumerate(of_keys)]
 
 
 def band_rows(band, images, is_false):
@@ -368,11 +368,15 @@ def band_tile(band, images, is_false, query, i):
     if band.partner is not None:
         parents.append(int(band.partner[query, i]))
     pixels = [images.of_candidate(row, query) for row in parents]
-    if parents[0] == NONE or None in map(type, pixels) or any(x is None for x in pixels):
+    if parents[0] == NONE or any(image is None for image in pixels):
         return Tile(images.blank)
     image = torch.stack(pixels).float().mean(0).round().to(torch.uint8)
     caption = in_words(band.similarity[query, i])
     if band.place is not None:
         caption += f"\nsurest {band.place[query, i]:.0f} %"
-    is_red = is_false is not None and all(r == QUERY or is_false[query, r] for r in parents)
-    return Tile(image, caption, "red" if is_red else None)
+    frame = None
+    if is_false is not None and all(row == QUERY or is_false[query, row] for row in parents):
+        frame = RED
+    if images.candidate[parents[0]] == images.query[query]:  # an old key of the query's image
+        frame = BLUE
+    return Tile(image, caption, frame)

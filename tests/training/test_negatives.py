@@ -93,7 +93,8 @@ def test_mochi_shows_its_hardest_points_and_their_parents(masked):
 def test_ifnd_shows_accepted_and_rejected_cluster_mates_of_each_level(mode):
     c = literal.contrast(N=8, K=60, masked="self", n_data=literal.N_DATA)
     ifnd = literal.clustered(mode=mode)
-    bands = candidate_bands(ifnd, c, 3.0)
+    title, *bands = candidate_bands(ifnd, c, 3.0)
+    assert title.title == "The surest 60 % of all images are accepted as members of their cluster"
     assert len(bands) == (5 if mode == "eliminate" else 4)
     for level, pseudo in enumerate(ifnd.pseudo.tolist()):
         accepted, rejected = bands[2 * level : 2 * level + 2]
