@@ -8,6 +8,8 @@
                                              the tables and the curves as files, too
     python report.py --own own.png           what the methods log of themselves: thresholds,
                                              hardness, false negatives
+    python report.py --negatives runs/a      a picture instead: which candidates the method of a run
+                                             takes and leaves out, in runs/a/negatives.png
 
 The files in yaml/ lay out the tables: each with a `paper` is one cell, (table, row, column), with
 the reported figure and that figure's source. A run is of the cell that its own config.yaml names,
@@ -136,6 +138,13 @@ def command_line():
     parser.add_argument("--markdown", metavar="FILE", help="write the tables there as well")
     parser.add_argument("--png", metavar="FILE", help="draw the curves there")
     parser.add_argument("--own", metavar="FILE", help="draw there what each method logs of itself")
+    parser.add_argument(
+        "--negatives",
+        nargs="+",
+        metavar=("RUN", "FILE"),
+        help="draw which candidates the method of a run takes, into RUN/negatives.png or FILE, "
+        "and end",
+    )
     return parser
 
 
@@ -145,6 +154,9 @@ def main():
     The tables are printed whether or not the files can be written, which is asked first.
     """
     args = command_line().parse_args()
+    if args.negatives:
+        draw_negatives(*args.negatives)
+        return
     refuse_missing_folders(args)
     paths = {"--markdown": args.markdown, "--png": args.png, "--own": args.own}
     problems = {
@@ -1232,6 +1244,22 @@ def draw_own(path, runs):
     for axis in axes[len(panels) :]:
         axis.axis("off")
     page.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def draw_negatives(folder, path=None, *others):
+    """Draw what the method of a run does with its candidates."""
+    from engine.distributed import init_distributed  # the tables need no device
+    from training.pictures import FILE, picture_of_run
+
+    if others:
+        raise SystemExit(f"--negatives takes a run and one file, so {others[0]} is too much")
+    path = os.path.join(folder, FILE) if path is None else path
+    page = picture_of_run(folder, init_distributed())
+    problem = why_not_writable("--negatives", path)
+    if problem:
+        raise SystemExit(problem)
+    page.save(path, "PNG")
+    print(path)
 
 
 def figure_name(key):

@@ -39,7 +39,7 @@ import torch
 
 from engine import distributed
 from losses.diagnostics import step_diagnostics
-from training import begin_from, summary
+from training import begin_from, pictures, summary
 from training.build import Builder
 from training.epoch import EpochProgress
 from training.run import Run
@@ -127,6 +127,7 @@ def pretrain(run, build, args, cfg, device):
             run.end_epoch(figures)
         summary.evaluate(run, epoch + 1, figures, monitor, encoder, loss_fn)
         summary.warn_of_replaced_images(loader)
+        pictures.draw_if_due(run, epoch + 1, encoder, host, loss_fn, loader)
 
     summary.finish(run, cfg, encoder, data.pretrain, data.obstacle, args)
 

@@ -298,7 +298,8 @@ def results_in(folder):
     """The names of what was evaluated and trained from a run's weights."""
     present = os.listdir(folder)
     results = [name for name in present if name.endswith(".jsonl") and name != "log.jsonl"]
-    return results + [name for name in ("linear", "finetune", "detect") if name in present]
+    others = "linear", "finetune", "detect", "negatives.png"
+    return results + [name for name in others if name in present]
 
 
 def rename_to_before(folder, names):

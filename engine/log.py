@@ -6,6 +6,7 @@ import os
 import re
 import threading
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 
@@ -286,6 +287,14 @@ class Log:
         save_image(grid, path)
         self.board.add_image(os.path.basename(path).split(".")[0], grid)
         self.board.flush()
+
+    def sheet(self, path, page, epoch):
+        """Write a page of PIL's as a PNG, and to TensorBoard as that of an epoch."""
+        with writing(path):
+            page.save(path)
+            name = os.path.basename(path).split(".")[0]
+            self.board.add_image(name, np.array(page), epoch, dataformats="HWC")
+            self.board.flush()
 
 
 def round_figures(figures):

@@ -45,6 +45,8 @@ class Run:
         save_minutes: how old the last checkpoint may become. It is written at the end of an epoch
             (unless that took over a second and over 2 % of the time), within an epoch when the last
             one is so old, when the run is told to stop, and at the end.
+        pictures: epochs between pictures of the negatives (training/pictures.py), and one at the
+            end; null: at the end alone; 0: none.
 
     Attributes:
         log: the Log, on the first process; None on the others.
@@ -65,15 +67,21 @@ class Run:
         train_on=None,
         *,
         save_minutes: float = 10.0,
+        pictures: int | None = None,
     ):
         if save_minutes <= 0:
             raise ValueError(f"save_minutes is {save_minutes}; it must be above 0")
+        if pictures is not None and pictures < 0:
+            raise ValueError(
+                f"pictures is {pictures}; it must be at least 0, or null for one at the end"
+            )
         self.folder, self.settings, self.epochs = folder, settings, epochs
         self.fresh, self.may_change, self.advice = fresh, may_change, advice
         self.train_on = train_on
         self.is_resumed = self.is_longer = False
         self.last = os.path.join(folder, "last.pt")
         self.save_every = 60 * save_minutes
+        self.pictures = pictures
         self.saved = None  # (epochs, steps) of the last checkpoint
         self.saved_at, self.save_took = time.monotonic(), 0.0
         self.log = None
@@ -227,6 +235,12 @@ class Run:
     def save_is_due(self):
         """Whether the last checkpoint is older than log.save_minutes."""
         return time.monotonic() - self.saved_at > self.save_every
+
+    def is_picture_due(self, epoch):
+        """Whether there is a picture of the negatives after so many epochs."""
+        if self.pictures == 0:
+            return False
+        return epoch == self.epochs or bool(self.pictures) and epoch % self.pictures == 0
 
     def end_epoch(self, figures):
         """Save at the end of an epoch.
