@@ -261,6 +261,8 @@ class Embedding:
     def fill(self, table):
         """Compute the rows that are missing. Every process calls it."""
         n = len(table)
+        if table.done == n:
+            return
         shown = progress(description="embedding", total=n, initial=table.done, unit="images")
         # A signal is obeyed between two batches, by all processes.
         with shown as bar, signals.deferred():
