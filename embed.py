@@ -145,17 +145,28 @@ def find_weights(args, cfg):
 
 
 def find_preprocessing(weights, cfg, file):
-    """How an image becomes input: {"image_size", "mean", "std"}, the weights' own or the run's."""
-    data = cfg["data"]
-    mean, std = STATISTICS.get(data["name"], IMAGENET)
-    of_run = {
-        "image_size": data["image_size"],
-        "mean": list(data["mean"] or mean),
-        "std": list(data["std"] or std),
+    """How an image becomes input: {"image_size", "mean", "std"}.
+
+    A backbone.pt says it, a last.pt has its run's settings; for other weights those of --cfg hold.
+    """
+    saved = read_safely(weights)
+    known = carried_preprocessing(saved)
+    if known is None:
+        is_last = isinstance(saved, dict) and {"settings", "encoder"} <= set(saved)
+        data = saved["settings"]["data"] if is_last else cfg["data"]
+        mean, std = STATISTICS.get(data["name"], IMAGENET)
+        known = {**data, "mean": data["mean"] or mean, "std": data["std"] or std}
+    if "auto" in (known["mean"], known["std"]):
+        raise SystemExit(
+            f"{weights} does not say by which mean and std its images were normalised, and "
+            f"{file} says auto; give the numbers: data.mean=[...] data.std=[...]"
+        )
+    config.build(check_image_size, {}, file, image_size=known["image_size"])
+    return {
+        "image_size": known["image_size"],
+        "mean": list(known["mean"]),
+        "std": list(known["std"]),
     }
-    carried = carried_preprocessing(read_safely(weights)) or of_run
-    config.build(check_image_size, {}, file, image_size=carried["image_size"])
-    return {key: carried[key] for key in of_run}
 
 
 def load_head(weights, encoder):

@@ -251,16 +251,19 @@ def near_duplicates(table, threshold, device, most=MOST_PAIRS):
     blocks = len(starts) * (len(starts) + 1) // 2
     with progress(description="near-duplicates", total=blocks, unit="blocks") as bar:
         for first_start in starts:
-            first = unit_rows(table, first_start, device)  # (b, D)
+            first = PARTS * unit_rows(table, first_start, device)  # (b, D)
             for second_start in range(first_start, n, BLOCK_ROWS):
                 second = unit_rows(table, second_start, device)  # (c, D)
-                similarity = (PARTS * (first @ second.T)).round_()  # (b, c)
+                similarity = first @ second.T  # (b, c)
                 if second_start == first_start:
                     similarity = similarity.triu(1)
-                count += int((similarity >= level).sum())
-                i, j = (similarity >= floor).nonzero(as_tuple=True)
-                pairs = torch.stack([similarity[i, j].long(), i + first_start, j + second_start], 1)
-                kept = np.concatenate([kept, pairs.cpu().numpy()])
+                near = int((similarity > level - 0.5).sum())  # they are rounded below
+                count += near
+                if near:
+                    i, j = (similarity > floor - 0.5).nonzero(as_tuple=True)
+                    cosines = similarity[i, j].round().long()
+                    pairs = torch.stack([cosines, i + first_start, j + second_start], 1)
+                    kept = np.concatenate([kept, pairs.cpu().numpy()])
                 if len(kept) > 2 * most:
                     kept = most_similar(kept, most)
                     floor = kept[-1, 0] + 1

@@ -42,6 +42,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("embed")
     encoder, cfg = make_encoder()
     save_backbone(str(folder / "backbone.pt"), encoder.backbone, cfg, GREY)
+    cfg["data"] |= GREY
     save_last(folder / "last.pt", encoder, cfg)
     generator = np.random.default_rng(0)
     for i in range(20):
@@ -107,8 +108,7 @@ def read_state(out):
 @pytest.mark.parametrize("feature", ["backbone", "output"])
 def test_the_rows_are_the_features_of_the_files_in_their_order(feature, folder, call):
     weights = folder / ("last.pt" if feature == "output" else "backbone.pt")
-    settings = ["data.mean=[0.4,0.5,0.6]", "data.std=[0.2,0.25,0.3]", "data.image_size=16"]
-    out = call("--feature", feature, "--weights", str(weights), *settings)
+    out = call("--feature", feature, "--weights", str(weights))
     files = [str(folder / "images" / name) for name in names_of(out)]
     assert names_of(out)[:2] == ["copy.png", "a/0.png"] and len(files) == 21
     dataset = FolderSet(files, None, None, GREY["mean"], GREY["std"])
@@ -134,6 +134,13 @@ def test_the_runs_settings_serve_where_the_weights_say_nothing(folder, call, cap
         0.5,
     ]  # of quickstart's shapes
     assert not os.path.exists("out/duplicates.csv")
+
+
+def test_a_normalisation_that_nobody_knows_is_refused(folder):
+    torch.save(dict(torch.load(folder / "backbone.pt")), folder / "plain.pth")
+    data = {"name": "folder", "image_size": 16, "mean": "auto", "std": "auto"}
+    with pytest.raises(SystemExit, match=r"plain.pth does not say .* a.yaml says auto; give the"):
+        embed.find_preprocessing(str(folder / "plain.pth"), {"data": data}, "a.yaml")
 
 
 def test_cmc_is_embedded_by_its_two_networks(folder, call):
