@@ -103,7 +103,7 @@ def main():
     torch.set_float32_matmul_precision("highest")
     weights = find_weights(args, cfg)
     preprocessing = find_preprocessing(weights, cfg, args.cfg)
-    dataset = list_folder(args, cfg, preprocessing)
+    dataset = find_images(args, cfg, preprocessing)
     encoder = Builder(cfg, args.cfg).encoder(dataset, device).requires_grad_(False)
     load_backbone(weights, encoder.backbone)
     if args.feature == "output":
@@ -181,7 +181,7 @@ def load_head(weights, encoder):
     checkpoint.load_part(weights, encoder, state)
 
 
-def list_folder(args, cfg, preprocessing):
+def find_images(args, cfg, preprocessing):
     """All images below --images, as a FolderSet."""
     folder = args.images
     if not os.path.isdir(folder):
@@ -373,20 +373,28 @@ class Results:
         # A query is its own neighbour, if not the first among its duplicates.
         k = min(NEIGHBOURS + 1, len(self.table))
         ((similarity, rows),) = nearest(self.table, vectors, k, self.device)
-        sheet = []
-        for query, cosines, neighbours in zip(queries, similarity.tolist(), rows.tolist()):
-            tiles = [(query, "query")]
-            for cosine, row in zip(cosines, neighbours):
-                if row != query and self.is_readable[row]:
-                    tiles.append((row, f"{cosine:.3f}"))
-            tiles = tiles[: NEIGHBOURS + 1]
-            images = self.thumbnails([row for row, _ in tiles], TILE)
-            captioned = [Tile(image, caption) for image, (_, caption) in zip(images, tiles)]
-            sheet.append(Row(self.names[query], captioned))
+        titles = [self.names[query] for query in queries]
+        captioned = [
+            self.choose_neighbours(*of_query)
+            for of_query in zip(queries.tolist(), similarity.tolist(), rows.tolist())
+        ]
+        images = iter(self.thumbnails([row for line in captioned for row, _ in line], TILE))
+        sheet = [
+            Row(title, [Tile(next(images), caption) for _, caption in line])
+            for title, line in zip(titles, captioned)
+        ]
         path = os.path.join(self.folder, "neighbours.png")
         with checkpoint.writing(path):
             draw_sheet(sheet, TILE).save(path)
         print_main(f"{path}: {count} images, and under each neighbour the cosine")
+
+    def choose_neighbours(self, query, cosines, rows):
+        """[(row, caption)] of a query and its neighbours, without itself among these."""
+        chosen = [(query, "query")]
+        for cosine, row in zip(cosines, rows):
+            if row != query and self.is_readable[row]:
+                chosen.append((row, f"{cosine:.3f}"))
+        return chosen[: NEIGHBOURS + 1]
 
     def thumbnails(self, rows, size):
         """Images of rows (m,) as (m, 3, size, size) uint8."""
