@@ -109,10 +109,11 @@ def main():
     if args.feature == "output":
         load_head(weights, encoder)
     source = {
-        "images": os.path.realpath(args.images),
-        "files": dataset.fingerprint(),
-        "weights": checkpoint.file_digest(weights),
+        "folder": os.path.realpath(args.images),
+        "number of images": len(dataset),
+        "hash of their names": dataset.fingerprint(),
         "feature": args.feature,
+        "hash of the weights": checkpoint.file_digest(weights),
         "model": {key: value for key, value in cfg["model"].items() if key != "precision"},
         "precision": encoder.precision,
         "preprocessing": preprocessing,

@@ -386,6 +386,18 @@ def test_duplicates_out_of_range_are_refused(word, call, capsys):
     assert f"--duplicates: {word} is no cosine above 0 and at most 1" in capsys.readouterr().err
 
 
+def test_added_images_and_other_vectors_are_refused(folder, call, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(folder / "images/a", images)
+    call("--images", str(images))
+    with pytest.raises(SystemExit, match="feature was 'backbone' and is now 'output'"):
+        call("--images", str(images), "--weights", str(folder / "last.pt"), "--feature", "output")
+    shutil.copy(folder / "images/copy.png", images)
+    with pytest.raises(SystemExit, match="other embeddings: number of images was 7 and is now 8"):
+        call("--images", str(images))
+    assert len(rows_of(call("--images", str(images), "--fresh"))) == 8
+
+
 def test_other_embeddings_are_kept_unless_started_over(tmp_path):
     table = make_table(tmp_path)
     fill(table, torch.ones(5, 3))
