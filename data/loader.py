@@ -218,10 +218,12 @@ class BatchPlan:
         return index[positions % len(index)], select_rows(drawn, rows.flatten())
 
 
-def ordered_batches(dataset, rows, recipe, image_size, device, batch_size=512, workers=None):
+def ordered_batches(
+    dataset, rows, recipe, image_size, device, batch_size=512, workers=None, broken=None
+):
     """The images `rows` (n,) in that order, augmented without randomness.
 
-    Yields (b, 3, S, S), (b,) on the device.
+    Yields (b, 3, S, S), (b,) on the device. broken: see `batches`.
     """
     augment = Augment(recipe, image_size, dataset.mean, dataset.std)
     plan = [
@@ -232,7 +234,7 @@ def ordered_batches(dataset, rows, recipe, image_size, device, batch_size=512, w
     if workers and not is_in_memory(dataset):
         reader = Reader(dataset, augment, "batched", 1, device)
         workers, in_flight = reader.workers_that_fit(workers, min(batch_size, len(rows)))
-    return batches(dataset, augment, plan, device, workers, in_flight=in_flight)
+    return batches(dataset, augment, plan, device, workers, broken=broken, in_flight=in_flight)
 
 
 def prefetch(items, depth=2):

@@ -193,11 +193,15 @@ def check_writable(folder):
 
 
 @contextlib.contextmanager
-def lock_run_folder(folder):
-    """Make a run's folder, and let no other process train there until the block has ended.
+def lock_run_folder(folder, choice="name=..."):
+    """Make a run's folder, and let no other process work there until the block has ended.
 
     Every process calls it; the first one locks. A run that is refused leaves no lock behind, and no
     folder that it made for nothing: the program may be a notebook, which lives on.
+
+    Args:
+        folder: is made where it is missing.
+        choice: what chooses another folder, for the sentence.
     """
     held, made = None, False
     with distributed.same_exit_on_all_ranks():
@@ -205,7 +209,7 @@ def lock_run_folder(folder):
             with writing(folder):
                 made = not os.path.isdir(folder)
                 os.makedirs(folder, exist_ok=True)
-                held = acquire_lock(folder)
+                held = acquire_lock(folder, choice)
     try:
         yield
     finally:
@@ -216,7 +220,7 @@ def lock_run_folder(folder):
                 os.rmdir(folder)
 
 
-def acquire_lock(folder):
+def acquire_lock(folder, choice="name=..."):
     """Lock a run's folder. Returns the locked file, or None on a disk without locks.
 
     lockf, not flock: workers that decode images do not inherit it, and they may live on for some
@@ -231,8 +235,8 @@ def acquire_lock(folder):
             owner = file.read().strip() or "another process"
             file.close()
             raise SystemExit(
-                f"{folder} is in use: {owner} trains there; stop it, wait for it, or choose "
-                "another name=..."
+                f"{folder} is in use: {owner} is at work there; stop it, wait for it, or choose "
+                f"another {choice}"
             ) from None
         except (AttributeError, OSError) as error:  # Windows, or a network disk without locks
             file.close()

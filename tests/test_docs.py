@@ -7,6 +7,7 @@ import shlex
 
 import pytest
 
+import embed
 import report
 import reproduce
 import train_detect
@@ -29,6 +30,7 @@ SCRIPTS = {
     "train_linear.py": (train_linear, ()),
     "train_finetune.py": (train_finetune, ("finetune",)),
     "train_detect.py": (train_detect, ("detect",)),
+    "embed.py": (embed, ()),
 }
 # What a page writes where the reader has something of their own.
 PLACEHOLDERS = {"FILE": "yaml/quickstart.yaml", "HOST": "simclr", "LOSS": "ring"}
