@@ -93,6 +93,8 @@ def main():
         submit_jobs(jobs)
         print("python reproduce.py --list, with the same options, says how far they are")
         return None
+    if not jobs:
+        print("nothing is missing")
     signals.say_when_stopped(how_to_go_on)
     run_jobs(jobs, args.gpus.split(",") if args.gpus else ())
     print_table(args.table, args.scale)

@@ -250,7 +250,7 @@ def test_it_runs_what_is_missing_and_prints_the_table(here, out):
         ("train_linear.py", "c_seed1"),
     ]
     assert printed.count("50.5 ± 0.7 (n 2)") == 3
-    out("T", "--seeds", "0", "1")
+    assert out("T", "--seeds", "0", "1")[0].startswith("nothing is missing\n")
     assert not os.path.exists("calls")
     os.remove("runs/b/linear.jsonl")
     states = out("--list")[0].splitlines()
@@ -445,6 +445,12 @@ def test_a_bad_scale_gets_one_sentence(text, sentence, here, out):
     (here / "yaml" / "scales" / "bad.yaml").write_text(text)
     _, status = out("T", "--scale", "bad")
     assert sentence in status
+
+
+def test_a_folder_that_cannot_be_written_gets_one_sentence(here, out):
+    (here / "runs").write_text("no folder")
+    _, status = out("T")
+    assert status.startswith("runs/a/train_pretrain.log cannot be written")
 
 
 def test_a_row_without_its_command_or_its_weights_is_refused(here, out):

@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from engine import orphans, signals
+from engine import checkpoint, orphans, signals
 from engine.progress import duration, progress
 
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -57,10 +57,11 @@ class Process:
     """A running job."""
 
     def __init__(self, job, environment):
-        os.makedirs(os.path.dirname(job.log), exist_ok=True)
         self.job, self.began = job, time.monotonic()
-        job.state = "running"
-        with open(job.log, "a") as log:
+        with checkpoint.writing(job.log):
+            os.makedirs(os.path.dirname(job.log), exist_ok=True)
+            log = open(job.log, "a")  # noqa: SIM115 (it is closed below)
+        with log:
             log.write(f"$ {shlex.join(job.command)}\n")
             log.flush()
             self.log_starts = log.tell()
@@ -73,6 +74,7 @@ class Process:
                 env={**os.environ, **environment},
                 start_new_session=True,
             )
+        job.state = "running"
 
     def has_ended(self):
         """Has it ended? If so the job's state says how."""
@@ -129,19 +131,26 @@ def run_jobs(jobs, gpus=()):
     running = {}  # {the number of a place: Process}
     with (
         signals.deferred(PATIENCE),
-        progress(description="jobs", total=len(jobs), unit="jobs") as bar,
+        progress(description="table", total=len(jobs), unit="jobs") as bar,
     ):
-        while not signals.stop_requested():
-            leave_out_lost(jobs, bar)
-            start_ready(jobs, places, running, bar)
-            if not running:
-                break
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-            collect_ended(running, bar)
-        for process in running.values():
-            process.stop()
-        for process in running.values():
-            process.process.wait()
+        try:
+            while not signals.stop_requested():
+                leave_out_lost(jobs, bar)
+                start_ready(jobs, places, running, bar)
+                if not running:
+                    break
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+                collect_ended(running, bar)
+        finally:
+            stop_all(running)
+
+
+def stop_all(running):
+    """Tell the processes in `running` to stop, and wait for them."""
+    for process in running.values():
+        process.stop()
+    for process in running.values():
+        process.process.wait()
 
 
 def leave_out_lost(jobs, bar):
@@ -158,7 +167,8 @@ def start_ready(jobs, places, running, bar):
     for i, environment in enumerate(places):
         job = next((job for job in jobs if job.is_ready()), None)
         if i not in running and job is not None:
-            where = f" on GPU {environment['CUDA_VISIBLE_DEVICES']}" if len(places) > 1 else ""
+            gpu = environment.get("CUDA_VISIBLE_DEVICES")
+            where = f" on GPU {gpu}" if gpu else ""
             bar.write(f"{job.title}: begun{where}, see {job.log}")
             running[i] = Process(job, environment)
 
