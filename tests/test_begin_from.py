@@ -229,22 +229,20 @@ def test_the_setting_stands_where_it_is_given_alone():
     assert "weights: runs/a/last.pt\n" in config.to_yaml(settings)
 
 
-class KNNStub:
+class MonitorStub:
     """A monitor that is always due."""
-
-    voters = 5
 
     def due(self, epoch, epochs):
         return True
 
     def __call__(self, encoder):
-        return 12.0
+        return {"knn": 12.0, "knn voters": 5}
 
 
 def test_words_of_a_run_that_began_from_weights(capsys, tmp_path):
     new_run = Run(str(tmp_path), {"weights": "w.pt"}, 1)
     new_run.unlogged_figures = dict
-    summary.evaluate_at_start(new_run, KNNStub(), None, None)
+    summary.evaluate_at_start(new_run, MonitorStub(), None, None)
     assert capsys.readouterr().out == "begun from weights: kNN 12.0 %\n"
     lines = [{"epoch": 0, "knn": 12.0}, {"epoch": 2, "knn": 43.0}]
     assert summary.knn_summary(lines, summary.before_training({"weights": "w.pt"})) == (
