@@ -280,8 +280,7 @@ def program(script, folder, monkeypatch, *arguments):
     monkeypatch.chdir(folder)
     name = os.path.basename(script.__file__)
     monkeypatch.setattr(sys, "argv", [name, "--cfg", f"{ROOT}/yaml/quickstart.yaml", *arguments])
-    for module in (training.build, train_finetune):
-        monkeypatch.setattr(module, "load", functools.wraps(module.load)(small))
+    monkeypatch.setattr(training.build, "load", functools.wraps(training.build.load)(small))
     monkeypatch.setattr(distributed, "init_distributed", lambda asked: GPU)
     monkeypatch.setattr(checkpoint, "write", write)
     monkeypatch.setattr(checkpoint, "read_checkpoint", saved.__getitem__)
