@@ -48,6 +48,7 @@ FREE = (
     "knn.every",
     "knn.root",
     "knn.sample",
+    "log",
     "linear.root",
     "detect.data",
     "detect.workers",
@@ -650,8 +651,12 @@ def by_seed(runs):
 
 
 def differences(old, new, ignore=FREE):
-    """All settings that differ, as words: ["optim.epochs was 300 and is 10"]."""
+    """All settings that differ, as words: ["optim.epochs was 300 and is 10"].
+
+    `auto` in old, the settings of a file, is whatever a run made of it: runs keep numbers.
+    """
     found, ignore = [], less_folders(old, new, ignore)
+    ignore += [f"data.{key}" for key in ("mean", "std") if old["data"][key] == "auto"]
     if old.get("weights") != new.get("weights") and "weights" not in ignore:
         found.append(beginning(new))
         ignore.append("weights")
@@ -1027,7 +1032,7 @@ def spread(values):
 def effort(runs):
     """What pre-training took a run, such as "60 epochs, 6 min on 2 CPU cores"."""
     done = runs[0].done
-    seconds = mean(sum(line.get("seconds", 0) for line in run.log) for run in runs)
+    seconds = mean(training_seconds(run) for run in runs)
     if seconds >= 3600:
         time = f"{seconds / 3600:.1f} h"
     elif seconds >= 60:
@@ -1042,11 +1047,16 @@ def training_time(runs, cfg):
     """The mean time of pre-training of the finished runs with the settings cfg, in words, or ""."""
     ignore = [*FREE, "knn", "linear", "finetune", "detect"]
     seconds = [
-        sum(line.get("seconds", 0) for line in run.log)
+        training_seconds(run)
         for run in runs
         if cfg and not unfinished(run) and not differing(cfg, run.cfg, ignore)
     ]
     return duration(mean(seconds)) if seconds else ""
+
+
+def training_seconds(run):
+    """What the epochs of a run took, without its evaluations."""
+    return sum(line.get("seconds", 0) for line in run.log)
 
 
 def hardware_of(run):
