@@ -32,6 +32,7 @@ import textwrap
 from statistics import mean, stdev
 from typing import NamedTuple
 
+from data.datasets import FOLDERS, describe_set
 from engine import config
 from engine.log import lines
 from engine.progress import duration
@@ -53,8 +54,6 @@ FREE = (
     "detect.data",
     "detect.workers",
 )
-# Data sets that have no other name than where they lie.
-FOLDERS = "folder", "list"
 # <this>.jsonl in a run's folder; svm is the `linear` section's.
 EVALUATIONS = ("linear", "finetune", "detect", "svm")
 # What a protocol is followed by if something was not finished.
@@ -495,18 +494,9 @@ def elsewhere(name, cfg):
 
     name: of the data that an evaluation was on, as train_linear.py writes it; None: the run's own.
     """
-    same = name in (None, cfg["data"]["name"], data_name(cfg["data"]))
+    own = cfg["data"]
+    same = name in (None, own["name"], describe_set(own["name"], own.get("root")))
     return "" if same else f"{ELSEWHERE}{name}: "
-
-
-def data_name(settings):
-    """A data set as train_linear.py names it: by its name, or as a folder or list with its own.
-
-    settings: the data section, or root and name of the data that are probed.
-    """
-    if settings["name"] not in FOLDERS or not settings.get("root"):
-        return settings["name"]
-    return f"{settings['name']} {base_name(settings['root'])}"
 
 
 def base_name(path):
@@ -688,7 +678,7 @@ def asked_otherwise(cfg, metric, protocol, file):
     if stem == "linear":
         name = cfg["linear"]["data"] or cfg["data"]["name"]
         root = cfg["linear"]["root"] or cfg["data"]["root"]
-        line = {"data": data_name({"name": name, "root": root}), "root": root}
+        line = {"data": describe_set(name, root), "root": root}
         where = elsewhere_of(line, stem, cfg)
     if stem == "finetune":  # whose own words are not of the images
         words.append(cfg[stem]["list"] or f"{100 * cfg[stem]['labels']:.3g} % of the labels")
@@ -1089,7 +1079,7 @@ def oracle(*losses):
 def data(cfg):
     """What a run was trained on."""
     settings = cfg["data"]
-    words = data_name(settings)
+    words = describe_set(settings["name"], settings["root"])
     if settings["split"] != "train":
         words += f" {settings['split']}"
     if settings["limit"]:

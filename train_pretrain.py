@@ -20,7 +20,7 @@ def make_parser():
     parser = config.command_line(__doc__)
     parser.add_argument("--fresh", action="store_true", help="start over, though there is last.pt")
     parser.add_argument(
-        "--weights", dest="begin_from", metavar="FILE", help="begin from a run's last.pt or a ResNet"
+        "--weights", dest="begin_from", metavar="FILE", help="begin from a last.pt, or any ResNet"
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     return parser
