@@ -213,7 +213,7 @@ def main():
     source = data_settings(cfg["data"], probe)
     train, test = load_parts(source, cfg["seed"], args.cfg)
     encoder = build.encoder(train, device).eval().requires_grad_(False)
-    untrained = copy.deepcopy(encoder)  # the very weights that the run began with
+    untrained = copy.deepcopy(encoder)  # the random weights that a run begins with
     preprocessing = load_backbone(weights, encoder.backbone)
     if args.export:
         return print_main(export(*args.export, encoder.backbone, weights, preprocessing))
