@@ -30,6 +30,7 @@ def take_modules():
 
 modules_of_caller = take_modules()
 try:
+    from engine.distributed import print_main
     from engine.weights import fill_backbone, read_backbone
     from models.resnet import LAYERS, ResNet
 finally:
@@ -63,7 +64,7 @@ def resnet(weights):
         fill_backbone(weights, network, tensors)
     except SystemExit as refusal:  # which would end the program that calls this
         raise ValueError(str(refusal)) from None
-    print(sentence)
+    print_main(sentence)
     for name in ("mean", "std", "resize", "image_size"):
         setattr(network, name, (preprocessing or {}).get(name))
     return network.requires_grad_(False).eval()
