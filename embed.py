@@ -77,7 +77,7 @@ from engine import checkpoint, distributed
 from engine.distributed import print_main
 from engine.progress import progress
 from engine.sheet import Row, Tile, draw_sheet
-from engine.weights import carried_preprocessing, load_backbone, of_run, read_safely
+from engine.weights import carried_preprocessing, is_last, load_backbone, of_run, read_safely
 from evaluation.embedding_file import EmbeddingFile, near_duplicates, to_line, write_lines
 from evaluation.features import eval_mode, nearest
 from training.build import Builder
@@ -153,8 +153,7 @@ def find_preprocessing(weights, cfg, file):
     saved = read_safely(weights)
     known = carried_preprocessing(saved)
     if known is None:
-        is_last = isinstance(saved, dict) and {"settings", "encoder"} <= set(saved)
-        data = saved["settings"]["data"] if is_last else cfg["data"]
+        data = saved["settings"]["data"] if is_last(saved) else cfg["data"]
         mean, std = STATISTICS.get(data["name"], IMAGENET)
         known = {**data, "mean": data["mean"] or mean, "std": data["std"] or std}
     if "auto" in (known["mean"], known["std"]):

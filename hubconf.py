@@ -30,7 +30,8 @@ def take_modules():
 
 modules_of_caller = take_modules()
 try:
-    from engine.weights import load_backbone, read_backbone
+    from engine.distributed import print_main
+    from engine.weights import fill_backbone, read_backbone
     from models.resnet import LAYERS, ResNet
 finally:
     take_modules()
@@ -50,19 +51,20 @@ def resnet(weights):
     Returns:
         A network of normalised images (b, 3, S, S), of which it makes pooled features (b, F). Its
         attributes are `features`, F; and what the file says of its images, as a backbone.pt does,
-        each None where it says nothing: `mean` and `std`, of each channel, for images in [0, 1];
-        `resize`, the shorter side of an image in pixels; `image_size`, the side S of the central
-        square that is cut out.
+        and a last.pt if data.mean and data.std of its run are numbers or auto, each None where it
+        says nothing: `mean` and `std`, of each channel, for images in [0, 1]; `resize`, the shorter
+        side of an image in pixels; `image_size`, the side S of the central square that is cut out.
 
     Raises:
         ValueError: says what the file holds instead.
     """
     try:
-        tensors, _, preprocessing = read_backbone(weights)
+        tensors, sentence, preprocessing = read_backbone(weights)
         network = ResNet(*architecture(weights, tensors))
-        load_backbone(weights, network)
+        fill_backbone(weights, network, tensors)
     except SystemExit as refusal:  # which would end the program that calls this
         raise ValueError(str(refusal)) from None
+    print_main(sentence)
     for name in ("mean", "std", "resize", "image_size"):
         setattr(network, name, (preprocessing or {}).get(name))
     return network.requires_grad_(False).eval()

@@ -32,6 +32,7 @@ import textwrap
 from statistics import mean, stdev
 from typing import NamedTuple
 
+from data.datasets import FOLDERS, describe_set
 from engine import config
 from engine.log import lines
 from engine.progress import duration
@@ -48,12 +49,11 @@ FREE = (
     "knn.every",
     "knn.root",
     "knn.sample",
+    "log",
     "linear.root",
     "detect.data",
     "detect.workers",
 )
-# Data sets that have no other name than where they lie.
-FOLDERS = "folder", "list"
 # <this>.jsonl in a run's folder; svm is the `linear` section's.
 EVALUATIONS = ("linear", "finetune", "detect", "svm")
 # What a protocol is followed by if something was not finished.
@@ -494,18 +494,9 @@ def elsewhere(name, cfg):
 
     name: of the data that an evaluation was on, as train_linear.py writes it; None: the run's own.
     """
-    same = name in (None, cfg["data"]["name"], data_name(cfg["data"]))
+    own = cfg["data"]
+    same = name in (None, own["name"], describe_set(own["name"], own.get("root")))
     return "" if same else f"{ELSEWHERE}{name}: "
-
-
-def data_name(settings):
-    """A data set as train_linear.py names it: by its name, or as a folder or list with its own.
-
-    settings: the data section, or root and name of the data that are probed.
-    """
-    if settings["name"] not in FOLDERS or not settings.get("root"):
-        return settings["name"]
-    return f"{settings['name']} {base_name(settings['root'])}"
 
 
 def base_name(path):
@@ -650,8 +641,12 @@ def by_seed(runs):
 
 
 def differences(old, new, ignore=FREE):
-    """All settings that differ, as words: ["optim.epochs was 300 and is 10"]."""
+    """All settings that differ, as words: ["optim.epochs was 300 and is 10"].
+
+    `auto` in old, the settings of a file, is whatever a run made of it: runs keep numbers.
+    """
     found, ignore = [], less_folders(old, new, ignore)
+    ignore += [f"data.{key}" for key in ("mean", "std") if old["data"][key] == "auto"]
     if old.get("weights") != new.get("weights") and "weights" not in ignore:
         found.append(beginning(new))
         ignore.append("weights")
@@ -683,7 +678,7 @@ def asked_otherwise(cfg, metric, protocol, file):
     if stem == "linear":
         name = cfg["linear"]["data"] or cfg["data"]["name"]
         root = cfg["linear"]["root"] or cfg["data"]["root"]
-        line = {"data": data_name({"name": name, "root": root}), "root": root}
+        line = {"data": describe_set(name, root), "root": root}
         where = elsewhere_of(line, stem, cfg)
     if stem == "finetune":  # whose own words are not of the images
         words.append(cfg[stem]["list"] or f"{100 * cfg[stem]['labels']:.3g} % of the labels")
@@ -1027,7 +1022,7 @@ def spread(values):
 def effort(runs):
     """What pre-training took a run, such as "60 epochs, 6 min on 2 CPU cores"."""
     done = runs[0].done
-    seconds = mean(sum(line.get("seconds", 0) for line in run.log) for run in runs)
+    seconds = mean(training_seconds(run) for run in runs)
     if seconds >= 3600:
         time = f"{seconds / 3600:.1f} h"
     elif seconds >= 60:
@@ -1042,11 +1037,16 @@ def training_time(runs, cfg):
     """The mean time of pre-training of the finished runs with the settings cfg, in words, or ""."""
     ignore = [*FREE, "knn", "linear", "finetune", "detect"]
     seconds = [
-        sum(line.get("seconds", 0) for line in run.log)
+        training_seconds(run)
         for run in runs
         if cfg and not unfinished(run) and not differing(cfg, run.cfg, ignore)
     ]
     return duration(mean(seconds)) if seconds else ""
+
+
+def training_seconds(run):
+    """What the epochs of a run took, without its evaluations."""
+    return sum(line.get("seconds", 0) for line in run.log)
 
 
 def hardware_of(run):
@@ -1079,7 +1079,7 @@ def oracle(*losses):
 def data(cfg):
     """What a run was trained on."""
     settings = cfg["data"]
-    words = data_name(settings)
+    words = describe_set(settings["name"], settings["root"])
     if settings["split"] != "train":
         words += f" {settings['split']}"
     if settings["limit"]:

@@ -224,14 +224,18 @@ def find_run(cell, source, variant):
     return None
 
 
+def other_settings(cell, run, variant):
+    """Which settings of a pre-training are not those that a cell asks for, in words."""
+    wanted = config.load(cell.file, settings_of(cell, variant))
+    return report.differences(wanted, run.cfg, checkpoint.MAY_CHANGE)
+
+
 def is_pretrained(cell, variant):
     """Are a cell's weights there, of the settings that it asks for?"""
     run = find_run(cell, cell, variant)
-    if run is None or report.unfinished(run):
+    if run is None or report.unfinished(run) or other_settings(cell, run, variant):
         return False
-    wanted = config.load(cell.file, settings_of(cell, variant))
-    differs = config.difference(wanted, run.cfg, checkpoint.MAY_CHANGE)
-    return not differs and os.path.exists(os.path.join(run.folder, "backbone.pt"))
+    return os.path.exists(os.path.join(run.folder, "backbone.pt"))
 
 
 def is_evaluated(cell, source, variant):
@@ -256,6 +260,8 @@ def state_of(cell, source, variant):
     run = find_run(source, source, variant)
     if run is None:
         return "not begun"
+    if other := other_settings(source, run, variant):
+        return f"in {run.folder} are other settings: {other[0]}"
     if report.unfinished(run):
         return f"at epoch {run.done} of {run.cfg['optim']['epochs']}"
     return f"pre-trained, without {cell.metric}"

@@ -56,7 +56,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from data.augment import get_recipe
-from data.datasets import MEAN_PER_CLASS, find_obstacle, load
+from data.datasets import MEAN_PER_CLASS, describe_set, find_obstacle, load
 from data.image_files import say_if_dark
 from data.loader import Loader, check_image_size
 from data.statistics import replace_auto
@@ -213,7 +213,7 @@ def main():
     source = data_settings(cfg["data"], probe)
     train, test = load_parts(source, cfg["seed"], args.cfg)
     encoder = build.encoder(train, device).eval().requires_grad_(False)
-    untrained = copy.deepcopy(encoder)  # the very weights that the run began with
+    untrained = copy.deepcopy(encoder)  # the random weights that a run begins with
     preprocessing = load_backbone(weights, encoder.backbone)
     if args.export:
         return print_main(export(*args.export, encoder.backbone, weights, preprocessing))
@@ -226,8 +226,9 @@ def main():
     encoders[cfg["name"]] = lambda x: encoder(x, "backbone")  # (b, 3, S, S) -> (b, F)
     parts = train.to(device), test.to(device)
     evaluation = Evaluation(build, probe, source, encoders, *parts, device)
+    set_name = describe_set(source["name"], source["root"])
     print_main(
-        f"{weights} on {describe_data(source)}: {len(train)} training and {len(test)} test images, "
+        f"{weights} on {set_name}: {len(train)} training and {len(test)} test images, "
         f"{len(train.classes)} classes"
     )
     evaluation.choose_memory(not args.no_baselines)
@@ -246,7 +247,7 @@ def main():
         config.save_if_missing(cfg, run_folder)
         line = {
             "weights": weights,
-            "data": describe_data(source),
+            "data": set_name,
             "root": source["root"],
             "protocol": str(probe),
             "knn": str(evaluation.knn).replace(evaluation.knn.feature, "backbone"),
@@ -306,13 +307,6 @@ def baselines(untrained, image_size):
         "raw pixels": lambda x: F.adaptive_avg_pool2d(x, side).flatten(1),
         "untrained encoder": lambda x: untrained(x, "backbone"),
     }
-
-
-def describe_data(source):
-    """The name of the data set; of a folder or a list, which one."""
-    if source["name"] not in ("folder", "list"):
-        return source["name"]
-    return f"{source['name']} {os.path.basename(os.path.normpath(source['root']))}"
 
 
 def augmented_run(build, probe, run_folder, weights, fresh):

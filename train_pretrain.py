@@ -12,8 +12,6 @@ on when the same line is given again, and at the end backbone.pt. Batch size and
 global, for all processes together; nothing is scaled silently.
 """
 
-import os
-
 from engine import config, signals
 
 
@@ -22,11 +20,7 @@ def make_parser():
     parser = config.command_line(__doc__)
     parser.add_argument("--fresh", action="store_true", help="start over, though there is last.pt")
     parser.add_argument(
-        "--weights",
-        dest="begin_from",
-        metavar="FILE",
-        help="begin from a file of weights, as the setting weights=FILE: a run's backbone.pt or "
-        "last.pt, a torchvision ResNet, or other people's checkpoint",
+        "--weights", dest="begin_from", metavar="FILE", help="begin from a last.pt, or any ResNet"
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     return parser
@@ -39,11 +33,9 @@ import torch
 
 from engine import distributed
 from losses.diagnostics import step_diagnostics
-from training import begin_from, pictures, summary
+from training import begin_from, summary
 from training.build import Builder
 from training.epoch import EpochProgress
-from training.run import Run
-from training.train_on import goes_on_longer
 
 
 @distributed.say_refusals_once()
@@ -52,9 +44,7 @@ def main():
     args, cfg = config.read_command_line(make_parser())
     device = distributed.init_distributed(args.device)
     build = Builder(cfg, args.cfg)
-    folder, epochs = os.path.join("runs", cfg["name"]), cfg["optim"]["epochs"]
-    given = {"settings": cfg, "epochs": epochs, "fresh": args.fresh, "train_on": goes_on_longer}
-    with build("log", Run, folder=folder, **given) as run:
+    with build.run(args.fresh) as run:
         pretrain(run, build, args, cfg, device)
     distributed.cleanup()
 
@@ -82,9 +72,7 @@ def pretrain(run, build, args, cfg, device):
     progress = EpochProgress(len(data.pretrain), data.pretrain.fingerprint(), encoder, host)
     parts = {"encoder": encoder, "host": host, "loss": loss_fn}
     run.resume(progress, steps, device, **parts, optimizer=optimizer, scaler=scaler)
-    summary.begin_log(run, cfg, loader)
-    summary.describe_start(run, cfg, loader, schedule, encoder, monitor)
-    summary.evaluate_at_start(run, monitor, encoder, loss_fn)
+    summary.begin(run, cfg, loader, schedule, encoder, loss_fn, monitor)
 
     # ----------------------------------------------------------------------------------- training
     for epoch in range(run.start_epoch, schedule.epochs):
@@ -125,9 +113,7 @@ def pretrain(run, build, args, cfg, device):
             distributed.average_buffers(host)
             figures = summary.epoch_figures(run, loss_fn, schedule, loader)
             run.end_epoch(figures)
-        summary.evaluate(run, epoch + 1, figures, monitor, encoder, loss_fn)
-        summary.warn_of_replaced_images(loader)
-        pictures.draw_if_due(run, epoch + 1, encoder, host, loss_fn, loader)
+        summary.after_epoch(run, epoch + 1, figures, monitor, encoder, host, loss_fn, loader)
 
     summary.finish(run, cfg, encoder, data.pretrain, data.obstacle, args)
 

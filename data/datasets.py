@@ -56,7 +56,9 @@ TORCHVISION = {
 }
 # The papers' transfer protocol gives these the mean of each class's accuracy beside top-1.
 MEAN_PER_CLASS = "aircraft", "flowers", "pets"
-NAMES = ("shapes", *TORCHVISION, "folder", "list", "imagenet", "imagenet100", "voc2007")
+# Sets of one's own, which have no other name than where they lie.
+FOLDERS = "folder", "list"
+NAMES = ("shapes", *TORCHVISION, *FOLDERS, "imagenet", "imagenet100", "voc2007")
 
 
 class ArraySet:
@@ -171,6 +173,13 @@ def load(
         if values is not None:
             setattr(dataset, key, tuple(values))
     return dataset
+
+
+def describe_set(name, root):
+    """A data set by its name; of a folder or a list also which one. root: as in `load`, or None."""
+    if name not in FOLDERS or not root:
+        return name
+    return f"{name} {os.path.basename(os.path.normpath(root))}"
 
 
 def with_cache(dataset, part, name, cache, skip, list_file):

@@ -681,12 +681,14 @@ def type_name(kind):
 
 def to_yaml(settings):
     """Resolved settings as YAML, a line a section."""
-    lines = []
-    for section, value in settings.items():
-        dumped = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6)
-        # PyYAML ends a document that is one value with "...".
-        lines.append(f"{section}: {dumped.strip().removesuffix('...').strip()}\n")
-    return "".join(lines)
+    return "".join(f"{section}: {in_one_line(value)}\n" for section, value in settings.items())
+
+
+def in_one_line(value):
+    """A value as YAML, as it stands in a file and on the command line."""
+    dumped = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6)
+    # PyYAML ends a document that is one value with "...".
+    return dumped.strip().removesuffix("...").strip()
 
 
 def save_if_missing(settings, folder):

@@ -11,8 +11,6 @@ import contextlib
 import copy
 import os
 
-import yaml
-
 from . import config
 
 FOLDER = os.path.join("yaml", "scales")
@@ -91,7 +89,7 @@ def overrides(row, scale):
     if small["model"]["host"] == "moco" and "bn_splits" not in scale.get("model", {}):
         small["model"]["bn_splits"] = BN_SPLITS
     return [
-        f"{where}.{key}={as_word(value)}"
+        f"{where}.{key}={config.in_one_line(value)}"
         for where, old, new in zip_sections(row, small)
         for key, value in new.items()
         if value != old[key]
@@ -149,10 +147,3 @@ def zip_sections(row, small):
                 yield f"{section}.{old_loss['name']}", old_loss, new_loss
         elif section in config.SECTIONS:
             yield section, old, small[section]
-
-
-def as_word(value):
-    """A value as the command line takes it."""
-    dumped = yaml.safe_dump(value, default_flow_style=True, width=10**6)
-    # PyYAML ends a document that is one value with "...".
-    return dumped.strip().removesuffix("...").strip()

@@ -482,12 +482,13 @@ def save_backbone(path, backbone, settings, preprocessing=None):
     checkpoint.write(path, weights)
 
 
-def preprocessing_of(dataset, image_size):
+def preprocessing_of(image_size, mean, std):
     """How evaluation makes the encoder's input of an image: data/augment.py's recipe `eval`.
 
     Args:
-        dataset: with mean and std a channel, of RGB images in [0, 1].
         image_size: S, the side of the encoder's input in pixels.
+        mean: of each channel, of RGB images in [0, 1].
+        std: likewise.
 
     Returns:
         dict. The shorter side of an image is resized to `resize` pixels, antialiased, and the
@@ -497,8 +498,8 @@ def preprocessing_of(dataset, image_size):
     return {
         "resize": round(image_size * 256 / 224),
         "image_size": image_size,
-        "mean": [float(value) for value in dataset.mean],
-        "std": [float(value) for value in dataset.std],
+        "mean": [float(value) for value in mean],
+        "std": [float(value) for value in std],
     }
 
 
@@ -517,21 +518,24 @@ def write_preprocessing(path, preprocessing):
 
 
 def carried_preprocessing(saved):
-    """What a backbone.pt says of its images, or None: it may be anybody's file."""
+    """What a file says of its images, as preprocessing_of; or None: it may be anybody's file.
+
+    A backbone.pt says it. A last.pt has the settings of its run, and says it where they hold
+    numbers, not null for the mean and std of the data set.
+    """
     preprocessing = getattr(saved, "preprocessing", None)
-    return preprocessing if isinstance(preprocessing, dict) else None
+    if isinstance(preprocessing, dict):
+        return preprocessing
+    data = saved["settings"].get("data", {}) if is_last(saved) else {}
+    if isinstance(data.get("mean"), list) and isinstance(data.get("std"), list):
+        return preprocessing_of(data["image_size"], data["mean"], data["std"])
+    return None
 
 
 def carried_statistics(path):
     """{"mean", "std"} of the images that a run's weights were trained with; None where unknown."""
-    saved = read_safely(path)
-    known = carried_preprocessing(saved)
-    if known is None and isinstance(saved, dict):
-        settings = saved.get("settings")  # last.pt
-        known = settings.get("data") if isinstance(settings, dict) else None
-    known = known if isinstance(known, dict) else {}
-    values = {key: known.get(key) for key in ("mean", "std")}
-    return {key: value if isinstance(value, list) else None for key, value in values.items()}
+    known = carried_preprocessing(read_safely(path)) or {}
+    return {key: known.get(key) for key in ("mean", "std")}
 
 
 def refuse_other_settings(path, saved):
@@ -556,7 +560,8 @@ def refuse_other_settings(path, saved):
 
 def is_last(saved):
     """Is what a file holds one of our last.pt of pre-training?"""
-    return isinstance(saved, dict) and {"settings", "encoder", "host"} <= set(saved)
+    is_ours = isinstance(saved, dict) and {"settings", "encoder", "host"} <= set(saved)
+    return is_ours and isinstance(saved["settings"], dict)
 
 
 def of_run(given, run, file, random=True):

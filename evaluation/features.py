@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from data.datasets import NAMES, find_obstacle, load
+from data.datasets import FOLDERS, NAMES, find_obstacle, load
 from data.loader import ordered_batches
 from data.memory import available_bytes
 from engine import config, distributed
@@ -281,7 +281,7 @@ def check_labelled_set(data, root):
             f"data is {data!r}{config.did_you_mean(data, names)}; there are {', '.join(names)}, "
             "or null for the run's own"
         )
-    if data in ("folder", "list") and root is None:
+    if data in FOLDERS and root is None:
         raise ValueError(f"data is {data}, but root is null; say where it is: knn.root=PATH")
 
 

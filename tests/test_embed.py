@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import embed
+from data.datasets import STATISTICS
 from data.image_files import FolderSet
 from engine import checkpoint, config
 from engine.weights import save_backbone
@@ -141,6 +142,15 @@ def test_a_normalisation_that_nobody_knows_is_refused(folder):
     data = {"name": "folder", "image_size": 16, "mean": "auto", "std": "auto"}
     with pytest.raises(SystemExit, match=r"plain.pth does not say .* a.yaml says auto; give the"):
         embed.find_preprocessing(str(folder / "plain.pth"), {"data": data}, "a.yaml")
+
+
+def test_of_a_last_pt_the_set_s_own_normalisation_is_that_of_its_run(folder, tmp_path):
+    encoder, cfg = make_encoder("data.name=cifar10", "data.image_size=24")
+    save_last(tmp_path / "last.pt", encoder, cfg)
+    _, other = make_encoder()
+    known = embed.find_preprocessing(str(tmp_path / "last.pt"), other, "a.yaml")
+    mean, std = map(list, STATISTICS["cifar10"])
+    assert known == {"image_size": 24, "mean": mean, "std": std}
 
 
 def test_cmc_is_embedded_by_its_two_networks(folder, call):

@@ -9,9 +9,10 @@ import torch
 import torchvision
 from torch import nn
 
+from engine import checkpoint
 from engine.weights import save_backbone
 from models.cmc import LabEncoder
-from models.resnet import ResNet
+from models.resnet import Encoder, ResNet
 from processes import ROOT
 
 PREPROCESSING = {
@@ -53,6 +54,17 @@ def test_a_runs_network_with_what_is_known_of_its_images(name, stem, width, tmp_
     assert sys.modules["models.resnet"].ResNet is ResNet
 
 
+@pytest.mark.parametrize("std", [[0.25, 0.2, 0.3], None])
+def test_of_a_last_pt_what_its_settings_say_in_numbers(std, tmp_path):
+    encoder = Encoder(backbone="resnet10", width=8)
+    data = {"image_size": 32, "mean": PREPROCESSING["mean"], "std": std}
+    saved = {"encoder": encoder.state_dict(), "host": {}, "settings": {"data": data}}
+    checkpoint.write(str(tmp_path / "last.pt"), saved)
+    network = load(tmp_path / "last.pt")
+    for key, value in PREPROCESSING.items():
+        assert getattr(network, key) == (value if std else None)
+
+
 def test_another_codes_network(tmp_path):
     source = moved(torchvision.models.resnet18(num_classes=7))
     keys = {f"module.encoder_q.{key}": value for key, value in source.state_dict().items()}
@@ -69,16 +81,15 @@ def cmc():
 
 
 def deep():
-    with torch.device("meta"):
-        network = torchvision.models.resnet101()
-    return {key: torch.zeros(value.shape) for key, value in network.state_dict().items()}
+    tensors = ResNet("resnet18", width=4).state_dict()
+    return tensors | {"layer4.2.conv1.weight": tensors["layer4.1.conv1.weight"]}
 
 
 @pytest.mark.parametrize(
     "tensors, sentence",
     [
         (cmc, "is of CMC, two networks"),
-        (deep, r"a ResNet of \[3, 4, 23, 3\] blocks, and this repository has resnet10"),
+        (deep, r"a ResNet of \[2, 2, 2, 3\] blocks, and this repository has resnet10"),
         (lambda: nn.Linear(2, 2).state_dict(), "expected one ResNet and found none"),
         (lambda: ResNet("resnet10", channels=1, width=8).state_dict(), r"conv1.weight is \(8, 1"),
     ],

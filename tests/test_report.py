@@ -182,6 +182,7 @@ def test_runs_at_a_scale_stand_in_a_table_of_their_own(out):
     train("ir", "a", *small, linear=30.0)
     train("ir", "b", *small, "seed=1", linear=32.0)
     train("ir", "c", *small, "seed=2", "optim.lr=0.2", linear=99.0)
+    train("ir", "d", *small, "seed=3", "weights=w.pt", "knn.data=cifar100", linear=77.0)
     text = out()
     paper, scaled = text.split("T 1, at the scale small: no figure beside the paper's\n")
     assert line_of(paper, "IR") == ["IR", "80 [1]", "50.0 (n 1) [3]"]
@@ -191,6 +192,8 @@ def test_runs_at_a_scale_stand_in_a_table_of_their_own(out):
     assert rows[1].split() == ["[1]", "ours", "pre-training"]
     assert line_of(scaled, "IR") == ["IR", "31.0 ± 1.4 (n 2) [3]", "60 s"]
     assert line_of(scaled, "- other settings [4]") == ["- other settings [4]", "99.0 (n 1) [5]"]
+    assert line_of(scaled, "- other settings [6]") == ["- other settings [6]", "77.0 (n 1) [7]"]
+    assert "[6] NOT this row's setting: began from w.pt\n" in scaled
     assert line_of(scaled, "MoCo") == ["MoCo"]
     assert "each row has at most optim.epochs 2, linear.epochs 1, and what depends" in scaled
     assert "a, b: linear top-1 after 2 epochs, 1 min on a toy" in scaled
@@ -253,6 +256,18 @@ def test_unlike_runs_are_not_averaged(out):
     assert "15.0" not in text
     assert "optim.lr was 0.1 and is 0.2" in text
     assert "optim.lr was 0.1 and is 0.3" in text
+
+
+def test_what_is_logged_and_what_auto_came_to_are_no_other_settings(out):
+    auto = {"data": {**ROW["data"], "mean": "auto"}}
+    row_file("ir", "ir", "IR", "CIFAR-10", also=auto)
+    train("ir", "a", "data.mean=[0.1,0.2,0.3]", linear=50.0)
+    logged = "log.pictures=2", "log.save_minutes=1"
+    train("ir", "b", "seed=1", "data.mean=[0.1,0.2,0.3]", *logged, linear=60.0)
+    train("ir", "c", "seed=2", "data.std=[0.1,0.2,0.3]", linear=99.0)
+    text = out()
+    assert line_of(text, "IR")[1].startswith("55.0 ± 7.1 (n 2) [")
+    assert "NOT this row's setting: data.std was None and is [0.1, 0.2, 0.3]\n" in text
 
 
 def test_runs_that_began_from_weights_are_never_taken_for_others(out):

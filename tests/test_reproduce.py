@@ -279,6 +279,21 @@ def test_an_unfinished_run_and_one_of_another_protocol_are_gone_on_with(here, ou
     assert calls() == [("train_linear.py", "a", "all")]
 
 
+def test_runs_of_settings_that_were_given_are_done_with_these(here, out):
+    """A run keeps the numbers that `auto` came to."""
+    given = "data.mean=auto", "weights=w.pt"
+    row = "T", "--rows", "A, *"
+    out(*row, *given)
+    config_file = here / "runs" / "a" / "config.yaml"
+    written = config_file.read_text()
+    assert "weights: w.pt" in written
+    config_file.write_text(written.replace("mean: auto", "mean: [0.1, 0.2, 0.3]"))
+    calls()
+    assert "nothing is missing" in out(*row, *given)[0]
+    states = out("--list", *row)[0]
+    assert "A, c  seed 0: in runs/a are other settings: began from w.pt" in states
+
+
 def test_one_failure_stops_no_other_job(here, out):
     (here / "fails").write_text("a")
     printed, status = out("T", "data.limit=7")

@@ -1,6 +1,7 @@
 """From settings to the parts of a run. What cannot work together is refused before training."""
 
 import functools
+import os
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,9 @@ from evaluation.unlabelled import Unlabelled
 from losses.together import Together
 from models.checks import check_batch
 from models.resnet import Encoder
+
+from .run import Run
+from .train_on import goes_on_longer
 
 
 class Datasets(NamedTuple):
@@ -73,6 +77,21 @@ class Builder:
     def __call__(self, section, target, **given):
         """target(**given, and those keys of the section that it names)."""
         return config.build(target, self.settings[section], f"{self.file}: {section}", **given)
+
+    def run(self, fresh):
+        """The Run of pre-training in runs/<name>, which may be trained on for more epochs.
+
+        fresh: start over, though there is a checkpoint.
+        """
+        return self(
+            "log",
+            Run,
+            folder=os.path.join("runs", self.settings["name"]),
+            settings=self.settings,
+            epochs=self.settings["optim"]["epochs"],
+            fresh=fresh,
+            train_on=goes_on_longer,
+        )
 
     def dataset(self, part):
         """One part of the data; the numbers that `auto` comes to are kept in the settings."""

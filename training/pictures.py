@@ -12,7 +12,6 @@ import warnings
 import torch
 
 from data.augment import select_rows
-from data.datasets import load
 from data.loader import batches, generator, ordered_batches
 from engine import checkpoint, config, distributed
 from engine import device as devices
@@ -131,7 +130,7 @@ def picture_of_run(folder, device):
 
     warnings.simplefilter("ignore")  # on settings: training has said them
     build = Builder(cfg, file)
-    dataset = build("data", load, part="pretrain", seed=cfg["seed"])
+    dataset = build.dataset("pretrain")
     encoder, host = build.host(dataset, device)
     loss_fn = build.loss(dataset, host, device)
     loader = build.loader(dataset, host, encoder, build("optim", Schedule), device)

@@ -10,8 +10,17 @@ from engine.log import lines, round_figures
 from engine.weights import preprocessing_of, save_backbone
 from losses.diagnostics import chance
 
+from .pictures import draw_if_due
+
 # Two images have a cosine of 1 - spread^2 on average: 0.9975. A first epoch has about 0.99.
 COLLAPSED = 0.05
+
+
+def begin(run, cfg, loader, schedule, encoder, loss_fn, monitor):
+    """Begin or go on with the log, say what is trained, and monitor the encoder before it is."""
+    begin_log(run, cfg, loader)
+    describe_start(run, cfg, loader, schedule, encoder, monitor)
+    evaluate_at_start(run, monitor, encoder, loss_fn)
 
 
 def begin_log(run, cfg, loader):
@@ -70,6 +79,17 @@ def evaluate_at_start(run, monitor, encoder, loss_fn):
 def before_training(cfg):
     """What an encoder is before training, in words."""
     return "begun from weights" if "weights" in cfg else "untrained"
+
+
+def after_epoch(run, epoch, figures, monitor, encoder, host, loss_fn, loader):
+    """Log the epoch with that number, from 1, say what was wrong in it, and draw where it is due.
+
+    Args:
+        figures: of epoch_figures.
+    """
+    evaluate(run, epoch, figures, monitor, encoder, loss_fn)
+    warn_of_replaced_images(loader)
+    draw_if_due(run, epoch, encoder, host, loss_fn, loader)
 
 
 def evaluate(run, epoch, figures, monitor, encoder, loss_fn):
@@ -160,7 +180,7 @@ def finish(run, cfg, encoder, dataset, obstacle, args):
     if not distributed.is_main():
         return
     path = os.path.join(run.folder, "backbone.pt")
-    preprocessing = preprocessing_of(dataset, cfg["data"]["image_size"])
+    preprocessing = preprocessing_of(cfg["data"]["image_size"], dataset.mean, dataset.std)
     save_backbone(path, encoder.backbone, cfg, preprocessing)
     print_main(knn_summary(lines(run.log.path), before_training(cfg)), end="")
     print_main(f"{path}: the encoder, torchvision's keys")

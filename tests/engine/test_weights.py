@@ -552,7 +552,7 @@ class Dataset:
 def test_what_is_known_of_the_images_goes_with_the_weights(kind, tmp_path):
     path, out = str(tmp_path / "backbone.pt"), str(tmp_path / "out.pkl")
     expected = {"resize": 256, "image_size": 224, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
-    preprocessing = preprocessing_of(Dataset, 224)
+    preprocessing = preprocessing_of(224, Dataset.mean, Dataset.std)
     assert preprocessing == expected
     save_backbone(path, ResNet("resnet10"), {"seed": 0}, preprocessing)
     assert torch.load(path, weights_only=True).preprocessing == expected

@@ -101,16 +101,22 @@ def test_what_fails_costs_a_warning_and_draws_no_number(tmp_path, capsys):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_images_without_labels_have_no_red_frames(tmp_path):
+def test_images_without_labels_have_no_red_frames_and_none_once_they_have_gone(
+    tmp_path, monkeypatch
+):
     """The drawn shapes have no pure red."""
-    os.makedirs(tmp_path / "images")
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("images")
     for i, image in enumerate(shapes(64)[0]):
-        Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "images" / f"{i:02d}.png")
+        Image.fromarray(image.transpose(1, 2, 0)).save(f"images/{i:02d}.png")
     of_folder = "data.name=folder", "data.root=images", "data.limit=null", "data.workers=0"
     printed = pretrain(tmp_path, "plain", *of_folder, *PAIRS["moco-ring"])
     assert "WARNING: no picture" not in printed
     assert count_of(RED, picture(tmp_path, "plain")) == 0
     assert "Without labels" in pictures.legend(None)
+    os.rename("images", "moved")
+    with pytest.raises(SystemExit, match="folder: there is no folder images"):
+        report.draw_negatives("runs/plain")
 
 
 def test_report_refuses_what_is_no_trained_run_in_one_sentence(tmp_path, monkeypatch):
@@ -134,16 +140,4 @@ def test_report_refuses_what_is_no_trained_run_in_one_sentence(tmp_path, monkeyp
         report.draw_negatives("runs/a")
     last.unlink()
     with pytest.raises(SystemExit, match="runs/a has no last.pt, the state of which the pict"):
-        report.draw_negatives("runs/a")
-
-
-def test_report_says_that_the_images_have_gone(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    os.makedirs("images")
-    for i, image in enumerate(shapes(64)[0]):
-        Image.fromarray(image.transpose(1, 2, 0)).save(f"images/{i:02d}.png")
-    of_folder = "data.name=folder", "data.root=images", "data.limit=null", "data.workers=0"
-    pretrain(tmp_path, "a", *of_folder, "log.pictures=0")
-    os.rename("images", "moved")
-    with pytest.raises(SystemExit, match="images"):
         report.draw_negatives("runs/a")
