@@ -66,7 +66,6 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from data.datasets import IMAGENET, STATISTICS
 from data.folders import list_images
@@ -80,6 +79,7 @@ from engine.sheet import Row, Tile, draw_sheet
 from engine.weights import carried_preprocessing, is_last, load_backbone, of_run, read_safely
 from evaluation.embedding_file import EmbeddingFile, near_duplicates, to_line, write_lines
 from evaluation.features import eval_mode, nearest
+from evaluation.projector import write_projector
 from training.build import Builder
 
 # Images that are computed at once, whatever the number of processes: the rounding of a row may
@@ -415,12 +415,13 @@ class Results:
         with checkpoint.writing(folder):
             if os.path.isdir(folder):
                 shutil.rmtree(folder)
-            with SummaryWriter(folder) as writer:
-                writer.add_embedding(
-                    torch.cat([self.table[row : row + 1] for row in rows]),
-                    [self.names[row] for row in rows],
-                    self.thumbnails(rows, THUMBNAIL).float() / 255,
-                )
+            os.makedirs(folder)
+            write_projector(
+                folder,
+                torch.cat([self.table[row : row + 1] for row in rows]),
+                [self.names[row] for row in rows],
+                self.thumbnails(rows, THUMBNAIL),
+            )
         print_main(f"{folder}: {len(rows)} images for TensorBoard: tensorboard --logdir {folder}")
 
     def write_duplicates(self):

@@ -48,12 +48,15 @@ class InputLost(SystemExit):
 def say_what_is_kept(kept):
     """Let an InputLost that passes here end with what `kept()` says: which checkpoint holds what.
 
-    None of it means that there is no checkpoint yet.
+    None of it means that there is no checkpoint yet. A MemoryError becomes such a sentence, too.
     """
     try:
         yield
     except InputLost as lost:
         raise InputLost(f"{lost}; {kept() or 'nothing was saved yet'}") from None
+    except MemoryError:
+        sentence = f"memory ran out; allow more; {kept() or 'nothing was saved yet'}"
+        raise SystemExit(sentence) from None
 
 
 # -------------------------------------------------- batches of known shape

@@ -123,7 +123,8 @@ class Lines:
         if self.total:
             share = 100 * self.done // self.total
             line = f"{self.description}: {self.done} of {self.total} {self.unit} ({share} %)"
-        line += f", {rate:.3g} a second"
+        rate = f"{rate:.3g}" if rate < 1000 else f"{rate:.0f}"
+        line += f", {rate} a second"
         left = self.seconds_left(now)
         if left is not None:
             line += f", {duration(left)} left"

@@ -41,7 +41,7 @@ def draw_sheet(rows, size=64):
     """
     font = ImageFont.load_default(FONT_SIZE)
     column = size + 2 * FRAME + GAP
-    titles = [font.getlength(row.title) for row in rows]
+    titles = [font.getlength(drawable(row.title)) for row in rows]
     width = max([column * len(row.tiles) for row in rows] + [int(t) + 1 for t in titles])
     heights = [row_height(row, size) for row in rows]
     page = Image.new("RGB", (width + GAP, sum(heights) + GAP), "white")
@@ -50,7 +50,7 @@ def draw_sheet(rows, size=64):
     for row, height in zip(rows, heights):
         y = top
         if row.title:
-            pen.text((GAP, y), row.title, "black", font)
+            pen.text((GAP, y), drawable(row.title), "black", font)
             y += LINE
         for i, tile in enumerate(row.tiles):
             draw_tile(page, pen, font, tile, (GAP + i * column, y), size)
@@ -75,7 +75,13 @@ def draw_tile(page, pen, font, tile, corner, size):
     left, top = (side - image.width) // 2, (side - image.height) // 2
     page.paste(image, (x + left, y + top))
     for i, line in enumerate(tile.caption.splitlines()):
-        pen.text((x + side / 2, y + side + i * LINE), line, "black", font, anchor="ma")
+        middle = x + side / 2, y + side + i * LINE
+        pen.text(middle, drawable(line), "black", font, anchor="ma")
+
+
+def drawable(text):
+    r"""Text with "\xe4" for a letter that PIL's own font has not, instead of an empty box."""
+    return text.encode("ascii", "backslashreplace").decode("ascii")
 
 
 def fit(image, size):

@@ -334,6 +334,12 @@ def test_the_sentence_ends_with_what_is_kept():
         next(got)
 
 
+def test_memory_that_runs_out_is_a_sentence():
+    sentence = "^memory ran out; allow more; nothing was saved yet$"
+    with pytest.raises(SystemExit, match=sentence), say_what_is_kept(lambda: None):
+        raise MemoryError
+
+
 def test_a_broken_image_is_an_input_lost(folder, monkeypatch):
     monkeypatch.setattr(
         FolderSet,

@@ -47,3 +47,11 @@ def test_the_same_rows_give_the_same_bytes_and_a_long_title_is_whole():
 def test_no_tiles_are_a_title_alone():
     sheet = draw_sheet([Row("there are none", [])], 16)
     assert np.asarray(sheet).min() < 100
+
+
+def test_letters_that_the_font_has_not_are_escaped():
+    photo = [Tile(plain((1, 2, 3)), "b\xe4r")]
+    escaped = [Tile(plain((1, 2, 3)), r"b\xe4r")]
+    first = draw_sheet([Row("Gr\xf6\xdfe \u65e5", photo)], 16)
+    second = draw_sheet([Row(r"Gr\xf6\xdfe \u65e5", escaped)], 16)
+    assert first.tobytes() == second.tobytes()
