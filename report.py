@@ -753,7 +753,9 @@ def paper_table(title, cells, runs, scale=None):
     corner = mark(notes, describe_scale(scale, sections)) if scale else ""
     for run in runs:
         runs_of_cell.setdefault(cell_of(run.cfg), []).append(run)
-    columns = list(dict.fromkeys(cell[2] for cell in [*cells, *runs_of_cell]))
+    # A small version is often of some columns alone, and the others would be empty.
+    shown = runs_of_cell if scale else [*cells, *runs_of_cell]
+    columns = list(dict.fromkeys(cell[2] for cell in shown))
     rows = []
     for row in order_rows(cells, runs):
         exact, below = [row], {}  # below: {what differs from the file: {column: ours}}

@@ -174,6 +174,7 @@ def test_runs_at_a_scale_stand_in_a_table_of_their_own(out):
     """Never in the paper's row, beside a reported figure, or in a mean with the row's own runs."""
     row_file("ir", "ir", "IR", "CIFAR-10", reported=80, source="somebody")
     row_file("moco", "moco", "MoCo", "CIFAR-10")
+    row_file("ir_stl", "ir", "IR", "STL-10")  # a column without a run at the scale stays out
     os.makedirs("yaml/scales")
     with open("yaml/scales/small.yaml", "w") as f:
         f.write("optim: {epochs: 2}\nlinear: {epochs: 1}\n")

@@ -16,7 +16,9 @@ from engine.log import Log, lines
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESULTS = os.path.join(ROOT, "results")
-RUNS = sorted(os.listdir(RESULTS))
+# Runs of a paper's table at a scale; beside their folder lie the runs of no paper's table.
+SCALED = "ring_table_1_cpu"
+RUNS = sorted(set(os.listdir(RESULTS)) - {SCALED})
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,18 @@ def test_the_tables_are_those_that_report_makes(text, tmp_path, monkeypatch):
     table = (tmp_path / "a.md").read_text()
     table = table[table.index("### Other runs") :]
     assert table.split("\n", 2)[2].strip() in text  # from below its title, footnotes and all
+
+
+def test_the_table_at_a_scale_is_the_one_that_report_makes(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    folder, file = f"results/{SCALED}", str(tmp_path / "a.md")
+    monkeypatch.setattr(sys, "argv", ["report.py", folder, "--markdown", file])
+    report.main()
+    title, _, table = (tmp_path / "a.md").read_text().partition("\n\n")
+    assert title.startswith("### Ring, Table 1, at the scale cpu")
+    assert table.strip() in text
+    for run in os.listdir(folder):
+        assert "RankMe" in lines(os.path.join(folder, run, "log.jsonl"))[-1]
 
 
 def test_every_run_has_its_files_and_its_command(text):
