@@ -1,5 +1,6 @@
 """README.md, docs/ and their like: what they link to, name and tell the reader to type is there."""
 
+import functools
 import glob
 import os
 import re
@@ -109,6 +110,12 @@ def commands(name):
                 yield words
 
 
+@functools.cache
+def all_cells():
+    """The cells of all tables: more than a hundred files."""
+    return reproduce.read_cells()
+
+
 def check_command(words):
     """Let the script that a command names read its command line. Nothing is run."""
     if words[:3] == ["python", "-m", "pytest"]:
@@ -123,7 +130,7 @@ def check_command(words):
         report.command_line().parse_args(arguments)
     elif script == "reproduce.py":
         parsed = reproduce.make_parser().parse_args(arguments)
-        reproduce.choose(reproduce.read_cells(), parsed.table, parsed.rows)
+        reproduce.choose(all_cells(), parsed.table, parsed.rows)
     elif script.startswith("benchmarks/"):
         options = [word for word in arguments if word.startswith("--")]
         assert all(f'"{option}"' in read(script) for option in options)

@@ -125,7 +125,7 @@ def test_knn_of_another_set(start, folders):
     # The probe is told of the same set.
     command = next(line for line in out.splitlines() if line.startswith("next: "))
     assert command.endswith("linear.data=folder linear.root=labelled")
-    assert "after epoch 2 of 2" in start(*settings, "knn.data=shapes", "knn.root=null")
+    assert "after epoch 2 of 2" in start(*settings, "knn.data=null", "knn.root=null")
 
 
 def test_another_set_is_whole_and_normalised_as_the_encoder_s_input(folders):
