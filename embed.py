@@ -35,7 +35,8 @@ def make_parser():
         "--feature",
         default="backbone",
         choices=("backbone", "output"),
-        help="pooled features, or the unit vectors of the head, which a run's last.pt has",
+        help="pooled features, or the unit vectors of the head, which a run's last.pt has "
+        "(default: backbone)",
     )
     parser.add_argument(
         "--duplicates",

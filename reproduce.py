@@ -3,7 +3,7 @@
     python reproduce.py --list                     all tables and rows, and how far each is
     python reproduce.py "Ring, Table 1"            all rows of a table, one job after another
     python reproduce.py "Ring, Table 1" --rows "*CIFAR-10*" --seeds 0 1 2 data.root=PATH
-    python reproduce.py "Ring, Table 1" --rows "*CIFAR-10*" --scale cpu    in minutes, on a CPU
+    python reproduce.py "Ring, Table 1" --rows "*CIFAR-10*" --scale cpu    small, for a CPU
     python reproduce.py "JCL, ImageNet" --gpus 0,1,2,3              one job on each GPU
     python reproduce.py "JCL, ImageNet" --nproc_per_node 8          each job on 8 GPUs
     python reproduce.py "JCL, ImageNet" --slurm                     each job by slurm/train.sbatch

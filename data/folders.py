@@ -285,6 +285,8 @@ def folder_of_part(path, name, part):
             if name == "folder"
             else f"put train/<class>/*.JPEG and val/<class>/*.JPEG there, or set {ROOT_KEY}"
         )
+        if os.path.isfile(path):
+            way_out += "; a list of images in a CSV file is the set list"
         raise SystemExit(f"{name}: there is no folder {path}; {way_out}")
     parts = find_parts(path, name)
     if name != "folder" and not {"train", "val"} <= set(parts):

@@ -284,9 +284,10 @@ class Log:
         scale = max(1, 80 // images.shape[2])
         images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
         grid = make_grid(images, columns, padding=2)
-        save_image(grid, path)
-        self.board.add_image(os.path.basename(path).split(".")[0], grid)
-        self.board.flush()
+        with writing(path):
+            save_image(grid, path)
+            self.board.add_image(os.path.basename(path).split(".")[0], grid)
+            self.board.flush()
 
     def sheet(self, path, page, epoch):
         """Write a page of PIL's as a PNG, and to TensorBoard as that of an epoch."""

@@ -123,12 +123,18 @@ class Lines:
         if self.total:
             share = 100 * self.done // self.total
             line = f"{self.description}: {self.done} of {self.total} {self.unit} ({share} %)"
-        rate = f"{rate:.3g}" if rate < 1000 else f"{rate:.0f}"
-        line += f", {rate} a second"
+        line += f", {rate_in_words(rate)}"
         left = self.seconds_left(now)
         if left is not None:
             line += f", {duration(left)} left"
         return line + self.postfix
+
+
+def rate_in_words(rate):
+    """Pieces a second in words: 1234 a second, 2.1 a second, 4.5 a minute."""
+    if rate < 0.1:
+        return f"{60 * rate:.2g} a minute"
+    return f"{rate:.3g} a second" if rate < 1000 else f"{rate:.0f} a second"
 
 
 def duration(seconds):

@@ -122,6 +122,9 @@ def read_safely(path):
     Raises:
         SystemExit: says in one sentence what the file is instead, and what to do.
     """
+    if os.path.isdir(path):
+        file = os.path.join(path, "last.pt")
+        raise SystemExit(f"{path} is a folder; name a file in it, such as {file}")
     refuse_other_formats(path)
     names = [name for name in pickled_names(path) if name not in SAFE]
     foreign = [name for name in names if name.split(".")[0] not in ("torch", *SETTINGS_OF)]

@@ -41,7 +41,7 @@ class Unlabelled:
     def __init__(self, loader: Loader, *, sample: int = 1024):
         if sample != 0 and not 2 <= sample <= MOST_IMAGES:
             raise ValueError(
-                f"knn: sample is {sample}; it must be from 2 to {MOST_IMAGES}, or 0 for no figures "
+                f"sample is {sample}; it must be from 2 to {MOST_IMAGES}, or 0 for no figures "
                 "without labels"
             )
         self.loader = loader

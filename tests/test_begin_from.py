@@ -196,7 +196,7 @@ def save_nothing(path):
     ("path", "message"),
     [
         ("gone.pt", "gone.pt does not exist"),
-        ("runs", "--weights runs is a folder; name a file in it, such as runs/last.pt"),
+        ("runs", "runs is a folder; name a file in it, such as runs/last.pt"),
         ("no.pt", "no.pt: expected one ResNet and found none"),
         ("runs/a/last.pt", "runs/a/last.pt lies in the folder of the run that is to begin from it"),
     ],

@@ -103,6 +103,8 @@ def test_other_files_are_refused_by_an_error_that_ends_no_notebook(tensors, sent
 def test_a_file_that_is_not_there():
     with pytest.raises(ValueError, match="nothing.pt does not exist"):
         load("nothing.pt")
+    with pytest.raises(ValueError, match="is a folder; name a file in it, such as .*last.pt"):
+        load(os.path.dirname(__file__))
 
 
 STRANGER = """

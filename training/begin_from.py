@@ -42,9 +42,6 @@ def read_source(run, path):
     if path is None or run.is_resumed:
         return None
     with distributed.same_exit_on_all_ranks():
-        if os.path.isdir(path):
-            file = os.path.join(path, "last.pt")
-            raise SystemExit(f"--weights {path} is a folder; name a file in it, such as {file}")
         folder, file = os.path.split(path)
         is_own = os.path.realpath(folder) == os.path.realpath(run.folder)
         if is_own and file in checkpoint.WEIGHTS:

@@ -159,6 +159,12 @@ def test_lists_that_are_no_files_or_no_text(tmp_path, monkeypatch):
         read(str(tmp_path / "list.csv"))
 
 
+def test_a_list_that_is_taken_for_a_folder_names_the_set(photos):
+    file = write(photos, rows())
+    with pytest.raises(SystemExit, match="there is no folder .*list.csv; .* is the set list$"):
+        load("pretrain", 0, name="folder", root=file)
+
+
 def refuse_to_open(*_, **__):
     raise PermissionError(13, "Permission denied")
 

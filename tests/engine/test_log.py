@@ -1,10 +1,12 @@
 """The log: flat names in log.jsonl, groups and explanations in TensorBoard, for every figure."""
 
+import errno
 import json
 import os
 import sys
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_pretrain
@@ -136,3 +138,14 @@ def test_tensorboard_has_groups_and_a_page_and_the_file_flat_names(tmp_path):
         f"| method/mine | {UNKNOWN[1]} |",
         f"| negatives/used_percent | {FIGURES['used %'][1]} |",
     ]
+
+
+def test_a_full_disk_is_a_sentence_for_a_picture_too(tmp_path, monkeypatch):
+    log = Log(str(tmp_path))
+
+    def refuse():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(log.board, "flush", refuse)
+    with pytest.raises(SystemExit, match="a.png cannot be written: No space left on device"):
+        log.picture(str(tmp_path / "a.png"), torch.zeros(2, 3, 8, 8), columns=2)

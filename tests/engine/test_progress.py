@@ -53,11 +53,13 @@ def test_long_work_prints_a_line_soon_and_one_a_minute(clock, capsys):
     ]
 
 
-def test_a_high_rate_is_a_whole_number(clock, capsys):
+def test_a_rate_is_a_number_that_can_be_read(clock, capsys):
     with progress(None, "work", total=300_000, unit="images", clock=clock) as bar:
         clock.now += 10
         bar.update(12_345)
     assert "images (4 %), 1234 a second, 4 min left" in capsys.readouterr().out
+    work(clock, 100, 3, unit="jobs")
+    assert "work: 1 of 3 jobs (33 %), 0.6 a minute, 3 min left" in capsys.readouterr().out
 
 
 def test_pieces_that_take_long_print_a_line_each(clock, capsys):

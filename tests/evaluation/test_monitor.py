@@ -184,7 +184,7 @@ def test_the_probe_takes_the_set_that_was_asked_for():
         (["knn.root=labelled"], "knn: root is labelled, but data is null; name the set"),
         (["knn.data=shape"], "knn: data is 'shape'; did you mean shapes?; there are shapes, "),
         (["knn.data=voc2007"], "knn: data is 'voc2007'.*; there are shapes, "),
-        (["knn.sample=1"], "knn: sample is 1; it must be from 2 to 10000, or 0"),
+        (["knn.sample=1"], ".yaml: knn: sample is 1; it must be from 2 to 10000, or 0"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_before_training(settings, sentence, start, folders):

@@ -152,7 +152,7 @@ def test_no_sample_and_embeddings_that_are_not_finite(capsys):
 
 @pytest.mark.parametrize("sample", [-1, 1, 10_001])
 def test_a_sample_that_makes_no_sense_is_refused(sample):
-    with pytest.raises(ValueError, match=f"knn: sample is {sample}; it must be from 2 to 10000"):
+    with pytest.raises(ValueError, match=f"^sample is {sample}; it must be from 2 to 10000"):
         Unlabelled(make_loader(), sample=sample)
 
 
