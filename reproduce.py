@@ -229,9 +229,14 @@ def is_pretrained(cell, variant):
     run = find_run(cell, cell, variant)
     if run is None or report.unfinished(run):
         return False
+    is_there = os.path.exists(os.path.join(run.folder, "backbone.pt"))
+    return is_there and not differs(run, cell, variant)
+
+
+def differs(run, cell, variant):
+    """Was a run trained with other settings than its cell asks for?"""
     wanted = config.load(cell.file, settings_of(cell, variant))
-    differs = config.difference(wanted, run.cfg, checkpoint.MAY_CHANGE)
-    return not differs and os.path.exists(os.path.join(run.folder, "backbone.pt"))
+    return bool(config.difference(wanted, run.cfg, checkpoint.MAY_CHANGE))
 
 
 def is_evaluated(cell, source, variant):
@@ -256,6 +261,8 @@ def state_of(cell, source, variant):
     run = find_run(source, source, variant)
     if run is None:
         return "not begun"
+    if differs(run, source, variant):
+        return f"{run.folder} is of other settings"
     if report.unfinished(run):
         return f"at epoch {run.done} of {run.cfg['optim']['epochs']}"
     return f"pre-trained, without {cell.metric}"

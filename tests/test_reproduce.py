@@ -279,6 +279,12 @@ def test_an_unfinished_run_and_one_of_another_protocol_are_gone_on_with(here, ou
     assert calls() == [("train_linear.py", "a", "all")]
 
 
+def test_a_run_of_other_settings_is_not_called_pretrained(here, out):
+    out("T", "--rows", "A, *")
+    printed = out("--list", "T", "--rows", "A, *", "optim.lr=0.5")[0]
+    assert "A, c  seed 0: runs/a is of other settings" in printed
+
+
 def test_one_failure_stops_no_other_job(here, out):
     (here / "fails").write_text("a")
     printed, status = out("T", "data.limit=7")
