@@ -72,6 +72,7 @@ from data.datasets import IMAGENET, STATISTICS
 from data.folders import list_images
 from data.image_files import FolderSet, printable, say_if_dark
 from data.loader import check_image_size, ordered_batches
+from data.statistics import is_auto
 from data.workers import say_what_is_kept
 from engine import checkpoint, distributed
 from engine.distributed import print_main
@@ -157,7 +158,7 @@ def find_preprocessing(weights, cfg, file):
         data = saved["settings"]["data"] if is_last(saved) else cfg["data"]
         mean, std = STATISTICS.get(data["name"], IMAGENET)
         known = {**data, "mean": data["mean"] or mean, "std": data["std"] or std}
-    if "auto" in (known["mean"], known["std"]):
+    if is_auto(known):
         raise SystemExit(
             f"{weights} does not say by which mean and std its images were normalised, and "
             f"{file} says auto; give the numbers: data.mean=[...] data.std=[...]"
@@ -368,9 +369,9 @@ class Results:
         """neighbours.png: in each row a query and the images that are most similar to it."""
         n, generator = len(self.readable), np.random.default_rng(SEED)
         count = min(QUERIES, n)
-        places = (np.arange(count) + generator.random(count)) * n / count  # one in each part
-        queries = self.readable[places.astype(int)]
-        vectors = torch.cat([self.table[row : row + 1] for row in queries])
+        positions = (np.arange(count) + generator.random(count)) * n / count  # one in each part
+        queries = self.readable[positions.astype(int)]
+        vectors = self.table.take(queries)
         # A query is its own neighbour, if not the first among its duplicates.
         k = min(NEIGHBOURS + 1, len(self.table))
         ((similarity, rows),) = nearest(self.table, vectors, k, self.device)
@@ -419,7 +420,7 @@ class Results:
             os.makedirs(folder)
             write_projector(
                 folder,
-                torch.cat([self.table[row : row + 1] for row in rows]),
+                self.table.take(rows),
                 [self.names[row] for row in rows],
                 self.thumbnails(rows, THUMBNAIL),
             )

@@ -68,6 +68,10 @@ class EmbeddingFile:
         """Rows of a slice, (b, D) fp32 on the CPU. Those of unreadable images are zeros."""
         return torch.from_numpy(np.nan_to_num(self.read(rows)))
 
+    def take(self, rows):
+        """The rows (m,) of a list or an array, as (m, D)."""
+        return torch.cat([self[row : row + 1] for row in rows])
+
     def read(self, rows):
         """Rows of a slice, (b, D) of NumPy's, as they are in the file."""
         start, stop, _ = rows.indices(len(self))

@@ -35,11 +35,11 @@ TINY = [
 ]
 
 
-def put_images(folder, n=8):
+def put_images(folder, n=8, side=8, seed=0):
     os.makedirs(folder, exist_ok=True)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for i in range(n):
-        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(os.path.join(folder, f"{i}.png"))
 
 

@@ -462,9 +462,10 @@ def test_a_bad_scale_gets_one_sentence(text, sentence, here, out):
     assert sentence in status
 
 
-def test_a_folder_that_cannot_be_written_gets_one_sentence(here, out):
+@pytest.mark.parametrize("options", [(), ("--slurm",)])
+def test_a_folder_that_cannot_be_written_gets_one_sentence(options, here, cluster, out):
     (here / "runs").write_text("no folder")
-    _, status = out("T")
+    _, status = out("T", *options)
     assert status.startswith("runs/a/train_pretrain.log cannot be written")
 
 

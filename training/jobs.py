@@ -47,6 +47,11 @@ class Job:
         """May it start now?"""
         return self.state == "waiting" and (self.after is None or self.after.state == "done")
 
+    def make_log_folder(self):
+        """Make the folder of the log; SystemExit with a sentence where that cannot be."""
+        with checkpoint.writing(self.log):
+            os.makedirs(os.path.dirname(self.log), exist_ok=True)
+
     def is_lost(self):
         """Can it never start, for what it needs has failed?"""
         needed = self.after
@@ -58,8 +63,8 @@ class Process:
 
     def __init__(self, job, environment):
         self.job, self.began = job, time.monotonic()
+        job.make_log_folder()
         with checkpoint.writing(job.log):
-            os.makedirs(os.path.dirname(job.log), exist_ok=True)
             log = open(job.log, "a")  # noqa: SIM115 (it is closed below)
         with log:
             log.write(f"$ {shlex.join(job.command)}\n")
@@ -127,8 +132,8 @@ def run_jobs(jobs, gpus=()):
         # Seconds that torchrun leaves its workers after SIGTERM; its default is 30.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "100",
     }
-    places = [{**environment, "CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [environment]
-    running = {}  # {the number of a place: Process}
+    slots = [{**environment, "CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [environment]
+    running = {}  # {the number of a slot: Process}
     with (
         signals.deferred(PATIENCE),
         progress(description="table", total=len(jobs), unit="jobs") as bar,
@@ -136,7 +141,7 @@ def run_jobs(jobs, gpus=()):
         try:
             while not signals.stop_requested():
                 leave_out_lost(jobs, bar)
-                start_ready(jobs, places, running, bar)
+                start_ready(jobs, slots, running, bar)
                 if not running:
                     break
                 time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -162,9 +167,16 @@ def leave_out_lost(jobs, bar):
             bar.update()
 
 
-def start_ready(jobs, places, running, bar):
-    """Start a job at each free place. running: {the number of a place: Process}, is filled."""
-    for i, environment in enumerate(places):
+def start_ready(jobs, slots, running, bar):
+    """Start a job in each free slot.
+
+    Args:
+        jobs: list of Job.
+        slots: the environment variables of each job that may run at a time.
+        running: {the number of a slot: Process}, which is filled.
+        bar: the progress bar.
+    """
+    for i, environment in enumerate(slots):
         job = next((job for job in jobs if job.is_ready()), None)
         if i not in running and job is not None:
             gpu = environment.get("CUDA_VISIBLE_DEVICES")
@@ -190,7 +202,7 @@ def submit_jobs(jobs):
     """
     numbers = {}  # {job: what sbatch calls it}
     for job in jobs:
-        os.makedirs(os.path.dirname(job.log), exist_ok=True)
+        job.make_log_folder()
         command = sbatch_command(job, numbers.get(job.after))
         try:
             result = subprocess.run(command, capture_output=True, text=True)

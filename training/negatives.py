@@ -97,7 +97,7 @@ def plain_bands(contrast: Contrast, output: Output) -> list[Band]:
     s, is_candidate = all_similarities(contrast), has_image(contrast)  # (n, K)
     is_used = members_of(output.negatives, s.shape[1]) & is_candidate
     is_unused = is_candidate & ~members_of(output.chosen, s.shape[1])
-    others = evenly_spaced(s, is_used, 3)[:, 1:]  # the first is the hardest
+    others = spaced_by_rank(s, is_used, 3)[:, 1:]  # the first is the hardest
     bands = [
         hardest_band("The hardest negatives", s, is_used, 5),
         band("Of all negatives the one halfway, and the easiest", others, s, is_used),
@@ -134,13 +134,13 @@ def ring_bands(ring: Ring, contrast: Contrast, output: Output, epoch: float) -> 
         ),
         band(
             f"The ring, from {inner} to {outer}: the negatives{drawn}, from near to far",
-            evenly_spaced(s, in_ring, 4),
+            spaced_by_rank(s, in_ring, 4),
             s,
             in_ring,
         ),
         band(
             f"Left out as too far: beyond {outer}, the nearest and the farthest",
-            evenly_spaced(s, is_beyond, 2),
+            spaced_by_rank(s, is_beyond, 2),
             s,
             is_beyond,
         ),
@@ -194,8 +194,8 @@ def ifnd_bands(ifnd: IFND, contrast: Contrast, output: Output, epoch: float) -> 
         is_accepted = is_false & is_candidate
         is_rejected = is_mate & is_candidate & ~is_false
         place = 100 * rank[contrast.negative_index] / rank.shape[0]  # (K,)
-        accepted = evenly_spaced(s, is_accepted, 2)
-        rejected = evenly_spaced(s, is_rejected, 1)
+        accepted = spaced_by_rank(s, is_accepted, 2)
+        rejected = spaced_by_rank(s, is_rejected, 1)
         of_level = (
             f"{k} clusters: the query's cluster, accepted, so {becomes}: nearest and farthest"
         )
@@ -249,7 +249,7 @@ def nearest(s: Tensor, members: Tensor, m: int) -> Tensor:
     return candidate.masked_fill(ranked <= NEG_INF, NONE)
 
 
-def evenly_spaced(s: Tensor, members: Tensor, m: int) -> Tensor:
+def spaced_by_rank(s: Tensor, members: Tensor, m: int) -> Tensor:
     """Return m members by equal steps of rank, from the nearest on to the farthest: (n, m).
 
     Of one it is the nearest. NONE where a query has fewer.

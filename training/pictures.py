@@ -306,7 +306,7 @@ def query_row(contrast, images, dataset):
     tiles = []
     positive = positive_similarity(contrast).tolist()
     for index, similarity in zip(images.query, positive):
-        lines = [f"key {in_words(similarity)}"]
+        lines = [f"key {two_digits(similarity)}"]
         if dataset.labels is not None and dataset.classes is not None:
             lines.insert(0, str(dataset.classes[int(dataset.labels[index])])[:NAME_LENGTH])
         tiles.append(Tile(images.of_index[index], "\n".join(lines), BLUE))
@@ -332,7 +332,7 @@ def key_rows(contrast, views, images):
         of_query.append(Tile(first, "", BLUE))
         of_key = [images.of_index[index], *others][-M:]
         for i, tiles in enumerate(of_keys):
-            tiles.append(Tile(of_key[order[query, i]], in_words(ranked[query, i])))
+            tiles.append(Tile(of_key[order[query, i]], two_digits(ranked[query, i])))
     deviation = key_variance(q, k, k.mean(1)).sqrt().mean()
     title = f"Its {M} keys: other views of the same image, the most similar first. JCL takes them"
     title_end = f"for draws of a Gaussian: mean {s.mean():.2f}, standard deviation {deviation:.2f}"
@@ -356,7 +356,7 @@ def band_rows(band, images, is_false):
     return [Row("", []), *rows] if band.title else rows  # a gap before each title
 
 
-def in_words(similarity):
+def two_digits(similarity):
     """A similarity with two digits, and 0.00 without a sign."""
     return f"{round(float(similarity), 2) + 0.0:.2f}"
 
@@ -370,7 +370,7 @@ def band_tile(band, images, is_false, query, i):
     if parents[0] == NONE or any(image is None for image in pixels):
         return Tile(images.blank)
     image = torch.stack(pixels).float().mean(0).round().to(torch.uint8)
-    caption = in_words(band.similarity[query, i])
+    caption = two_digits(band.similarity[query, i])
     if band.place is not None:
         caption += f"\nsurest {band.place[query, i]:.0f} %"
     frame = None

@@ -6,16 +6,15 @@ The runs are tiny ones, by train_pretrain.py.
 import os
 import sys
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import train_pretrain
 from data.datasets import ArraySet, load
 from engine.log import lines
 from evaluation.features import labelled_parts
 from processes import ROOT
+from test_odd_folders import put_images
 from training.build import Datasets, Monitor
 from training.summary import probe_command
 
@@ -39,14 +38,6 @@ UNLABELLED = ["data.name=folder", "data.root=flat", "data.limit=null"]
 FIGURES = {"RankMe", "alignment", "uniformity"}
 
 
-def put_images(folder, n=16, seed=0):
-    os.makedirs(folder)
-    rng = np.random.default_rng(seed)
-    for i in range(n):
-        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(os.path.join(folder, f"{i}.png"))
-
-
 @pytest.fixture
 def start(tmp_path, monkeypatch, capsys):
     """start(*settings): run train_pretrain.py in a folder of its own -> what it printed."""
@@ -63,10 +54,10 @@ def start(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def folders(start):
     """`flat`, without labels, and `labelled`, with two classes."""
-    put_images("flat", 32)
+    put_images("flat", 32, 16)
     for part in ("train", "val"):
         for seed, name in enumerate("ab"):
-            put_images(f"labelled/{part}/{name}", seed=seed)
+            put_images(f"labelled/{part}/{name}", 16, 16, seed)
 
 
 def test_the_monitor_is_due_with_and_without_labels():
@@ -189,8 +180,8 @@ def test_the_probe_takes_the_set_that_was_asked_for():
 )
 def test_what_cannot_be_asked_is_refused_before_training(settings, sentence, start, folders):
     for name in "ab":
-        put_images(f"mixed/train/{name}")
-    put_images("mixed/val")
+        put_images(f"mixed/train/{name}", 16, 16)
+    put_images("mixed/val", 16, 16)
     with pytest.raises(SystemExit, match=sentence.replace("?;", r"\?;")) as refusal:
         start(*UNLABELLED, *settings)
     assert "\n" not in refusal.value.code

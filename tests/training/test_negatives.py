@@ -9,7 +9,7 @@ from losses.mochi import MoCHi
 from losses.nce import NCE
 from losses.ring import Ring
 from losses.together import Together
-from training.negatives import NONE, QUERY, candidate_bands, evenly_spaced, select_queries
+from training.negatives import NONE, QUERY, candidate_bands, select_queries, spaced_by_rank
 
 MASKS = [False, True, "self"]
 
@@ -163,5 +163,5 @@ def test_queries_are_selected_with_their_masks():
 def test_few_members_are_all_shown_and_none_twice():
     s = torch.arange(6.0)[None].expand(3, -1)
     is_member = torch.tensor([[1, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
-    spaced = evenly_spaced(s, is_member, 3)
+    spaced = spaced_by_rank(s, is_member, 3)
     assert spaced.tolist() == [[2, 0, NONE], [NONE, NONE, NONE], [5, 3, 0]]
