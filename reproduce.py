@@ -24,26 +24,6 @@ import shlex
 
 from engine import config, console, signals
 
-if __name__ == "__main__":  # a signal may come while torch is imported
-    console.accept_any_character()
-    console.show_warnings_plainly()
-    signals.listen()
-
-import report
-from engine import checkpoint
-from engine.scale import load_scale
-from training.commands import (
-    PRETRAIN,
-    RUNS,
-    Cell,
-    Variant,
-    make_job,
-    run_name,
-    settings_of,
-    source_of,
-)
-from training.jobs import run_jobs, sbatch_command, submit_jobs
-
 
 def make_parser():
     """The command line."""
@@ -76,6 +56,51 @@ def make_parser():
     return parser
 
 
+def read_command_line():
+    """The arguments, checked as far as they do not depend on the tables."""
+    args = make_parser().parse_args()
+    # What follows --seeds may be settings.
+    args.overrides += [word for word in args.seeds if "=" in word]
+    args.seeds = [word for word in args.seeds if "=" not in word]
+    for seed in args.seeds:
+        if not seed.isdecimal():
+            raise SystemExit(f"--seeds {seed}: a seed is a whole number, at least 0")
+    args.seeds = list(dict.fromkeys(map(int, args.seeds)))
+    for word in args.overrides:
+        key = word.partition("=")[0]
+        if key in ("name", "seed") or key.startswith("paper"):
+            raise SystemExit(f"{word}: reproduce.py sets {key} itself, for each run its own")
+    if args.gpus and not re.fullmatch(r"\d+(,\d+)*", args.gpus):
+        raise SystemExit(f"--gpus {args.gpus}: give the numbers of GPUs, e.g. --gpus 0,1,2,3")
+    if args.gpus and (args.slurm or args.nproc_per_node):
+        raise SystemExit("--gpus gives each job one GPU; leave it out with --slurm and processes")
+    if args.nproc_per_node is not None and args.nproc_per_node < 1:
+        raise SystemExit(f"--nproc_per_node is {args.nproc_per_node}; it must be at least 1")
+    return args
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    console.accept_any_character()
+    console.show_warnings_plainly()
+    signals.listen()
+    read_command_line()
+
+import report
+from engine import checkpoint
+from engine.scale import load_scale
+from training.commands import (
+    PRETRAIN,
+    RUNS,
+    Cell,
+    Variant,
+    make_job,
+    run_name,
+    settings_of,
+    source_of,
+)
+from training.jobs import run_jobs, sbatch_command, submit_jobs
+
+
 def main():
     """Find out what is missing, run it, and print the table."""
     args = read_command_line()
@@ -105,29 +130,6 @@ def main():
 def how_to_go_on():
     """Half a sentence for a program that is told to stop."""
     return "so were the jobs, and the same line goes on where they are"
-
-
-def read_command_line():
-    """The arguments, checked as far as they do not depend on the tables."""
-    args = make_parser().parse_args()
-    # What follows --seeds may be settings.
-    args.overrides += [word for word in args.seeds if "=" in word]
-    args.seeds = [word for word in args.seeds if "=" not in word]
-    for seed in args.seeds:
-        if not seed.isdecimal():
-            raise SystemExit(f"--seeds {seed}: a seed is a whole number, at least 0")
-    args.seeds = list(dict.fromkeys(map(int, args.seeds)))
-    for word in args.overrides:
-        key = word.partition("=")[0]
-        if key in ("name", "seed") or key.startswith("paper"):
-            raise SystemExit(f"{word}: reproduce.py sets {key} itself, for each run its own")
-    if args.gpus and not re.fullmatch(r"\d+(,\d+)*", args.gpus):
-        raise SystemExit(f"--gpus {args.gpus}: give the numbers of GPUs, e.g. --gpus 0,1,2,3")
-    if args.gpus and (args.slurm or args.nproc_per_node):
-        raise SystemExit("--gpus gives each job one GPU; leave it out with --slurm and processes")
-    if args.nproc_per_node is not None and args.nproc_per_node < 1:
-        raise SystemExit(f"--nproc_per_node is {args.nproc_per_node}; it must be at least 1")
-    return args
 
 
 def make_variants(args):

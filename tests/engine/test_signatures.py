@@ -77,6 +77,15 @@ def test_a_signature_that_cannot_be_read_is_imported(tmp_path, monkeypatch):
     ],
 )
 def test_what_needs_no_torch_does_not_import_it(script, arguments, code, message):
+    check_imports(script, arguments, code, message)
+
+
+def test_reproduce_answers_before_torch_is_imported():
+    check_imports("reproduce.py", ["--help"], 0, "--nproc_per_node N")
+    check_imports("reproduce.py", ["T", "--gpus", "x"], 1, "give the numbers of GPUs")
+
+
+def check_imports(script, arguments, code, message):
     done = subprocess.run(
         [sys.executable, "-X", "importtime", script, *arguments],
         cwd=ROOT,
