@@ -233,19 +233,31 @@ class SplitBatchNorm(nn.BatchNorm2d):
                 f"a batch of {len(x)} does not divide into model.bn_splits {self.splits} equal "
                 "parts"
             )
-        means = self.running_mean.repeat(self.splits, 1)  # (splits, C)
-        variances = self.running_var.repeat(self.splits, 1)  # (splits, C)
-        y = torch.cat(
-            [
-                # moves its row of means and of variances
-                F.batch_norm(part, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
-                for part, mean, var in zip(x.chunk(self.splits), means, variances)
-            ]
-        )
-        self.running_mean.copy_(means.mean(0))
-        self.running_var.copy_(variances.mean(0))
+        # Every part has channels of its own, in one call: a GPU starts few kernels.
+        mean = self.running_mean.repeat(self.splits)  # (splits C,)
+        variance = self.running_var.repeat(self.splits)
+        weight, bias = self.weight.repeat(self.splits), self.bias.repeat(self.splits)
+        beside = parts_as_channels(x, self.splits)
+        # It moves mean and variance.
+        y = F.batch_norm(beside, mean, variance, weight, bias, True, self.momentum, self.eps)
+        self.running_mean.copy_(mean.view(self.splits, -1).mean(0))
+        self.running_var.copy_(variance.view(self.splits, -1).mean(0))
         self.num_batches_tracked += 1
-        return y
+        return channels_as_parts(y, self.splits)
+
+
+def parts_as_channels(x: Tensor, splits: int) -> Tensor:
+    """Put equal parts of a batch beside each other: (splits n, C, S, S) -> (n, splits C, S, S)."""
+    parts = x.unflatten(0, (splits, -1))  # (splits, n, C, S, S)
+    pixels = parts.permute(1, 3, 4, 0, 2)  # (n, S, S, splits, C), as channels_last lies in memory
+    return pixels.flatten(3).permute(0, 3, 1, 2)
+
+
+def channels_as_parts(y: Tensor, splits: int) -> Tensor:
+    """Undo parts_as_channels: (n, splits C, S, S) -> (splits n, C, S, S)."""
+    pixels = y.permute(0, 2, 3, 1).unflatten(3, (splits, -1))  # (n, S, S, splits, C)
+    parts = pixels.permute(3, 0, 1, 2, 4)  # (splits, n, S, S, C)
+    return parts.flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def split_batch_norm(module: nn.Module, splits: int) -> None:

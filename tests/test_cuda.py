@@ -135,9 +135,18 @@ class Step:
 
 @pytest.fixture
 def draws_of_the_cpu(monkeypatch):
-    """Let every device draw the CPU's random numbers."""
+    """Let every device draw the CPU's random numbers, and the same candidates by them.
+
+    Ring draws columns of what topk leaves in any order, and each device has an order of its own.
+    """
     for name in ("rand", "randint", "randperm"):
         monkeypatch.setattr(torch, name, drawn_on_the_cpu(getattr(torch, name)))
+    plain_topk = torch.Tensor.topk
+
+    def topk_in_order(x, k, sorted=False, **options):
+        return plain_topk(x, k, sorted=True, **options)
+
+    monkeypatch.setattr(torch.Tensor, "topk", topk_in_order)
 
 
 def drawn_on_the_cpu(draw):
