@@ -1086,6 +1086,8 @@ def data(cfg):
         words += f" {settings['split']}"
     if settings["limit"]:
         words += f", {settings['limit']} images"
+    if settings["classes"]:
+        words += f", {settings['classes']} classes"
     return f"{words}, {settings['image_size']} px"
 
 

@@ -266,8 +266,8 @@ def main():
 def data_settings(settings, probe):
     """The settings of the data that are probed: those of the run, or of another set."""
     if probe.data is not None:  # which has a normalisation of its own
-        own = {"name": probe.data, "split": "train", "limit": None, "mean": None, "std": None}
-        settings = {**settings, **own}
+        own = dict.fromkeys(("limit", "classes", "mean", "std"))
+        settings = {**settings, **own, "name": probe.data, "split": "train"}
     given = {"root": probe.root, "image_size": probe.image_size}
     return {**settings, **{key: value for key, value in given.items() if value is not None}}
 

@@ -113,6 +113,7 @@ def load(
     root: str = "datasets",
     split: str = "train",
     limit: int | None = None,
+    classes: int | None = None,
     cache: int | None = None,
     on_error: Literal["stop", "skip"] = "stop",
     check_files: bool = False,
@@ -132,6 +133,7 @@ def load(
         split: of stl10, what to pre-train on: train (the 5,000 labelled images, as the Ring code),
             unlabeled, train+unlabeled.
         limit: so many training images of that shuffle, whatever their labels. Test sets stay whole.
+        classes: of shapes, how many, 2 to 100; null: twelve.
         cache: keep folders of images decoded in a file beside them, the shorter side at most that
             many pixels (data/cache.py: crops are then taken from these); null: decode them again
             in every epoch.
@@ -149,9 +151,9 @@ def load(
     Returns: an ArraySet or a FolderSet; None where the set has no such part.
     """
     refuse_statistics(part, mean, std)
-    refuse_settings(part, name, split, limit, cache, on_error, check_files)
+    refuse_settings(part, name, split, limit, classes, cache, on_error, check_files)
     root = os.path.expanduser(root)
-    dataset = whole_part(part, name, root, split, limit)
+    dataset = whole_part(part, name, root, split, limit, classes)
     if dataset is None:
         return None
     list_file = root if name == "list" else None
@@ -284,7 +286,7 @@ def describe_lacking(lacking, part, others, other_part):
 # ------------------------------------------------------------------------------- refusals
 
 
-def refuse_settings(part, name, split, limit, cache, on_error, check_files):
+def refuse_settings(part, name, split, limit, classes, cache, on_error, check_files):
     """SystemExit where settings of `load` make no sense, with its names for them."""
     if name not in NAMES:
         from engine.config import did_you_mean
@@ -304,6 +306,16 @@ def refuse_settings(part, name, split, limit, cache, on_error, check_files):
         )
     if limit is not None and limit < 1:
         raise SystemExit(f"data.limit is {limit}; it must be above 0, or null for all images")
+    if classes is not None and name != "shapes":
+        raise SystemExit(
+            f"data.classes is {classes}, but {name} has the classes that it has; leave it out, or "
+            "set data.name=shapes"
+        )
+    if classes is not None and not 2 <= classes <= shapes.MOST_CLASSES:
+        raise SystemExit(
+            f"data.classes is {classes}; shapes has 2 to {shapes.MOST_CLASSES} classes, or null "
+            f"for its {len(shapes.FORMS)}"
+        )
     if cache is not None and cache < 8:
         raise SystemExit(
             f"data.cache is {cache}; it must be at least 8 pixels, or null for no cache"
@@ -336,7 +348,7 @@ def refuse_statistics(part, mean, std):
 # ------------------------------------------------------------------------------- the sets
 
 
-def whole_part(part, name, root, split, limit):
+def whole_part(part, name, root, split, limit, classes):
     """What `load` chooses from: that part of the set `name`, or None where it has none.
 
     Of shapes, which are balanced as they are drawn, no more than `limit` are drawn; other sets come
@@ -345,8 +357,9 @@ def whole_part(part, name, root, split, limit):
     if name == "shapes":
         drawn = 10000 if limit is None else min(limit, 10000)
         count, seed = (2400, 1) if part == "test" else (drawn, 0)
-        images, labels = map(torch.from_numpy, shapes.shapes(count, seed=seed))
-        return ArraySet(images, labels, shapes.CLASSES, *STATISTICS[name])
+        classes = classes or len(shapes.FORMS)
+        images, labels = map(torch.from_numpy, shapes.shapes(count, seed=seed, classes=classes))
+        return ArraySet(images, labels, shapes.CLASSES[:classes], *STATISTICS[name])
     if name in TORCHVISION:
         return download(name, part, root, split)
     if name == "voc2007":

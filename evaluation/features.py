@@ -256,6 +256,7 @@ def labelled_parts(
         "root": root or "datasets",
         "split": "train",
         "limit": None,
+        "classes": None,
         "on_error": "stop",
         "mean": list(own.pretrain.mean),
         "std": list(own.pretrain.std),

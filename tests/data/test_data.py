@@ -15,7 +15,7 @@ from PIL import Image
 import data.loader as data_loader
 from data.datasets import NAMES, TORCHVISION, ArraySet, balanced_rows, load
 from data.loader import Loader, ordered_batches, prefetch
-from data.shapes import CLASSES, distance, shapes
+from data.shapes import CLASSES, FORMS, distance, shapes
 from engine import distributed
 from evaluation.features import knn
 
@@ -73,8 +73,21 @@ def test_shapes_are_deterministic_balanced_and_varied():
     assert not np.array_equal(images, other)
     assert images.shape == (120, 3, 32, 32)
     assert (np.bincount(labels) == 10).all()
-    assert len(CLASSES) == 12
+    assert len(FORMS) == 12
     assert shapes(12, size=48)[0].shape == (12, 3, 48, 48)
+
+
+@pytest.mark.parametrize("classes", [2, 13, 100])
+def test_shapes_have_as_many_classes_as_asked_for(classes):
+    for part, count in ("pretrain", 1000), ("test", 2400):
+        dataset = load(part, 0, name="shapes", limit=1000, classes=classes)
+        assert dataset.classes == CLASSES[:classes]
+        counts = dataset.labels.bincount()
+        assert len(counts) == classes
+        assert counts.sum() == count
+        assert counts.max() - counts.min() <= 1
+    assert load("train", 0, name="shapes", limit=24).classes == FORMS == CLASSES[:12]
+    assert len(set(CLASSES)) == 100
 
 
 def test_raw_pixels_do_badly_on_shapes():
@@ -184,6 +197,9 @@ def test_flat_folder_has_no_labels(jpegs):
         (dict(name="folder", root="nowhere"), "no folder nowhere"),
         (dict(name="imagenet", root="nowhere"), r"train/<class>/\*\.JPEG"),
         (dict(name="shapes", limit=0), "data.limit is 0"),
+        (dict(name="shapes", classes=1), "data.classes is 1; shapes has 2 to 100 classes"),
+        (dict(name="shapes", classes=101), "data.classes is 101; shapes has 2 to 100 classes"),
+        (dict(name="cifar10", classes=5), "cifar10 has the classes that it has"),
         (dict(name="shapes", check_files=True, on_error="skip"), "leave one of the two out"),
     ],
 )
