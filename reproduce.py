@@ -85,9 +85,13 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
     signals.listen()
     read_command_line()
 
-import report
 from engine import checkpoint
 from engine.scale import load_scale
+from reporting.comparing import asked_otherwise, differences, of_no_concern, unfinished
+from reporting.figures import EARLY, measured
+from reporting.runs import read_cells, read_runs
+from reporting.tables import make_tables, title_at
+from reporting.words import as_text
 from training.commands import (
     PRETRAIN,
     RUNS,
@@ -104,7 +108,7 @@ from training.jobs import run_jobs, sbatch_command, submit_jobs
 def main():
     """Find out what is missing, run it, and print the table."""
     args = read_command_line()
-    cells = read_cells()
+    cells = all_cells()
     chosen = choose(cells, args.table, args.rows)
     variants = make_variants(args)
     if args.list:
@@ -148,10 +152,10 @@ def make_variants(args):
 # -------------------------------------------------------------------------- tables and their rows
 
 
-def read_cells():
+def all_cells():
     """All cells of all tables, in the order of the files."""
     left_out = []
-    cells = report.read_cells("yaml", left_out)
+    cells = read_cells("yaml", left_out)
     if left_out:
         print("\n".join(left_out))
     return [Cell(*cell, file, cfg) for cell, (file, cfg) in cells.items()]
@@ -212,14 +216,14 @@ def add_jobs(jobs, cell, source, variant):
 
 
 def find_run(cell, source, variant):
-    """What was run for a cell, as report.Run; None where nothing was.
+    """What was run for a cell, as reporting.runs.Run; None where nothing was.
 
     source: the cell that makes its weights.
     """
     names = run_name(cell, variant), run_name(source, variant)
     folders = [os.path.join(RUNS, name) for name in dict.fromkeys(names)]
     there = [path for path in folders if os.path.exists(os.path.join(path, "config.yaml"))]
-    for run in report.read_runs(there, [])[0]:
+    for run in read_runs(there, [])[0]:
         weights = os.path.dirname(run.weights or "")
         if run.folder == folders[0] and os.path.basename(weights) in ("", names[1]):
             return run
@@ -229,13 +233,13 @@ def find_run(cell, source, variant):
 def other_settings(cell, run, variant):
     """Which settings of a pre-training are not those that a cell asks for, in words."""
     wanted = config.load(cell.file, settings_of(cell, variant))
-    return report.differences(wanted, run.cfg, checkpoint.MAY_CHANGE)
+    return differences(wanted, run.cfg, checkpoint.MAY_CHANGE)
 
 
 def is_pretrained(cell, variant):
     """Are a cell's weights there, of the settings that it asks for?"""
     run = find_run(cell, cell, variant)
-    if run is None or report.unfinished(run) or other_settings(cell, run, variant):
+    if run is None or unfinished(run) or other_settings(cell, run, variant):
         return False
     return os.path.exists(os.path.join(run.folder, "backbone.pt"))
 
@@ -243,15 +247,14 @@ def is_pretrained(cell, variant):
 def is_evaluated(cell, source, variant):
     """Is a cell's figure there, of the settings and the protocol that it asks for?"""
     run = find_run(cell, source, variant)
-    if run is None or report.unfinished(run):
+    if run is None or unfinished(run):
         return False
     wanted = config.load(cell.file, settings_of(cell, variant))
-    if report.differences(wanted, run.cfg, report.of_no_concern(cell.metric)):
+    if differences(wanted, run.cfg, of_no_concern(cell.metric)):
         return False
     return any(
-        report.EARLY not in protocol
-        and not report.asked_otherwise(wanted, cell.metric, protocol, cell.file)
-        for protocol in report.measured(run, cell.metric)
+        EARLY not in protocol and not asked_otherwise(wanted, cell.metric, protocol, cell.file)
+        for protocol in measured(run, cell.metric)
     )
 
 
@@ -264,7 +267,7 @@ def state_of(cell, source, variant):
         return "not begun"
     if other := other_settings(source, run, variant):
         return f"in {run.folder} are other settings: {other[0]}"
-    if report.unfinished(run):
+    if unfinished(run):
         return f"at epoch {run.done} of {run.cfg['optim']['epochs']}"
     return f"pre-trained, without {cell.metric}"
 
@@ -299,12 +302,12 @@ def print_commands(jobs, by_slurm):
 
 def print_table(title, scale):
     """Print a table, as report.py does."""
-    cells = report.read_cells("yaml", [])
-    runs, strangers = report.read_runs([RUNS], []) if os.path.isdir(RUNS) else ([], [])
-    tables, _ = report.make_tables(cells, runs, strangers, show_all=True)
+    cells = read_cells("yaml", [])
+    runs, strangers = read_runs([RUNS], []) if os.path.isdir(RUNS) else ([], [])
+    tables, _ = make_tables(cells, runs, strangers, show_all=True)
     for table in tables:
-        if table.title == report.title_at(title, scale):
-            print(f"\n{report.as_text(table)}")
+        if table.title == title_at(title, scale):
+            print(f"\n{as_text(table)}")
 
 
 def end_with_summary(jobs):

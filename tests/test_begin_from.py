@@ -9,13 +9,15 @@ import torch
 import torchvision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import report
 from engine import checkpoint, config, distributed
 from models.cmc import CMC, LabEncoder
 from models.ir import IR
 from models.moco import MoCo
 from models.resnet import Encoder
 from models.simclr import SimCLR
+from reporting.comparing import unfinished
+from reporting.runs import read_runs
+from reporting.words import effort
 from test_faults import (  # noqa: F401
     assert_equal,
     images,
@@ -334,10 +336,10 @@ def test_a_run_that_is_trained_on_is_one_that_was_longer_from_the_start(
     assert [event.step for event in board.Scalars("loss/loss")] == [1, 2, 3]
 
     # The report counts all epochs and their time.
-    (trained,), _ = report.read_runs([str(folder)], [])
+    (trained,), _ = read_runs([str(folder)], [])
     assert trained.done == trained.cfg["optim"]["epochs"] == 3
-    assert report.unfinished(trained) == []
-    assert report.effort([trained]).startswith("3 epochs, ")
+    assert unfinished(trained) == []
+    assert effort([trained]).startswith("3 epochs, ")
     sentence = refused(tmp_path, "a", images, *STEP, "optim.epochs=2")
     assert "optim.epochs was 3 and is now 2; choose another name" in sentence
 

@@ -113,7 +113,7 @@ def commands(name):
 @functools.cache
 def all_cells():
     """The cells of all tables: more than a hundred files."""
-    return reproduce.read_cells()
+    return reproduce.all_cells()
 
 
 def check_command(words):

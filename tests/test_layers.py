@@ -14,6 +14,7 @@ BELOW = {
     "models": {"engine", "losses", "models"},
     "data": {"engine", "data"},
     "evaluation": {"engine", "data", "evaluation"},
+    "reporting": {"engine", "data", "reporting"},
     "training": {"engine", "losses", "models", "data", "evaluation", "training"},
 }
 

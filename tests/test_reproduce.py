@@ -12,10 +12,10 @@ import sys
 import pytest
 import torch
 
-import report
 import reproduce
 import yaml
 from engine import config, scale, signals
+from engine.log import lines
 from engine.schedule import Schedule
 from train_detect import Detect
 from train_finetune import Finetune
@@ -122,7 +122,7 @@ def calls():
 def cells():
     before = os.getcwd()
     os.chdir(ROOT)
-    yield reproduce.read_cells()
+    yield reproduce.all_cells()
     os.chdir(before)
 
 
@@ -316,7 +316,7 @@ def test_a_scale_has_runs_and_a_table_of_its_own(here, out):
     assert "T, at the scale small: no figure beside the paper's\n" in printed
     assert "optim.epochs 2" in printed
     assert "reported" not in printed
-    assert report.lines("runs/a_small/log.jsonl")[-1]["epoch"] == 2
+    assert lines("runs/a_small/log.jsonl")[-1]["epoch"] == 2
 
 
 def test_each_gpu_has_one_job_at_a_time(here, out):

@@ -3,7 +3,6 @@ again, gives its log.
 """
 
 import os
-import re
 import sys
 
 import pytest
@@ -11,14 +10,21 @@ import torch
 
 import report
 import train_pretrain
-from engine import signals
+from benchmarks import studies
+from engine import config, signals
 from engine.log import Log, lines
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESULTS = os.path.join(ROOT, "results")
-# Runs of a paper's table at a scale; beside their folder lie the runs of no paper's table.
+# Runs of a paper's table at a scale; in the other folders are those of benchmarks/studies.yaml.
 SCALED = "ring_table_1_cpu"
-RUNS = sorted(set(os.listdir(RESULTS)) - {SCALED})
+STUDIES = sorted(set(os.listdir(RESULTS)) - {SCALED, "h200"})
+RUNS = sorted(
+    os.path.join(study, run)
+    for study in STUDIES
+    for run in os.listdir(os.path.join(RESULTS, study))
+)
+PLAN = studies.read_plan([])
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +33,16 @@ def text():
         return f.read()
 
 
-def test_the_tables_are_those_that_report_makes(text, tmp_path, monkeypatch):
+@pytest.mark.parametrize("study", STUDIES)
+def test_the_tables_are_those_that_report_makes(study, text, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["report.py", "results", "--markdown", str(tmp_path / "a.md")])
+    file, against = str(tmp_path / "a.md"), PLAN[study].get("against")
+    folders = [f"results/{study}", *studies.shared_folders(PLAN[study])]
+    options = ["--against", against, str(tmp_path / "a.png")] if against else []
+    monkeypatch.setattr(sys, "argv", ["report.py", *folders, "--markdown", file, *options])
     report.main()
-    table = (tmp_path / "a.md").read_text()
-    table = table[table.index("### Other runs") :]
-    assert table.split("\n", 2)[2].strip() in text  # from below its title, footnotes and all
+    table = studies.table_in((tmp_path / "a.md").read_text(), PLAN[study])
+    assert studies.put_between_marks(text, study, table) == text
 
 
 def test_the_table_at_a_scale_is_the_one_that_report_makes(text, tmp_path, monkeypatch):
@@ -48,20 +57,27 @@ def test_the_table_at_a_scale_is_the_one_that_report_makes(text, tmp_path, monke
         assert "RankMe" in lines(os.path.join(folder, run, "log.jsonl"))[-1]
 
 
-def test_every_run_has_its_files_and_its_command(text):
-    for run in RUNS:
-        log = lines(os.path.join(RESULTS, run, "log.jsonl"))
-        assert sorted(os.listdir(os.path.join(RESULTS, run))) == [
-            "config.yaml",
-            "linear.jsonl",
-            "log.jsonl",
-        ]
-        assert [line["epoch"] for line in log] == list(range(len(log)))
-        assert "knn" in log[0]
-        assert "knn" in log[-1]
-        assert re.search(
-            rf"^\| [^\n]*\bname={re.sub('_[0-9]+$', '', run)}_0\b", text, re.MULTILINE
-        ), f"no command of {run}"
+@pytest.mark.parametrize("run", RUNS)
+def test_every_run_has_its_files_and_the_settings_of_the_plan(run):
+    log = lines(os.path.join(RESULTS, run, "log.jsonl"))
+    assert sorted(os.listdir(os.path.join(RESULTS, run))) == sorted(studies.KEPT)
+    assert [line["epoch"] for line in log] == list(range(len(log)))
+    assert "knn" in log[0]
+    assert "knn" in log[-1]
+    study, name = os.path.split(run)
+    seed = int(name.rpartition("_")[2])
+    planned = {planned.name: planned for planned in studies.runs_of(study, PLAN, seed)}[name]
+    asked = config.load(os.path.join(ROOT, planned.cfg), planned.arguments(None)[2:])
+    assert config.load(os.path.join(RESULTS, run, "config.yaml")) == asked
+    assert len(log) == asked["optim"]["epochs"] + 1
+
+
+def test_every_run_of_the_plan_can_be_begun():
+    for study in PLAN:
+        for run in studies.runs_of(study, PLAN, 0):
+            config.load(os.path.join(ROOT, run.cfg), run.arguments("datasets")[2:])
+        if "against" in PLAN[study]:
+            assert studies.runs_of(study, PLAN, 0)
 
 
 @pytest.mark.slow
@@ -73,7 +89,10 @@ def test_the_cheapest_row_again(tmp_path, monkeypatch):
     root = os.path.abspath(os.environ.get("DATASETS", "datasets"))
     if not os.path.exists(os.path.join(root, "cifar-10-batches-py")):
         pytest.skip(f"needs cifar-10-batches-py in {root}")
-    stored, write = lines(os.path.join(RESULTS, "moco_0", "log.jsonl"))[:3], Log.write
+    stored, write = (
+        lines(os.path.join(RESULTS, "small", "small_moco_0", "log.jsonl"))[:3],
+        Log.write,
+    )
 
     def stop_after_two(self, epoch, figures):
         write(self, epoch, figures)
@@ -88,7 +107,7 @@ def test_the_cheapest_row_again(tmp_path, monkeypatch):
         [
             "train_pretrain.py",
             "--cfg",
-            os.path.join(RESULTS, "moco_0", "config.yaml"),
+            os.path.join(RESULTS, "small", "small_moco_0", "config.yaml"),
             f"data.root={root}",
         ],
     )
@@ -98,7 +117,7 @@ def test_the_cheapest_row_again(tmp_path, monkeypatch):
     with pytest.raises(signals.StopRequested):
         train_pretrain.main()
     torch.set_num_threads(threads)
-    again = lines("runs/moco_0/log.jsonl")
+    again = lines("runs/small_moco_0/log.jsonl")
     assert len(again) == 3
     assert again[0]["knn"] == pytest.approx(stored[0]["knn"], abs=1)
     for one, other in zip(again[1:], stored[1:]):
