@@ -521,8 +521,8 @@ def jitter(x, factors, order, apply):
     """
     # groups[turn][operation] lists the images that have this operation in this turn.
     groups = [([], [], [], []) for _ in JITTER]
-    for image, operations in enumerate(order.tolist()):
-        for turn, i in enumerate(operations if apply[image] else ()):
+    for image, (operations, is_applied) in enumerate(zip(order.tolist(), apply.tolist())):
+        for turn, i in enumerate(operations if is_applied else ()):
             groups[turn][i].append(image)
     for group in groups:
         for i, operation in enumerate(JITTER):
