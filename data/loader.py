@@ -5,23 +5,20 @@ processes at once: another number of workers, or of processes, changes no view, 
 is the same epoch.
 """
 
-import contextlib
 import math
 import os
-import queue
-import threading
 from typing import Literal
 
 import numpy as np
 import torch
 from PIL.Image import Resampling
 
-from engine import device as devices
 from engine import distributed
 from engine.cores import cores_per_process
 
 from .augment import Augment, crop_one_by_one, pil_transforms, select_rows
 from .memory import workers_that_fit
+from .prefetch import prefetch
 from .workers import InputLost, Slots, in_workers, shortage
 
 BILINEAR = Resampling.BILINEAR  # PIL's, which antialiases
@@ -139,7 +136,7 @@ class Loader:
         )
         # A CPU's cores have the convolutions to do.
         if self.device.type != "cpu":
-            steps = prefetch(steps)
+            steps = prefetch(steps, self.device)
         for views, index in steps:
             yield list(views.chunk(self.n_views)), index
 
@@ -235,50 +232,6 @@ def ordered_batches(
         reader = Reader(dataset, augment, "batched", 1, device)
         workers, in_flight = reader.workers_that_fit(workers, min(batch_size, len(rows)))
     return batches(dataset, augment, plan, device, workers, broken=broken, in_flight=in_flight)
-
-
-def prefetch(items, depth=2):
-    """The same items, made by a thread, up to `depth` of them before they are asked for.
-
-    What the thread raises is raised here.
-    """
-    made, stop = queue.Queue(depth), threading.Event()
-    arguments = items, made, stop
-    thread = threading.Thread(target=fill_queue, args=arguments, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = made.get()
-            if isinstance(error, StopIteration):
-                return
-            if error:
-                raise error
-            yield item
-    # The one who asked may stop early.
-    finally:
-        stop.set()
-        thread.join()
-
-
-def fill_queue(items, made, stop):
-    """Put (item, None) for each item into the queue `made`; last (None, what was raised)."""
-    try:
-        devices.use_in_this_thread()
-        for item in items:
-            put_unless_stopped(made, (item, None), stop)
-            if stop.is_set():
-                return
-        put_unless_stopped(made, (None, StopIteration()), stop)
-    # SystemExit too: a broken image.
-    except BaseException as error:
-        put_unless_stopped(made, (None, error), stop)
-
-
-def put_unless_stopped(made, pair, stop):
-    """Wait for room in the queue `made`, but not after the event `stop`."""
-    while not stop.is_set():
-        with contextlib.suppress(queue.Full):
-            return made.put(pair, timeout=0.1)
 
 
 def default_workers():

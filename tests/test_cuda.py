@@ -227,6 +227,29 @@ def test_the_loader_gives_the_views_of_the_cpu(source, tmp_path):
     assert torch.equal(begun_later[0].cpu(), expected[2][1])
 
 
+def test_batches_are_made_beside_the_steps_and_whole():
+    """Long products stand in for steps. A batch that was taken too early, or whose memory was given
+    away too early, would differ.
+    """
+    images = noise(256, 32)
+    kinds = {"augment": "cifar", "image_size": 32}
+    expected = [views for views, _ in Loader(images, 32, 2, 0, CPU, **kinds).epoch(0)]
+    images.to(DEVICE)
+    side = 2048 if DEVICE.type == "cuda" else 64
+    weights = torch.randn(side, side, device=DEVICE)
+    for _ in range(3):
+        kept = []
+        for views, _ in Loader(images, 32, 2, 0, DEVICE, **kinds).epoch(0):
+            for _ in range(20):
+                weights = weights @ weights
+                weights /= weights.norm()
+            kept.append([view.clone() for view in views])
+            del views
+        for batch, expected_batch in zip(kept, expected):
+            for view, expected_view in zip(batch, expected_batch):
+                assert (view.cpu() - expected_view).abs().max() < 0.02
+
+
 def test_a_data_set_moves_to_a_device_that_has_room(monkeypatch):
     images = noise()
     fingerprint, nbytes = images.fingerprint(), images.images.nbytes

@@ -175,7 +175,7 @@ def fake_gpu():
             (torch.Tensor, "backward", backward),
             (torch.optim.Optimizer, "__init__", remember),
             (torch.cuda.amp.common, "amp_definitely_not_available", bool),
-            (data.loader, "prefetch", lambda items: items),  # without its thread
+            (data.loader, "prefetch", lambda items, device: items),  # without its thread
         ):
             stack.enter_context(mock.patch.object(where, name, value))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()))

@@ -1,5 +1,6 @@
 """Data sets, shapes and the loader."""
 
+import contextlib
 import inspect
 import os
 import shutil
@@ -14,7 +15,8 @@ from PIL import Image
 
 import data.loader as data_loader
 from data.datasets import NAMES, TORCHVISION, ArraySet, balanced_rows, load
-from data.loader import Loader, ordered_batches, prefetch
+from data.loader import Loader, ordered_batches
+from data.prefetch import prefetch
 from data.shapes import CLASSES, FORMS, distance, shapes
 from engine import distributed
 from evaluation.features import knn
@@ -339,11 +341,11 @@ def test_prefetch_keeps_the_order_runs_ahead_stops_early_and_passes_errors_on():
         if error:
             raise error
 
-    assert list(prefetch(items(10))) == list(range(10))
-    assert list(prefetch(iter([]))) == []
+    assert list(prefetch(items(10), CPU)) == list(range(10))
+    assert list(prefetch(iter([]), CPU)) == []
     made.clear()
     begun.clear()
-    few = prefetch(items(1000))
+    few = prefetch(items(1000), CPU)
     # two wait, one is in hand
     assert next(few) == 0
     assert begun.wait(10)
@@ -351,15 +353,60 @@ def test_prefetch_keeps_the_order_runs_ahead_stops_early_and_passes_errors_on():
     assert len(made) < 7
     assert not [t for t in threading.enumerate() if t.name == "prefetch"]
     for error in (ValueError("broken"), SystemExit("broken")):
-        got = prefetch(items(2, error))
+        got = prefetch(items(2, error), CPU)
         assert [next(got), next(got)] == [0, 1]
         with pytest.raises(type(error), match="broken"):
             next(got)
 
 
+def test_on_cuda_a_batch_is_used_after_its_event_and_its_memory_after_the_step(monkeypatch):
+    """What is asked of CUDA, and by which thread, for there may be none here."""
+    calls = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def record_event(self):
+            calls.append((threading.current_thread().name, current[-1].name, "event"))
+            return len(calls)
+
+        def wait_event(self, event):
+            calls.append((threading.current_thread().name, self.name, f"waits for {event}"))
+
+        def wait_stream(self, other):
+            calls.append((threading.current_thread().name, self.name, f"waits for {other.name}"))
+
+    class Batch:
+        def record_stream(self, stream):
+            calls.append((threading.current_thread().name, stream.name, "uses"))
+
+    @contextlib.contextmanager
+    def use(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    steps = Stream("steps")
+    current = [steps]
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: steps)
+    monkeypatch.setattr(torch.cuda, "stream", use)
+    batch = Batch(), Batch()
+    assert list(prefetch(iter([batch]), torch.device("cuda"))) == [batch]
+    assert calls == [
+        ("MainThread", "side", "waits for steps"),
+        ("prefetch", "side", "event"),
+        ("MainThread", "steps", "waits for 2"),
+        ("MainThread", "steps", "uses"),
+        ("MainThread", "steps", "uses"),
+    ]
+    assert current == [steps]
+
+
 def test_a_loader_that_runs_ahead_gives_the_very_views(arrays):
     one, other = loader(arrays), loader(arrays)
-    for (a, i), (b, j) in zip(one.epoch(2), prefetch(other.epoch(2))):
+    for (a, i), (b, j) in zip(one.epoch(2), prefetch(other.epoch(2), CPU)):
         assert torch.equal(torch.stack(a), torch.stack(b))
         assert torch.equal(i, j)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data.datasets import ArraySet
-from data.loader import prefetch
+from data.prefetch import prefetch
 from engine import device as devices
 from engine import distributed
 from models.resnet import choose_precision
@@ -339,8 +339,8 @@ def test_the_thread_that_prefetches_uses_the_device_of_its_process(machine, monk
     )
     machine("cuda", 4)
     monkeypatch.setattr(devices, "current", torch.device("cuda", 3))
-    assert list(prefetch(iter(range(5)))) == [0, 1, 2, 3, 4]
+    assert list(prefetch(iter(range(5)), torch.device("cpu"))) == [0, 1, 2, 3, 4]
     assert used == [("prefetch", 3)]
     monkeypatch.setattr(devices, "current", torch.device("mps"))  # it has no number
-    assert list(prefetch(iter(range(5)))) == [0, 1, 2, 3, 4]
+    assert list(prefetch(iter(range(5)), torch.device("cpu"))) == [0, 1, 2, 3, 4]
     assert len(used) == 1
