@@ -15,7 +15,7 @@ from .comparing import FREE, differing, unfinished
 from .curves import band, matplotlib, simplify
 from .figures import last_figure
 from .tables import Table
-from .words import data, losses, method, spread
+from .words import data, losses, method, signed, spread
 
 METRICS = {"knn": "kNN top-1, %", "linear top-1": "linear top-1, %"}
 # From this ratio of the largest value to the smallest on, the axis is logarithmic.
@@ -133,11 +133,6 @@ def against_table(runs, key):
     for words in METRICS.values():
         head += [(words, ""), (words, "- nce")]
     return Table(f"Against {key}", [*head, ("", "n")], rows, [])
-
-
-def signed(values):
-    """Mean and deviation of differences, such as "+1.1 ± 0.4"."""
-    return f"{mean(values):+.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 # ---------------------------------------------------------------------------- the picture

@@ -1,6 +1,5 @@
 """The tables of report.py: the papers' own, these at a scale, other runs, other evaluations."""
 
-from statistics import mean, stdev
 from typing import NamedTuple
 
 from engine import config
@@ -35,6 +34,7 @@ from .words import (
     losses,
     mark,
     oracle,
+    signed,
     spread,
     training_time,
     warning,
@@ -316,9 +316,7 @@ def gain(runs, groups, metric, notes):
                 differences_of_seeds += [ours - theirs] if None not in (ours, theirs) else []
     if not differences_of_seeds:
         return ""
-    words = f"{mean(differences_of_seeds):+.1f}"
-    if len(differences_of_seeds) > 1:
-        words += f" ± {stdev(differences_of_seeds):.1f}"
+    words = signed(differences_of_seeds)
     if baseline[0].done != done:
         words += f" {mark(notes, f'beside {baseline[0].done} epochs')}"
     return words

@@ -26,6 +26,11 @@ def spread(values):
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
+def signed(values):
+    """Mean and deviation of differences, such as "+1.1 ± 0.4"."""
+    return f"{mean(values):+.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
 def listed(labels):
     """Names of runs, such as "moco_0, _1, _2": what they share before a last "_" stands once."""
     shared, _, _ = labels[0].rpartition("_")
