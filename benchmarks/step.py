@@ -125,6 +125,7 @@ def make_encoder(args, precision, device):
         stem=stem(args.size),
         head="mlp",
         dim=DIM,
+        bn_splits=args.bn_splits,
         precision=precision,
     )
 
@@ -306,7 +307,8 @@ def print_table(args, median, lightly_seconds, device):
     """Print the seconds of each case beside those of its networks and of lightly's whole step."""
     print_main(
         f"MoCo, {args.backbone}, {args.batch} images of {args.size} pixels, queue {args.queue}, "
-        f"recipe {RECIPE}; {distributed.describe_devices(device)}, torch {torch.__version__}; "
+        f"model.bn_splits {args.bn_splits}, recipe {RECIPE}; "
+        f"{distributed.describe_devices(device)}, torch {torch.__version__}; "
         f"medians of {args.rounds} rounds\n"
     )
     titles = f"{'':33}{'ms a step':>10}{'ratio':>8}{'images/s':>10}"
@@ -361,6 +363,7 @@ def parse_arguments(arguments):
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--backbone", choices=LAYERS, default="resnet18")
+    parser.add_argument("--bn_splits", type=int, default=1, help="parts of BatchNorm, as moco's 8")
     parser.add_argument("--profile", metavar="FILE")
     return parser.parse_args(arguments)
 
