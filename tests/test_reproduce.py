@@ -462,11 +462,22 @@ def test_a_bad_scale_gets_one_sentence(text, sentence, here, out):
     assert sentence in status
 
 
-@pytest.mark.parametrize("options", [(), ("--slurm",)])
-def test_a_folder_that_cannot_be_written_gets_one_sentence(options, here, cluster, out):
+def test_slurm_gets_no_job_where_a_folder_cannot_be_written(here, cluster, out):
     (here / "runs").write_text("no folder")
-    _, status = out("T", *options)
+    _, status = out("T", "--slurm")
     assert status.startswith("runs/a/train_pretrain.log cannot be written")
+
+
+def test_a_file_in_place_of_a_run_stops_no_other_job(here, out):
+    (here / "fails").write_text("none")
+    (here / "runs").mkdir()
+    (here / "runs" / "a").write_text("no folder")
+    printed, status = out("T", "--rows", "[AB], *")
+    assert status == 1
+    assert [call[1] for call in calls()] == ["b", "b"]
+    end = printed[printed.index("\nfailed: ") :]
+    assert "runs/a/train_pretrain.log cannot be written" in end
+    assert "left out, for what they need has failed: a, evaluation" in end
 
 
 def test_a_row_without_its_command_or_its_weights_is_refused(here, out):

@@ -177,12 +177,22 @@ def start_ready(jobs, slots, running, bar):
         bar: the progress bar.
     """
     for i, environment in enumerate(slots):
-        job = next((job for job in jobs if job.is_ready()), None)
-        if i not in running and job is not None:
+        while i not in running and (job := next_ready(jobs)):
             gpu = environment.get("CUDA_VISIBLE_DEVICES")
             where = f" on GPU {gpu}" if gpu else ""
-            bar.write(f"{job.title}: begun{where}, see {job.log}")
-            running[i] = Process(job, environment)
+            try:
+                running[i] = Process(job, environment)
+            except SystemExit as refusal:  # its log cannot be written
+                job.state, job.reason = "failed", str(refusal)
+                bar.write(f"{job.title}: failed before its start")
+                bar.update()
+            else:
+                bar.write(f"{job.title}: begun{where}, see {job.log}")
+
+
+def next_ready(jobs):
+    """The first job that may start now, or None."""
+    return next((job for job in jobs if job.is_ready()), None)
 
 
 def collect_ended(running, bar):
