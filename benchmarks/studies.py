@@ -3,7 +3,7 @@
     python benchmarks/studies.py --list               how far each run is
     python benchmarks/studies.py full --seeds 0 1     what is missing of one study
     python benchmarks/studies.py --jobs 12            more at a time, as on a GPU
-    python benchmarks/studies.py --tables             put the tables into RESULTS.md, draw pictures
+    python benchmarks/studies.py --tables             make tables and pictures of RESULTS.md
 
 benchmarks/studies.yaml lists them. A run is pre-trained and probed in runs/, each job with one
 thread. Then its settings and logs are copied to results/<study>/, and what is there is not run
@@ -30,6 +30,7 @@ PLAN = os.path.join(ROOT, "benchmarks", "studies.yaml")
 RESULTS = "results"
 PICTURES = "docs/studies"
 PAGE = "RESULTS.md"
+FIRST_PAGE = "README.md"
 KEPT = "config.yaml", "log.jsonl", "linear.jsonl"
 
 
@@ -167,12 +168,18 @@ def run_missing(runs, args):
 def make_tables(plan):
     """Put the table of each study that has runs into RESULTS.md, and draw its picture."""
     os.makedirs(PICTURES, exist_ok=True)
-    with open(PAGE, encoding="utf-8") as f:
-        page = f.read()
     for study, description in plan.items():
         if os.path.isdir(os.path.join(RESULTS, study)):
-            page = put_between_marks(page, study, table_of(study, description))
-    with open(PAGE, "w", encoding="utf-8") as f:
+            put_into_page(PAGE, study, table_of(study, description))
+            if "titles" in description:
+                put_into_page(FIRST_PAGE, study, short_table(study, description["titles"]))
+
+
+def put_into_page(path, study, table):
+    """Replace the table of a study in a Markdown file."""
+    with open(path, encoding="utf-8") as f:
+        page = put_between_marks(f.read(), study, table)
+    with open(path, "w", encoding="utf-8") as f:
         f.write(page)
 
 
@@ -200,11 +207,29 @@ def table_in(markdown, description):
     return after.split("\n###")[0].strip()
 
 
+def short_table(study, titles):
+    """A row for each title {label: title} that has runs: its accuracies and gains, in Markdown."""
+    from reporting.runs import read_runs
+    from reporting.tables import other_runs
+    from reporting.words import markdown_row
+
+    runs, _ = read_runs([os.path.join(RESULTS, study)], [])
+    rows = {}
+    for names, *_, knn, knn_gain, _, linear, linear_gain, seeds, _ in other_runs(runs).rows:
+        label = re.match(rf"{study}_(\w+)_\d+", names)[1]
+        words = [linear, linear_gain, knn, knn_gain, seeds]
+        rows[label] = [re.sub(r" \[\d+\]", "", word) for word in words]  # without footnotes
+    head = ["", "linear top-1", "above InfoNCE", "kNN top-1", "above InfoNCE", "seeds"]
+    lines = [markdown_row(head), "|---" * len(head) + "|"]
+    lines += [markdown_row([titles[label], *rows[label]]) for label in titles if label in rows]
+    return "\n".join(lines)
+
+
 def put_between_marks(page, study, table):
     """Replace what stands between the comments that name a study."""
     first, last = f"<!-- {study} -->\n", f"<!-- end of {study} -->\n"
     if first not in page or last not in page:
-        raise SystemExit(f"{PAGE} has no {first.strip()} and {last.strip()} to put a table between")
+        raise SystemExit(f"there are no {first.strip()} and {last.strip()} to put a table between")
     before, _, rest = page.partition(first)
     return f"{before}{first}{table}\n{last}{rest.partition(last)[2]}"
 

@@ -17,7 +17,7 @@ from .figures import last_figure
 from .tables import Table
 from .words import data, losses, method, signed, spread
 
-METRICS = {"knn": "kNN top-1, %", "linear top-1": "linear top-1, %"}
+METRICS = {"knn": "kNN top-1", "linear top-1": "linear top-1"}
 # From this ratio of the largest value to the smallest on, the axis is logarithmic.
 WIDE = 8
 
@@ -131,7 +131,7 @@ def against_table(runs, key):
             rows.append([*row, str(len(group))])
     head = [("", "method"), ("", key)]
     for words in METRICS.values():
-        head += [(words, ""), (words, "- nce")]
+        head += [(words, "trained"), (words, "- nce")]
     return Table(f"Against {key}", [*head, ("", "n")], rows, [])
 
 
@@ -148,11 +148,11 @@ def draw_against(path, runs, key):
     page = Figure(figsize=(5.5 * len(metrics), 6.8 if has_gains else 3.4), layout="constrained")
     axes = page.subplots(1 + has_gains, len(metrics), squeeze=False)
     for metric, column in zip(metrics, axes.T):
-        column[0].set(ylabel=METRICS[metric])
+        column[0].set(ylabel=f"{METRICS[metric]}, %")
         for i, line in enumerate(lines):
             draw_line(column[0], line, values, partial(figures_at, line, metric=metric), f"C{i}")
         if has_gains:
-            column[1].set(ylabel=f"{METRICS[metric]} above InfoNCE")
+            column[1].set(ylabel=f"{METRICS[metric]} above InfoNCE, points")
             column[1].axhline(0, color="black", linewidth=0.8)
             for i, line in enumerate(lines):
                 gains = partial(gains_at, line, metric=metric, lines=lines)

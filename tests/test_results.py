@@ -45,6 +45,15 @@ def test_the_tables_are_those_that_report_makes(study, text, tmp_path, monkeypat
     assert studies.put_between_marks(text, study, table) == text
 
 
+def test_the_first_page_has_the_short_table(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with open("README.md", encoding="utf-8") as f:
+        page = f.read()
+    table = studies.short_table("full", PLAN["full"]["titles"])
+    assert studies.put_between_marks(page, "full", table) == page
+    assert set(PLAN["full"]["titles"]) == set(PLAN["full"]["runs"])
+
+
 def test_the_table_at_a_scale_is_the_one_that_report_makes(text, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     folder, file = f"results/{SCALED}", str(tmp_path / "a.md")

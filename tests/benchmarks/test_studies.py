@@ -78,7 +78,7 @@ def test_a_table_is_put_between_its_marks_and_nowhere_else():
     page = "a\n<!-- one -->\nold\n<!-- end of one -->\nb\n"
     page = studies.put_between_marks(page, "one", "new")
     assert page == "a\n<!-- one -->\nnew\n<!-- end of one -->\nb\n"
-    with pytest.raises(SystemExit, match="has no <!-- two -->"):
+    with pytest.raises(SystemExit, match="there are no <!-- two -->"):
         studies.put_between_marks(page, "two", "new")
 
 
