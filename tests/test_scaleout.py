@@ -25,7 +25,8 @@ import train_linear
 import train_pretrain
 from data.augment import RECIPES
 from data.datasets import ArraySet, load
-from data.loader import Loader, prefetch
+from data.loader import Loader
+from data.prefetch import prefetch
 from data.shapes import shapes
 from engine import checkpoint, distributed
 from evaluation.features import KNN, extract
@@ -635,7 +636,7 @@ def views_of_an_epoch(data, recipe, size, workers=0, depth=None):
         image_size=size,
         workers=workers,
     )
-    steps = loader.epoch(1) if depth is None else prefetch(loader.epoch(1), depth)
+    steps = loader.epoch(1) if depth is None else prefetch(loader.epoch(1), CPU, depth)
     # (2 steps x 2 views, n / 2, 3, S, S)
     return torch.stack([view for step_views, _ in steps for view in step_views])
 
