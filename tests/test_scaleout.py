@@ -636,7 +636,7 @@ def views_of_an_epoch(data, recipe, size, workers=0, depth=None):
         image_size=size,
         workers=workers,
     )
-    steps = loader.epoch(1) if depth is None else prefetch(loader.epoch(1), CPU, depth)
+    steps = loader.epoch(1) if depth is None else prefetch(loader.epoch(1), loader.device, depth)
     # (2 steps x 2 views, n / 2, 3, S, S)
     return torch.stack([view for step_views, _ in steps for view in step_views])
 
