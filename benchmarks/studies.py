@@ -125,13 +125,14 @@ def keep_if_finished(run):
     if run.is_kept() or not os.path.exists(os.path.join(source, KEPT[-1])):
         return
     os.makedirs(run.folder, exist_ok=True)
-    for file in KEPT:
-        shutil.copy(os.path.join(source, file), run.folder)
-    path = os.path.join(run.folder, "config.yaml")
-    with open(path, encoding="utf-8") as f:
+    settings, *logs = KEPT
+    with open(os.path.join(source, settings), encoding="utf-8") as f:
         text = re.sub(r"(\bdata: \{.*?\broot: )[^,}]+", r"\1datasets", f.read())
-    with open(path, "w", encoding="utf-8") as f:
+    with open(os.path.join(run.folder, settings), "w", encoding="utf-8") as f:
         f.write(text)
+    # The last one says that the run is kept, so that it comes last.
+    for file in logs:
+        shutil.copy(os.path.join(source, file), run.folder)
 
 
 def print_states(runs):

@@ -8,11 +8,10 @@ InfoNCE has one line from side to side, above that.
 """
 
 from functools import partial
-from statistics import mean, stdev
 from typing import NamedTuple
 
 from .comparing import FREE, differing, unfinished
-from .curves import band, matplotlib, simplify
+from .curves import band, matplotlib, points_of, simplify
 from .figures import last_figure
 from .tables import Table
 from .words import data, losses, method, signed, spread
@@ -170,16 +169,11 @@ def draw_against(path, runs, key):
 
 def draw_line(axis, line, values, figures_of_value, colour):
     """Draw a line through the figures of each value, dashed where it is level."""
-    points = {value: figures_of_value(value) for value in values}
-    points = {value: figures for value, figures in points.items() if figures}
-    if not points:
-        return
-    middle = [mean(figures) for figures in points.values()]
-    deviation = [stdev(figures) if len(figures) > 1 else 0 for figures in points.values()]
-    low = [m - d for m, d in zip(middle, deviation)]
-    high = [m + d for m, d in zip(middle, deviation)]
-    style = {"linestyle": "--"} if line.is_level else {"marker": "o", "markersize": 4}
-    band(axis, (list(points), middle, low, high), label=line.label, color=colour, **style)
+    figures = {value: figures_of_value(value) for value in values}
+    figures = {value: found for value, found in figures.items() if found}
+    if figures:
+        style = {"linestyle": "--"} if line.is_level else {"marker": "o", "markersize": 4}
+        band(axis, points_of(figures), label=line.label, color=colour, **style)
 
 
 def scale_axis(axis, values):

@@ -211,7 +211,11 @@ def curve(runs, key):
         for line in run.log:
             if key in line:
                 values.setdefault(line["epoch"], []).append(line[key])
-    values = {epoch: v for epoch, v in sorted(values.items()) if len(v) == len(runs)}
+    return points_of({epoch: v for epoch, v in sorted(values.items()) if len(v) == len(runs)})
+
+
+def points_of(values):
+    """{x: figures} -> what `band` draws: four lists, x, mean, mean - std, mean + std."""
     middle = [mean(v) for v in values.values()]
     deviation = [stdev(v) if len(v) > 1 else 0 for v in values.values()]
     low = [m - s for m, s in zip(middle, deviation)]
