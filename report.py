@@ -106,7 +106,10 @@ def main():
     cells = read_cells(args.yaml, left_out)
     runs, strangers = read_runs(args.folders, left_out)
     tables, hint = make_tables(cells, runs, strangers, args.all)
-    tables += [against_table(runs, key)] if key else []
+    if key:
+        table, problem = try_to_compare(runs, key)
+        tables += [table] if table else []
+        problems |= {"--against": problem} if problem else {}
     paragraphs = [as_text(table) for table in tables]
     paragraphs += ["\n".join(left_out)] if left_out else []
     paragraphs += [hint] if hint else []
@@ -125,6 +128,14 @@ def main():
             problems |= {option: problem} if problem else {}
     if problems:
         raise SystemExit("; ".join(problems.values()))
+
+
+def try_to_compare(runs, key):
+    """The table against a setting, or None and what is wrong with it, in a sentence."""
+    try:
+        return against_table(runs, key), None
+    except SystemExit as refusal:
+        return None, str(refusal.code)
 
 
 def refuse_missing_folders(args):

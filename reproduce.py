@@ -124,16 +124,10 @@ def main():
         return None
     if not jobs:
         print("nothing is missing")
-    signals.say_when_stopped(how_to_go_on)
     run_jobs(jobs, args.gpus.split(",") if args.gpus else ())
     print_table(args.table, args.scale)
     end_with_summary(jobs)
     return None
-
-
-def how_to_go_on():
-    """Half a sentence for a program that is told to stop."""
-    return "so were the jobs, and the same line goes on where they are"
 
 
 def make_variants(args):

@@ -834,6 +834,16 @@ def test_asking_leaves_a_file_as_it_is(here):
         assert f.read() == "old"
 
 
+def test_a_setting_that_runs_do_not_differ_in_costs_no_table(out, capsys):
+    row_file("ir", "ir", "IR", "CIFAR-10")
+    train("ir", "a", linear=50.0)
+    with pytest.raises(SystemExit, match="--against optim.lr: no two finished runs differ"):
+        out("--against", "optim.lr", "a.png", "--markdown", "report.md")
+    assert "50.0 (n 1)" in capsys.readouterr().out
+    assert os.path.exists("report.md")
+    assert not os.path.exists("a.png")
+
+
 def test_nothing_to_draw_costs_no_table(out, capsys):
     pytest.importorskip("matplotlib")
     row_file("ir", "ir", "IR", "CIFAR-10")

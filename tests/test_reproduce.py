@@ -405,7 +405,7 @@ sys.exit(75)
 """
 
 
-def test_jobs_are_told_to_stop_and_waited_for(here, monkeypatch):
+def test_jobs_are_told_to_stop_and_waited_for(here, monkeypatch, capsys):
     (here / "waits.py").write_text(WAITS)
     monkeypatch.setattr(signals, "state", signals.State())
     queue = [jobs.Job(name, ["python", "waits.py", name], f"runs/{name}/log") for name in "ab"]
@@ -419,6 +419,8 @@ def test_jobs_are_told_to_stop_and_waited_for(here, monkeypatch):
         jobs.run_jobs(queue)
     assert os.path.exists("a.saved")
     assert not os.path.exists("b")
+    signals.say_stopped()
+    assert "so were the jobs, and the same line goes on where they are" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------- bad input

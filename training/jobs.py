@@ -125,6 +125,7 @@ def run_jobs(jobs, gpus=()):
     Raises:
         StopRequested: this program was told to stop, and its jobs have ended.
     """
+    signals.say_when_stopped(how_to_go_on)
     environment = {
         orphans.STARTED_BY: str(os.getpid()),
         # The log is read while the job runs.
@@ -148,6 +149,11 @@ def run_jobs(jobs, gpus=()):
                 collect_ended(running, bar)
         finally:
             stop_all(running)
+
+
+def how_to_go_on():
+    """Half a sentence for a program that is told to stop."""
+    return "so were the jobs, and the same line goes on where they are"
 
 
 def stop_all(running):
@@ -176,10 +182,10 @@ def start_ready(jobs, slots, running, bar):
         running: {the number of a slot: Process}, which is filled.
         bar: the progress bar.
     """
+    gpus = [environment.get("CUDA_VISIBLE_DEVICES") for environment in slots]
     for i, environment in enumerate(slots):
         while i not in running and (job := next_ready(jobs)):
-            gpu = environment.get("CUDA_VISIBLE_DEVICES")
-            where = f" on GPU {gpu}" if gpu else ""
+            where = f" on GPU {gpus[i]}" if len(set(gpus)) > 1 else ""
             try:
                 running[i] = Process(job, environment)
             except SystemExit as refusal:  # its log cannot be written
