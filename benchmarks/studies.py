@@ -14,7 +14,6 @@ import argparse
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -125,14 +124,17 @@ def keep_if_finished(run):
     if run.is_kept() or not os.path.exists(os.path.join(source, KEPT[-1])):
         return
     os.makedirs(run.folder, exist_ok=True)
-    settings, *logs = KEPT
-    with open(os.path.join(source, settings), encoding="utf-8") as f:
-        text = re.sub(r"(\bdata: \{.*?\broot: )[^,}]+", r"\1datasets", f.read())
-    with open(os.path.join(run.folder, settings), "w", encoding="utf-8") as f:
-        f.write(text)
-    # The last one says that the run is kept, so that it comes last.
-    for file in logs:
-        shutil.copy(os.path.join(source, file), run.folder)
+    for file in KEPT:  # the last one says that the run is kept, so that it comes last
+        with open(os.path.join(source, file), encoding="utf-8") as f:
+            text = without_place(f.read())
+        with open(os.path.join(run.folder, file), "w", encoding="utf-8") as f:
+            f.write(text)
+
+
+def without_place(text):
+    """A file of a run, with `datasets` for the folder where its machine has the data sets."""
+    text = re.sub(r"(\bdata: \{.*?\broot: )[^,}]+", r"\1datasets", text)  # config.yaml
+    return re.sub(r'("root": )"[^"]*"', r'\1"datasets"', text)  # linear.jsonl
 
 
 def print_states(runs):

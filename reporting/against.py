@@ -161,10 +161,16 @@ def draw_against(path, runs, key):
             scale_axis(axis, values)
             simplify(axis)
     first = next(iter(lines[0].runs.values()))[0]
-    axes[0, 0].set_title(data(first.cfg), loc="left", fontsize=10)
+    axes[0, 0].set_title(data_of_all(first.cfg, key), loc="left", fontsize=10)
     axes[0, 0].legend(fontsize=8, frameon=False)
     # Without `Software` the same runs give the same bytes.
     page.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def data_of_all(cfg, key):
+    """What all runs were trained on: "n classes" where it is the classes in which they differ."""
+    section, _, name = key.partition(".")
+    return data({**cfg, "data": {**cfg["data"], name: "n"}} if section == "data" else cfg)
 
 
 def draw_line(axis, line, values, figures_of_value, colour):

@@ -2,7 +2,9 @@
 again, gives its log.
 """
 
+import glob
 import os
+import re
 import sys
 
 import pytest
@@ -43,6 +45,12 @@ def test_the_tables_are_those_that_report_makes(study, text, tmp_path, monkeypat
     report.main()
     table = studies.table_in((tmp_path / "a.md").read_text(), PLAN[study])
     assert studies.put_between_marks(text, study, table) == text
+
+
+def test_no_stored_file_names_a_folder_of_the_machine_that_it_comes_from():
+    for path in glob.glob(os.path.join(RESULTS, "**", "*.*"), recursive=True):
+        with open(path, encoding="utf-8") as f:
+            assert not re.search(r"""(^|[\s"':])/\w+/""", f.read()), path
 
 
 def test_the_first_page_has_the_short_table(monkeypatch):

@@ -66,9 +66,11 @@ def test_a_run_is_kept_once_it_is_probed_and_without_its_place(tiny, monkeypatch
     (folder / "log.jsonl").write_text("{}\n")
     studies.keep_if_finished(run)
     assert not run.is_kept()
-    (folder / "linear.jsonl").write_text("{}\n")
+    (folder / "linear.jsonl").write_text('{"data": "cifar10", "root": "/a/place", "seed": 0}\n')
     studies.keep_if_finished(run)
     assert run.is_kept()
+    with open(os.path.join(run.folder, "linear.jsonl")) as f:
+        assert f.read() == '{"data": "cifar10", "root": "datasets", "seed": 0}\n'
     kept = config.load(os.path.join(run.folder, "config.yaml"))
     assert kept["data"]["root"] == "datasets"
     assert config.difference(cfg, kept, ["data.root"]) is None

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from engine import config
-from reporting.against import against_table, draw_against, make_lines
+from reporting.against import against_table, data_of_all, draw_against, make_lines
 from reporting.runs import Run
 
 CFG = "yaml/cifar10_cpu.yaml"
@@ -84,3 +84,10 @@ def test_the_picture_is_drawn_and_repeats_its_bytes(tmp_path):
         draw_against(path, runs, "loss.temperature")
     assert Image.open(paths[0]).size == (550, 680)  # the gains in a row below
     assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_the_title_leaves_open_what_the_axis_has():
+    cfg = run("a", 0, 50, "data.name=shapes", "data.classes=4", "data.limit=500").cfg
+    assert data_of_all(cfg, "data.classes") == "shapes, 500 images, n classes, 32 px"
+    assert data_of_all(cfg, "data.limit") == "shapes, n images, 4 classes, 32 px"
+    assert data_of_all(cfg, "loss.temperature") == "shapes, 500 images, 4 classes, 32 px"
