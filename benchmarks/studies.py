@@ -2,6 +2,7 @@
 
     python benchmarks/studies.py --list               how far each run is
     python benchmarks/studies.py full --seeds 0 1     what is missing of one study
+    python benchmarks/studies.py full/moco_ring       one of its runs alone
     python benchmarks/studies.py --jobs 12            more at a time, as on a GPU
     python benchmarks/studies.py --tables             make tables and pictures of RESULTS.md
 
@@ -67,7 +68,13 @@ def main():
     args = command_line()
     plan = read_plan(args.studies)
     # Seed by seed, so that each study has all of its runs once before it has some of them twice.
-    runs = [run for seed in args.seeds for study in plan for run in runs_of(study, plan, seed)]
+    runs = [
+        run
+        for seed in args.seeds
+        for study in plan
+        for run in runs_of(study, plan, seed)
+        if is_asked_for(run, args.studies)
+    ]
     for run in runs:
         keep_if_finished(run)
     if args.tables:
@@ -87,7 +94,7 @@ def command_line():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("studies", nargs="*", metavar="STUDY", help="all unless given")
+    parser.add_argument("studies", nargs="*", metavar="STUDY[/RUN]", help="all unless given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="SEED")
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
     parser.add_argument("--datasets", metavar="FOLDER", help="data.root of all runs")
@@ -99,14 +106,28 @@ def command_line():
 
 
 def read_plan(names):
-    """{study: what PLAN says of it}; of all studies unless some are named."""
+    """{study: what PLAN says of it}; of all studies unless some are named, or runs of some."""
     with open(PLAN, encoding="utf-8") as f:
         plan = yaml.safe_load(f)
     for name in names:
-        if name not in plan:
-            guess = config.did_you_mean(name, plan)
-            raise SystemExit(f"there is no study {name}{guess}; there are {', '.join(plan)}")
-    return {name: plan[name] for name in names or plan}
+        study, _, label = name.partition("/")
+        refuse_unknown(study, plan, "study")
+        if label:
+            refuse_unknown(label, plan[study]["runs"], f"run of {study}")
+    studies = dict.fromkeys(name.partition("/")[0] for name in names or plan)
+    return {study: plan[study] for study in studies}
+
+
+def refuse_unknown(name, known, what):
+    """End the program where there is no study or run of a name."""
+    if name not in known:
+        guess = config.did_you_mean(name, known)
+        raise SystemExit(f"there is no {what} {name}{guess}; there are {', '.join(known)}")
+
+
+def is_asked_for(run, names):
+    """Do the words of the command line name a run, or its study? If there are none, they do."""
+    return not names or run.study in names or f"{run.study}/{run.label}" in names
 
 
 def runs_of(study, plan, seed):

@@ -57,6 +57,14 @@ def test_a_study_that_is_not_there_is_said(tiny, monkeypatch):
         call(monkeypatch, "on")
 
 
+def test_runs_can_be_named_one_by_one(tiny, monkeypatch, capsys):
+    call(monkeypatch, "one/warm", "--list", "--seeds", "0", "3")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[4] for line in lines] == ["name=one_warm_0", "name=one_warm_3"]
+    with pytest.raises(SystemExit, match="no run of one worm; did you mean warm.*are cold, warm"):
+        call(monkeypatch, "one/worm", "--list")
+
+
 def test_a_run_is_kept_once_it_is_probed_and_without_its_place(tiny, monkeypatch):
     (run, _) = studies.runs_of("one", studies.read_plan([]), 0)
     folder = tiny / "runs" / run.name
