@@ -78,7 +78,14 @@ def hardware_of(run):
 
 def losses(cfg):
     """The names of a run's losses."""
-    return " + ".join(loss["name"] + oracle(loss) for loss in config.loss_settings(cfg["loss"]))
+    return " + ".join(
+        loss["name"] + average(loss) + oracle(loss) for loss in config.loss_settings(cfg["loss"])
+    )
+
+
+def average(loss):
+    """What is said of a jcl that is no JCL but the mean of its keys' InfoNCE losses."""
+    return " (average of InfoNCE)" if loss.get("average") else ""
 
 
 def began_from(cfg):

@@ -91,3 +91,11 @@ def test_the_title_leaves_open_what_the_axis_has():
     assert data_of_all(cfg, "data.classes") == "shapes, 500 images, n classes, 32 px"
     assert data_of_all(cfg, "data.limit") == "shapes, n images, 4 classes, 32 px"
     assert data_of_all(cfg, "loss.temperature") == "shapes, 500 images, 4 classes, 32 px"
+
+
+def test_the_average_of_infonce_is_not_called_jcl_alone():
+    jcl = ["loss.name=jcl", "model.n_views=3"]
+    runs = [run(f"jcl_{lam}", 0, 50, *jcl, f"loss.lam={lam}") for lam in (1, 2)]
+    runs.append(run("average", 0, 51, *jcl, "loss.average=true"))
+    labels = [line.label for line in make_lines(runs, "loss.lam")]
+    assert labels == ["moco, jcl", "moco, jcl (average of InfoNCE)"]
