@@ -182,10 +182,10 @@ def start_ready(jobs, slots, running, bar):
         running: {the number of a slot: Process}, which is filled.
         bar: the progress bar.
     """
-    gpus = [environment.get("CUDA_VISIBLE_DEVICES") for environment in slots]
     for i, environment in enumerate(slots):
         while i not in running and (job := next_ready(jobs)):
-            where = f" on GPU {gpus[i]}" if len(set(gpus)) > 1 else ""
+            gpu = environment.get("CUDA_VISIBLE_DEVICES")
+            where = f" on GPU {gpu}" if gpu else ""
             try:
                 running[i] = Process(job, environment)
             except SystemExit as refusal:  # its log cannot be written
