@@ -167,6 +167,8 @@ def print_states(runs):
 
 def run_missing(runs, args):
     """Pre-train and probe what is not kept yet, so many at a time."""
+    import torch
+
     from training.jobs import Job, run_jobs
 
     jobs = []
@@ -181,7 +183,8 @@ def run_missing(runs, args):
             jobs += [pretrain, probe]
     # Jobs side by side share the first GPU where there is one, and the cores.
     os.environ["OMP_NUM_THREADS"] = "1"
-    run_jobs(jobs, ["0"] * args.jobs)
+    gpu = "0" if torch.cuda.is_available() else ""
+    run_jobs(jobs, [gpu] * args.jobs)
     failed = [job for job in jobs if job.state == "failed"]
     for job in failed:
         print(f"{job.title} failed: {job.reason}")

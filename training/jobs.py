@@ -120,7 +120,8 @@ def run_jobs(jobs, gpus=()):
 
     Args:
         jobs: list of Job. Their states say at the end what became of them.
-        gpus: the numbers of GPUs, as words; none: one job at a time, which sees all devices.
+        gpus: the numbers of GPUs, as words, where an empty one is for a job that sees no GPU;
+            without any: one job at a time, which sees all devices.
 
     Raises:
         StopRequested: this program was told to stop, and its jobs have ended.
