@@ -158,7 +158,7 @@ def draw_own(path, runs):
         for key, points in curves.items():
             band(axis, points, label=key.removesuffix(" %"), linewidth=1.4)
         axis.set(title=title, xlabel="epoch", ylabel=family)
-        axis.legend(fontsize=7, frameon=False)
+        axis.legend(fontsize=7, edgecolor="none")  # a pale ground, where it lies on lines
         simplify(axis)
     for axis in axes[len(panels) :]:
         axis.axis("off")
