@@ -21,6 +21,7 @@ import os
 import random
 import resource
 import runpy
+import select
 import shutil
 import signal
 import subprocess
@@ -238,10 +239,12 @@ def wait_for_a_signal(fifo):
     signal.set_wakeup_fd(previous)
 
 
-def wait_until_a_run_waits(fifo):
-    """Wait until a run has come to its wait_for_a_signal."""
-    with open(fifo) as f:
-        return f.read()
+def wait_until_a_run_waits(fifo, seconds=300):
+    """Wait until a run has come to its wait_for_a_signal, but not for ever: it may have failed."""
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    is_there, _, _ = select.select([reader], [], [], seconds)
+    os.close(reader)
+    assert is_there, f"no run came to {fifo} in {seconds} seconds"
 
 
 def fill_disk(size):

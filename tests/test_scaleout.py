@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 
@@ -370,7 +371,7 @@ with open(sys.argv[1]) as f:
     options = [line.split()[1] for line in f if line.startswith("#SBATCH")]
 (nodes,) = [option.split("=")[1] for option in options if option.startswith("--nodes=")]
 os.environ.update(
-    SLURM_JOB_ID="4711",
+    SLURM_JOB_ID=os.environ["JOB"],
     SLURM_JOB_NODELIST="localhost,b",
     SLURM_NNODES=nodes,
     SLURM_GPUS_ON_NODE=os.environ["GPUS"],
@@ -398,7 +399,7 @@ import os
 import signal
 import sys
 
-assert sys.argv[1:] == ["--signal=TERM", "4711"]
+assert sys.argv[1:] == ["--signal=TERM", os.environ["SLURM_JOB_ID"]]
 with open("steps") as f:
     tasks = f.read().split()
 for task in tasks:
@@ -433,7 +434,17 @@ sys.exit(int(code))
 
 
 @pytest.fixture
-def cluster(tmp_path):
+def job():
+    """The number of a job, whose port (slurm/train.sbatch) nobody uses."""
+    for port in range(24711, 30000):
+        with socket.socket() as server, contextlib.suppress(OSError):
+            server.bind(("localhost", port))
+            return str(port - 20000)
+    raise AssertionError("no port from 24711 to 29999 is free")
+
+
+@pytest.fixture
+def cluster(tmp_path, job):
     """cluster(torchrun, *arguments, gpus) -> the batch shell of a job.
 
     Both nodes of the job are this machine.
@@ -448,6 +459,7 @@ def cluster(tmp_path):
             **os.environ,
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
             "GPUS": str(gpus),
+            "JOB": job,
             "OMP_NUM_THREADS": "1",
         }
         return subprocess.Popen(
@@ -498,7 +510,7 @@ def test_the_slurm_script_names_no_machine():
     ],
 )
 def test_the_slurm_script_passes_the_signal_on_and_requeues(
-    ends, code, requeued, cluster, tmp_path
+    ends, code, requeued, cluster, job, tmp_path
 ):
     """torchrun is told the same on each node.
 
@@ -518,11 +530,11 @@ def test_the_slurm_script_passes_the_signal_on_and_requeues(
     assert out == "", out
     requests = ["show hostnames localhost,b"]
     if requeued:
-        requests.append("requeue 4711")
+        requests.append(f"requeue {job}")
     assert requests_to_scontrol(tmp_path) == requests
     arguments = (
         "--nnodes 2 --nproc_per_node 8 --max-restarts 3 "
-        "--rdzv_backend c10d --rdzv_endpoint localhost:24711 --rdzv_id 4711 "
+        f"--rdzv_backend c10d --rdzv_endpoint localhost:2{job} --rdzv_id {job} "
         f"train_pretrain.py --cfg some file.yaml {ends}"
     )
     for node in range(2):
@@ -530,7 +542,7 @@ def test_the_slurm_script_passes_the_signal_on_and_requeues(
 
 
 @pytest.mark.slow
-def test_a_slurm_job_at_its_time_limit_goes_on_in_the_next(cluster, tmp_path):
+def test_a_slurm_job_at_its_time_limit_goes_on_in_the_next(cluster, job, tmp_path):
     """torchrun itself runs on two nodes, with a process each.
 
     The shell gets USR1 in the second epoch, all save and end, and the requeued job ends as an
@@ -561,7 +573,7 @@ runpy.run_path({os.path.join(ROOT, "train_pretrain.py")!r}, run_name="__main__")
     out, _ = shell.communicate(timeout=300)
     assert shell.returncode == 1, out
     assert "told to stop: runs/a/last.pt holds the state after step 21 of 32 of epoch 2" in out, out
-    assert requests_to_scontrol(tmp_path)[-1] == "requeue 4711"
+    assert requests_to_scontrol(tmp_path)[-1] == f"requeue {job}"
     os.remove(tmp_path / "fifo")
     shell = cluster(torchrun, *settings, "name=a", gpus=1)
     out, _ = shell.communicate(timeout=300)
