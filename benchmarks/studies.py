@@ -167,8 +167,6 @@ def print_states(runs):
 
 def run_missing(runs, args):
     """Pre-train and probe what is not kept yet, so many at a time."""
-    import torch
-
     from training.jobs import Job, run_jobs
 
     jobs = []
@@ -181,15 +179,23 @@ def run_missing(runs, args):
             probe.after = pretrain
             # A probe goes before the next training, so that each run is kept as soon as may be.
             jobs += [pretrain, probe]
-    # Jobs side by side share the first GPU where there is one, and the cores.
+    # Jobs side by side share a GPU where there is one, and the cores.
     os.environ["OMP_NUM_THREADS"] = "1"
-    gpu = "0" if torch.cuda.is_available() else ""
-    run_jobs(jobs, [gpu] * args.jobs)
+    run_jobs(jobs, [first_gpu()] * args.jobs)
     failed = [job for job in jobs if job.state == "failed"]
     for job in failed:
         print(f"{job.title} failed: {job.reason}")
     if failed:
         raise SystemExit(1)
+
+
+def first_gpu():
+    """The first GPU that this program may use, as CUDA_VISIBLE_DEVICES names it; "" for none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 
 def make_tables(plan):

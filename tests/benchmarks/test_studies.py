@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from benchmarks import studies
 from engine import config
@@ -63,6 +64,17 @@ def test_runs_can_be_named_one_by_one(tiny, monkeypatch, capsys):
     assert [line[4] for line in lines] == ["name=one_warm_0", "name=one_warm_3"]
     with pytest.raises(SystemExit, match="no run of one worm; did you mean warm.*are cold, warm"):
         call(monkeypatch, "one/worm", "--list")
+
+
+@pytest.mark.parametrize("visible,first", [(None, "0"), ("3", "3"), ("GPU-5a,1", "GPU-5a")])
+def test_jobs_get_the_first_gpu_that_the_user_lets_them_see(visible, first, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert studies.first_gpu() == first
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert studies.first_gpu() == ""
 
 
 def test_a_run_is_kept_once_it_is_probed_and_without_its_place(tiny, monkeypatch):
