@@ -99,6 +99,7 @@ JOB = """
 
     plain_save = checkpoint.save
     plain_load = build.load
+    drawn = functools.cache(plain_load)
     saved = None
 
     def save(path, settings, epoch, **parts):
@@ -133,14 +134,18 @@ JOB = """
 
     def pretrain(name, settings, load):
         build.load = load
-        sys.argv = ["train_pretrain.py", *{tiny!r}, *settings, f"name={{name}}"]
+        sys.argv = ["train_pretrain.py", *{tiny!r}, *settings, "log.pictures=0", f"name={{name}}"]
         train_pretrain.main()
         return {{part: digest(state) for part, state in saved.items()}}
 
     # The settings of a data set are read from the signature of `load`, which `wraps` keeps.
     @functools.wraps(plain_load)
+    def load(*args, **settings):
+        return copy.copy(drawn(*args, **settings))
+
+    @functools.wraps(plain_load)
     def load_with_shuffled_labels(*args, **settings):
-        data = plain_load(*args, **settings)
+        data = load(*args, **settings)
         generator = torch.Generator().manual_seed(0)
         data.labels = data.labels[torch.randperm(len(data), generator=generator)]
         return data
@@ -148,7 +153,7 @@ JOB = """
     checkpoint.save = save
     digests = {{}}
     for name, settings in {pairs!r}.items():
-        whole = pretrain(name, settings, plain_load)
+        whole = pretrain(name, settings, load)
         distributed.barrier()
         resumed = pretrain(name + "-cut", settings, load_with_shuffled_labels)
         digests[name] = distributed.all_gather_object((whole, resumed))
