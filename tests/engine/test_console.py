@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from engine import config, console
+from engine import config, console, orphans, signals
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 OURS = os.path.join(ROOT, "losses", "ring.py")
@@ -111,6 +111,9 @@ def test_a_refusal_of_the_settings_is_said_by_the_first_process_of_a_machine(
 ):
     monkeypatch.setattr(sys, "argv", ["x", "--cfg", "no_such_file.yaml"])
     monkeypatch.setattr(console, "show_warnings_plainly", bool)
+    # What they change of a process would stay, and all that a later test forks would have it.
+    monkeypatch.setattr(signals, "listen", bool)
+    monkeypatch.setattr(orphans, "end_with_launcher", bool)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local_rank:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
