@@ -4,6 +4,7 @@ A fresh interpreter needs four seconds of CPU for the imports alone. Here a serv
 and forks itself for every run. What tests fresh interpreters or torchrun itself starts these.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -77,11 +78,13 @@ def group_environments(processes):
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
-def free_port():
-    """Find a TCP port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def free_port(candidates=(0,)):
+    """Find a TCP port that nobody listens on. 0 stands for any that the system gives."""
+    for port in candidates:
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return listener.getsockname()[1]
+    raise AssertionError(f"no port of {candidates} is free")
 
 
 def run_script(folder, script, arguments, environment):

@@ -285,7 +285,7 @@ def program(script, folder, monkeypatch, *arguments):
     monkeypatch.setattr(checkpoint, "write", write)
     monkeypatch.setattr(checkpoint, "read_checkpoint", saved.__getitem__)
     monkeypatch.setattr(Loader, "epoch", steps)
-    # On fake values it never ends sooner, and each iteration is as the one before.
+    # On fake values k-means never ends early, and each iteration is like the one before.
     monkeypatch.setattr(ifnd, "kmeans", functools.partial(kmeans, iterations=2, restarts=2))
     for Host in (IR, CMC, MoCo, SimCLR):
         monkeypatch.setattr(Host, "forward", checked(Host.forward))
@@ -361,7 +361,7 @@ def test_pretraining(host, loss, precision, tmp_path, monkeypatch):
         *HOSTS[host],
         *LOSSES[loss],
     ]
-    if (host, loss, precision) not in QUICK:  # which have these
+    if (host, loss, precision) not in QUICK:  # those have all of augmentation, and the pictures
         settings += ["data.augment=crop_flip", "log.pictures=0"]
     with program(train_pretrain, tmp_path, monkeypatch, *settings) as (gpu, saved):
         train_pretrain.main()

@@ -99,7 +99,7 @@ JOB = """
 
     plain_save = checkpoint.save
     plain_load = build.load
-    drawn = functools.cache(plain_load)
+    drawn = functools.cache(plain_load)  # all runs have the same images
     saved = None
 
     def save(path, settings, epoch, **parts):

@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 
@@ -436,11 +435,7 @@ sys.exit(int(code))
 @pytest.fixture
 def job():
     """The number of a job, whose port (slurm/train.sbatch) nobody uses."""
-    for port in range(24711, 30000):
-        with socket.socket() as server, contextlib.suppress(OSError):
-            server.bind(("localhost", port))
-            return str(port - 20000)
-    raise AssertionError("no port from 24711 to 29999 is free")
+    return str(free_port(range(24711, 30000)) - 20000)
 
 
 @pytest.fixture
